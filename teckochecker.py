@@ -1,0 +1,4439 @@
+#!/usr/bin/env python3
+"""TeckoChecker: when OpenAI has finished a team's batches, their Keboola job starts, once.
+
+One asyncio process reads jobs and encrypted secrets from a YAML file that people edit, looks at the
+OpenAI batches of each job (1 to 10) until all have ended, starts the job's Keboola configuration
+once, and remembers what it did in a SQLite file. It opens no network port.
+
+    config.yaml --> Config --> Setup --+                       (3, 4: read, check, decrypt)
+                                       v
+    OpenAI  <-- look -->  Engine: decide what to do next  <--> State (SQLite)     (5, 6, 7, 8)
+                                       |
+                                       v  intent, search, sending, POST, result
+                                    Keboola                                       (5, 7, 8)
+
+Run it:
+
+    teckochecker.py --config config.yaml            the daemon, in the foreground
+    teckochecker.py --config config.yaml --once     one pass, for cron
+    teckochecker.py status                          what it knows; see --help for the other commands
+
+Sections: 1 Errors - 2 Model - 3 Config - 4 Secrets - 5 Decisions - 6 State - 7 OpenAI and Keboola -
+8 Daemon - 9 Commands - 10 main. Each uses only what stands above it. Where to look first: the
+decisions of the trigger are `next_step` and its neighbours (5), its steps are `Carrier` (8).
+
+Exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config error; 75 another
+instance holds the state file; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import contextlib
+import email.utils
+import enum
+import errno
+import fcntl
+import functools
+import hashlib
+import ipaddress
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import sys
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol, TypeVar
+
+import httpx
+import structlog
+import tenacity
+import yaml
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+__version__ = "1.0.0"
+
+MINUTE_S: Final = 60
+HOUR_S: Final = 3600
+DAY_S: Final = 86400
+
+# ==================================================================================================
+# 1. Errors: what a person is told, in one line, with the next step
+# ==================================================================================================
+
+
+class TeckoError(Exception):
+    """Something a user, a server or a disk did; `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}; {self.hint}" if self.hint else message
+
+
+class UsageError(TeckoError):
+    """The command line asks for something that is not there."""
+
+    exit_code = 2
+
+
+class ConfigError(TeckoError):
+    """Everything that is wrong with a config, one `Problem` a line."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(sorted(problems, key=lambda p: p.place))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class LockedError(TeckoError):
+    """Another process acts on the same state file."""
+
+    exit_code = 75
+
+
+class StateError(TeckoError):
+    """The state file cannot be used as it is: damaged, too new, replaced, not readable."""
+
+
+class StorageError(TeckoError):
+    """One transaction did not get through (full disk, locked file); nothing of it is stored."""
+
+
+class ApiError(TeckoError):
+    """A request that did not bring what was asked for.
+
+    `retryable` says whether the same request may do better in a moment, `retry_after_s` how long
+    the server wants it to wait, `status` the HTTP status where there was one. `sent` is False only
+    where it is certain that the server saw nothing of the request.
+    """
+
+    def __init__(  # noqa: PLR0913 - all but the message are optional facts
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retryable: bool = False,
+        retry_after_s: float | None = None,
+        sent: bool = True,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s
+        self.sent = sent
+        self.request_id = request_id
+
+
+# ==================================================================================================
+# 2. Model: the nouns. No I/O here
+# ==================================================================================================
+
+
+class BatchStatus(enum.StrEnum):
+    """The statuses of OpenAI's Batch API; another one is kept as the text that came."""
+
+    VALIDATING = "validating"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+TERMINAL: Final = frozenset(
+    {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
+)
+KNOWN_STATUSES: Final = frozenset(BatchStatus)
+
+
+class JobStatus(enum.StrEnum):
+    """What `status` says of a job."""
+
+    ACTIVE = "active"
+    PAUSED = "paused"
+    TRIGGERING = "triggering"
+    COMPLETED = "completed"
+    COMPLETED_WITH_FAILURES = "completed_with_failures"
+    FAILED = "failed"
+
+
+class TriggerState(enum.StrEnum):
+    """How far a trigger has come; see `next_step`."""
+
+    INTENT = "intent"  # decided and recorded; Keboola has certainly not seen it
+    SENDING = "sending"  # the POST may be on its way
+    SENT = "sent"  # the Keboola job's id is known
+    REJECTED = "rejected"  # Keboola said no
+    UNKNOWN = "unknown"  # the POST's outcome is not known: only a search can tell
+
+
+class Secret:
+    """A token that cannot be printed by accident; `reveal` is the only way to its value."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the value, for a request header."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret is not for storing")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where something stands in a file; line and column count from 1."""
+
+    line: int = 1
+    column: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a config: where, what, and what to write instead."""
+
+    file: str
+    place: Place
+    path: str
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        subject = f"{self.path}: " if self.path else ""
+        text = f"{subject}{self.what}; {self.cure}"
+        return f"{self.file}:{self.place.line}:{self.place.column}: {one_line(text, 1000)}"
+
+
+@dataclass(frozen=True, slots=True)
+class SecretSource:
+    """Where a secret's value comes from: `value` (Fernet token), `env` or `file`, and its place.
+
+    `text` is a Secret because people first write their tokens in plain. `span` is the character
+    range of the node in the config's text.
+    """
+
+    kind: str
+    text: Secret
+    place: Place
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAISecret:
+    """An entry under `secrets` with `type: openai`."""
+
+    name: str
+    source: SecretSource
+    base_url: str
+    organization: str | None = None
+    project: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeboolaSecret:
+    """An entry under `secrets` with `type: keboola`: a token is valid on one stack only."""
+
+    name: str
+    source: SecretSource
+    stack_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The Keboola configuration that a job starts."""
+
+    stack_url: str
+    component_id: str
+    config_id: str
+    branch_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as the config has it, with `defaults` filled in."""
+
+    name: str
+    batch_ids: tuple[str, ...]
+    openai_secret: str
+    keboola_secret: str
+    component_id: str
+    config_id: str
+    branch_id: str | None = None
+    config_row_ids: tuple[str, ...] = ()
+    mode: str = "run"
+    variables: tuple[tuple[str, str], ...] = ()
+    poll_interval_s: int = 2 * MINUTE_S
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The config's `log`."""
+
+    level: str = "info"
+    format: str = "auto"
+    retention_s: int = 30 * DAY_S
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The config's `limits`."""
+
+    max_concurrency: int = 10
+    request_timeout_s: int = 30
+    trigger_grace_s: int = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A config file, read and checked, its secrets still closed."""
+
+    path: Path
+    sha256: str
+    state_path: Path
+    key_path: Path
+    key_place: Place = Place()
+    log: LogSettings = LogSettings()
+    limits: Limits = Limits()
+    openai: Mapping[str, OpenAISecret] = field(default_factory=dict)
+    keboola: Mapping[str, KeboolaSecret] = field(default_factory=dict)
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+
+    def target(self, job: Job) -> Target:
+        """Return what `job` starts."""
+        stack_url = self.keboola[job.keboola_secret].stack_url
+        return Target(stack_url, job.component_id, job.config_id, job.branch_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A config with its secrets opened: what the daemon runs with, swapped as one reference."""
+
+    config: Config
+    secrets: Mapping[str, Secret]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One OpenAI account: the key and where it is used."""
+
+    key: Secret
+    base_url: str
+    organization: str | None
+    project: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is known of one batch. Times are Unix seconds as OpenAI reported them."""
+
+    id: str
+    status: str | None = None  # None: not looked at yet
+    total: int | None = None
+    completed: int | None = None
+    failed: int | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: float | None = None
+    ended_at: float | None = None
+    error: str | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """One start of a Keboola job, from the decision to the job's id. Times are Unix seconds.
+
+    `target`, `secret` and `payload` are those of the intent, whatever the config says meanwhile.
+    `basis` is a digest of what a rejected trigger was made from: a new one arms it again.
+    """
+
+    id: str
+    rerun: int
+    state: TriggerState
+    target: Target
+    secret: str
+    payload: str
+    basis: str
+    created_at: float
+    sending_at: float | None = None
+    unknown_at: float | None = None
+    clear_searches: int = 0
+    forced: bool = False
+    failures: int = 0
+    next_try_at: float | None = None
+    sent_at: float | None = None
+    keboola_job_id: str | None = None
+    keboola_status: str | None = None
+    url: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A piece of work: a job's name and its set of batch ids, with all that is known of it."""
+
+    id: int
+    name: str
+    batches: tuple[Batch, ...]
+    target: Target
+    position: int | None  # its place among the config's jobs; None: not in the config
+    paused: bool = False
+    rerun: int = 0
+    error: str | None = None
+    failures: int = 0
+    last_check_at: float | None = None
+    next_check_at: float | None = None
+    completed_at: float | None = None
+    trigger: Trigger | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every batch has ended, which is when the Keboola job is due."""
+        return all(batch.is_terminal for batch in self.batches)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.trigger is not None and self.trigger.state == TriggerState.SENT
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the log: a stable snake_case fact and its fields."""
+
+    name: str
+    level: str = "info"
+    job: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class KeboolaJob:
+    """A Keboola job as the queue shows it; `trigger_id` is None where the row does not tell."""
+
+    id: str
+    status: str | None
+    url: str | None
+    created_time: datetime | None
+    trigger_id: str | None
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """Return `text` as one printable line of valid Unicode, at most `limit` characters long."""
+    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def quoted(text: str) -> str:
+    """Return a user's text in quotes, on one line, not too long for a message."""
+    return f'"{one_line(text, 60)}"'
+
+
+def compact_json(value: object) -> str:
+    """Return JSON without spaces, in ASCII."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def rfc3339(unix_s: float | None) -> str | None:
+    """Return a Unix time as RFC 3339 in UTC, to the second."""
+    if unix_s is None:
+        return None
+    return datetime.fromtimestamp(int(unix_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ==================================================================================================
+# 3. Config: text in, Config out; every problem with its place and its cure
+# ==================================================================================================
+
+MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down at some 30,000
+MAX_ALIAS_NODES: Final = 250_000  # what aliases may add: 10,000 jobs with twelve merged keys each
+MIN_GRACE_S: Final = 30
+OPENAI_URL: Final = "https://api.openai.com/v1"
+DEFAULT_STATE: Final = "teckochecker.db"
+DEFAULT_KEY: Final = "teckochecker.key"
+
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
+_YAML_TAG: Final = "tag:yaml.org,2002:"
+_TEXT_TAGS: Final = {
+    _YAML_TAG + tag for tag in ("str", "int", "float", "bool", "timestamp", "value", "merge")
+}
+_TRUTH: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_DURATION = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
+_WORD = re.compile(r"[a-z_]{1,30}")
+
+_REQUIRED_OF_JOB: Final = (
+    "batch_ids",
+    "openai_secret",
+    "keboola_secret",
+    "component_id",
+    "config_id",
+)
+_BATCH_ID: Final = r"batch_[A-Za-z0-9_-]{1,249}"
+_KEBOOLA_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
+_VARIABLE_NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
+_HEADER_VALUE: Final = r"[!-~]{1,255}"
+
+TRIGGER_ID_VARIABLE: Final = "teckochecker_trigger_id"
+OWN_VARIABLES: Final = (
+    "batch_ids_completed",
+    "batch_ids_failed",
+    "batch_count_total",
+    "batch_count_completed",
+    "batch_count_failed",
+    "batch_statuses",
+    "batch_output_file_ids",
+    "batch_error_file_ids",
+    "teckochecker_job",
+    TRIGGER_ID_VARIABLE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What could be read of a config, and what is wrong with it; fit for use without problems."""
+
+    config: Config
+    problems: list[Problem]
+
+
+@dataclass(slots=True)
+class Cursor:
+    """A node of the YAML tree, the path to it, and the list that its problems go to."""
+
+    node: yaml.Node
+    path: str
+    file: str
+    problems: list[Problem]
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.node.start_mark)
+
+    @property
+    def is_null(self) -> bool:
+        return self.node.tag == _YAML_TAG + "null"
+
+    def bad(self, what: str, cure: str, place: Place | None = None) -> None:
+        """Note a problem here; returns None, as what could not be read."""
+        self.problems.append(Problem(self.file, place or self.place, self.path, what, cure))
+
+    def text(self, cure: str) -> str | None:
+        """Return a scalar's text just as written (`0123` stays so), or None and a problem."""
+        if self.is_null:
+            return self.bad("is empty", cure)
+        if not isinstance(self.node, yaml.ScalarNode):
+            return self.bad("is not a single value", cure)
+        if self.node.tag not in _TEXT_TAGS:
+            return self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
+        return str(self.node.value).strip()
+
+    def items(self, cure: str) -> list[Cursor]:
+        """Return a list's elements, or nothing and a problem."""
+        if not isinstance(self.node, yaml.SequenceNode):
+            self.bad("is not a list", cure)
+            return []
+        return [self._child(node, f"[{i}]") for i, node in enumerate(self.node.value)]
+
+    def entries(self, cure: str) -> dict[str, Cursor]:
+        """Return a mapping's values by key, merge keys (`<<`) resolved; duplicates are problems."""
+        if not isinstance(self.node, yaml.MappingNode):
+            self.bad("is not a mapping", cure)
+            return {}
+        own: dict[str, Cursor] = {}
+        merged: dict[str, Cursor] = {}
+        for key, value in self.node.value:
+            if key.tag == _YAML_TAG + "merge":
+                merged = self._merge_sources(value) | merged
+            elif not isinstance(key, yaml.ScalarNode):
+                self.bad("a key is not a single value", cure, place_of(key.start_mark))
+            elif key.value in own:
+                first = own[key.value].place.line
+                what = f"the key {known_word(key.value)} stands here and in line {first}"
+                self.bad(what, "keep one of them", place_of(key.start_mark))
+            else:
+                own[key.value] = self._child(value, key.value)
+        return merged | own
+
+    def fields(
+        self, allowed: Iterable[str], cure: str = "write keys and values"
+    ) -> dict[str, Cursor]:
+        """Return a mapping's values by key; a key that is not allowed is a problem."""
+        names = tuple(allowed)
+        found = self.entries(cure)
+        for name in [name for name in found if name not in names]:
+            at = found.pop(name)
+            what = f"the key {known_word(name)} is not known"
+            at.path = self.path
+            at.bad(what, f"allowed here: {', '.join(names)}")
+        return found
+
+    def _merge_sources(self, node: yaml.Node) -> dict[str, Cursor]:
+        """Return what a merge key brings; of several mappings the first one wins."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        merged: dict[str, Cursor] = {}
+        for source in sources:
+            at = Cursor(source, f"{self.path}.<<", self.file, self.problems)
+            merged = at.entries("merge a mapping or a list of mappings") | merged
+        return merged
+
+    def _child(self, node: yaml.Node, key: str) -> Cursor:
+        joint = "" if not self.path or key.startswith("[") else "."
+        return Cursor(node, f"{self.path}{joint}{key}", self.file, self.problems)
+
+
+Reader = Callable[[Cursor], Any]
+T = TypeVar("T")
+
+
+def place_of(mark: Any) -> Place:  # noqa: ANN401 - the two YAML loaders have marks of their own
+    """Return the place of a YAML mark, which counts from 0."""
+    return Place(mark.line + 1, mark.column + 1)
+
+
+def known_word(key: str) -> str:
+    """Return a key for a message, unless it may be a token that someone pasted as one."""
+    return f'"{key}"' if _WORD.fullmatch(key) else "written here"
+
+
+def parse_duration(text: str) -> int | None:
+    """Return the seconds of `30s`, `1h30m`, `7d` or a whole number; None for anything else."""
+    if re.fullmatch("[0-9]{1,12}", text):
+        return int(text)
+    match = _DURATION.fullmatch(text)
+    if not text or not match or len(text) > 30:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return days * DAY_S + hours * HOUR_S + minutes * MINUTE_S + seconds
+
+
+def show_duration(seconds: float) -> str:
+    """Return seconds in the config's notation, the two largest units: `1h30m`."""
+    rest = max(0, round(seconds))
+    parts = []
+    for unit, size in (("d", DAY_S), ("h", HOUR_S), ("m", MINUTE_S), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts[:2]) or "0s"
+
+
+def is_loopback(url: str) -> bool:
+    """Return whether a URL's host is this machine."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def url_problem(url: str) -> str | None:
+    """Return what is wrong with a server's address, or None."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return "is not an address"
+    if re.search(r"[^!-~]", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
+        return "is not an address"
+    if parts.query or parts.fragment or "@" in parts.netloc:
+        return "has more than scheme, host, port and path"
+    if parts.scheme == "http" and not is_loopback(url):
+        return "is not https"
+    return None
+
+
+# --- readers: one value each; None where a problem was noted --------------------------------------
+
+
+def read_matching(pattern: str, cure: str) -> Callable[[Cursor], str | None]:
+    """Return a reader of text that matches `pattern` as a whole."""
+    compiled = re.compile(pattern)
+
+    def read(at: Cursor) -> str | None:
+        text = at.text(cure)
+        if text is None or compiled.fullmatch(text):
+            return text
+        return at.bad(f"{quoted(text)} is not one", cure)
+
+    return read
+
+
+def read_choice(*choices: str) -> Callable[[Cursor], str | None]:
+    """Return a reader of one word out of several."""
+
+    def read(at: Cursor) -> str | None:
+        cure = f"write {', '.join(choices[:-1])} or {choices[-1]}"
+        text = at.text(cure)
+        if text is None or text in choices:
+            return text
+        return at.bad(f"{quoted(text)} is not one of them", cure)
+
+    return read
+
+
+def read_duration(least_s: int, most_s: int) -> Callable[[Cursor], int | None]:
+    """Return a reader of a duration within limits, in seconds."""
+
+    def read(at: Cursor) -> int | None:
+        text = at.text("write 30s, 2m or 1h")
+        if text is None:
+            return None
+        seconds = parse_duration(text)
+        if seconds is None:
+            return at.bad(f"{quoted(text)} is not a duration", "write 30s, 2m or 1h")
+        if not least_s <= seconds <= most_s:
+            limits = f"{show_duration(least_s)} to {show_duration(most_s)}"
+            return at.bad(f"{quoted(text)} is out of range", f"write {limits}")
+        return seconds
+
+    return read
+
+
+def read_count(least: int, most: int) -> Callable[[Cursor], int | None]:
+    """Return a reader of a whole number within limits."""
+
+    def read(at: Cursor) -> int | None:
+        cure = f"write a whole number from {least} to {most}"
+        text = at.text(cure)
+        if text is None:
+            return None
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            return at.bad(f"{quoted(text)} is not one", cure)
+        return int(text)
+
+    return read
+
+
+def read_bool(at: Cursor) -> bool | None:
+    """Read true or false."""
+    text = at.text("write true or false")
+    if text is None:
+        return None
+    if at.node.tag != _YAML_TAG + "bool" or text.lower() not in _TRUTH:
+        return at.bad(f"{quoted(text)} is neither true nor false", "write true or false")
+    return _TRUTH[text.lower()]
+
+
+def read_url(at: Cursor) -> str | None:
+    """Read a server's address: https, or http on a loopback address. It is never echoed."""
+    cure = "write https://host (http only on a loopback address)"
+    text = at.text(cure)
+    if text is None:
+        return None
+    problem = url_problem(text)
+    return at.bad(problem, cure) if problem else text.rstrip("/")
+
+
+def read_stack_url(at: Cursor) -> str | None:
+    """Read a Keboola stack's address; people paste the address of a page of theirs."""
+    url = read_url(at)
+    if url is None:
+        return None
+    parts = urllib.parse.urlsplit(url)
+    if parts.path and (parts.hostname or "").startswith("connection."):
+        return at.bad("has a path", f"write {parts.scheme}://{parts.netloc}")
+    return url
+
+
+def read_path(at: Cursor) -> str | None:
+    """Read a file's path."""
+    text = at.text("write a path")
+    if text is not None and (not text or "\0" in text):
+        return at.bad("is empty", "write a path")
+    return text
+
+
+def read_batch_ids(at: Cursor) -> tuple[str, ...] | None:
+    """Read 1 to 10 different batch ids."""
+    cure = "write a list of 1 to 10 batch ids"
+    read_id = read_matching(_BATCH_ID, "write batch_ and then letters, digits, _ or -")
+    items = at.items(cure)
+    ids = [read_id(item) for item in items]
+    if isinstance(at.node, yaml.SequenceNode) and not 1 <= len(items) <= 10:
+        return at.bad(f"has {len(items)} batch ids", cure)
+    for i, (item, batch_id) in enumerate(zip(items, ids, strict=True)):
+        if batch_id is not None and batch_id in ids[:i]:
+            return item.bad(f"{quoted(batch_id)} stands here twice", "keep one of them")
+    good = tuple(batch_id for batch_id in ids if batch_id is not None)
+    return good if items and len(good) == len(items) else None
+
+
+def read_row_ids(at: Cursor) -> tuple[str, ...] | None:
+    """Read the ids of configuration rows."""
+    read_id = read_matching(_KEBOOLA_ID, "write the row's id")
+    ids = [read_id(item) for item in at.items("write a list of row ids")]
+    return None if None in ids else tuple(str(row_id) for row_id in ids)
+
+
+def read_variables(at: Cursor) -> tuple[tuple[str, str], ...] | None:
+    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
+    values = {}
+    for name, item in at.entries("write names and values").items():
+        if name in OWN_VARIABLES:
+            item.bad("the name is taken by teckochecker", "choose another name")
+        elif not re.fullmatch(_VARIABLE_NAME, name):
+            item.bad("the name is not one", "use letters, digits, _ . and -")
+        elif isinstance(item.node, yaml.ScalarNode):
+            values[name] = item.text("write a value")
+            if values[name] == "":
+                item.bad("is empty", "write a value: Keboola takes no empty ones")
+        else:
+            values[name] = compact_json(plain_value(item))
+    good = isinstance(at.node, yaml.MappingNode) and None not in values.values()
+    return tuple((name, str(value)) for name, value in values.items()) if good else None
+
+
+def plain_value(at: Cursor) -> object:
+    """Return a node as a JSON value; what is no JSON number stays the text that was written."""
+    if isinstance(at.node, yaml.SequenceNode):
+        return [plain_value(item) for item in at.items("")]
+    if isinstance(at.node, yaml.MappingNode):
+        return {key: plain_value(item) for key, item in at.entries("").items()}
+    text = str(at.node.value)
+    if at.is_null:
+        return None
+    if at.node.tag == _YAML_TAG + "bool":
+        return _TRUTH.get(text.lower(), text)
+    is_number = at.node.tag in {_YAML_TAG + "int", _YAML_TAG + "float"}
+    if is_number and re.fullmatch(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?", text):
+        return json.loads(text)
+    return text
+
+
+def read_secret_name(
+    kind: str, known: Mapping[str, object], others: Mapping[str, object]
+) -> Reader:
+    """Return a reader of the name of a secret of one type."""
+
+    def read(at: Cursor) -> str | None:
+        names = ", ".join(known) or "none there yet"
+        name = at.text(f"name a secret of type {kind}: {names}")
+        if name is None or name in known:
+            return name
+        problem = "is of another type" if name in others else "is not under secrets"
+        return at.bad(f"{quoted(name)} {problem}", f"name a secret of type {kind}: {names}")
+
+    return read
+
+
+# --- the parts of the file ------------------------------------------------------------------------
+
+_BAD: Final = object()  # a key is there, but its value has a problem that is already noted
+
+
+def read_values(found: Mapping[str, Cursor], readers: Mapping[str, Reader]) -> dict[str, Any]:
+    """Return what the readers make of the values that are there; null is `not there`."""
+    values: dict[str, Any] = {}
+    for key, at in found.items():
+        if at.is_null:
+            values[key] = None
+        else:
+            value = readers[key](at)
+            values[key] = _BAD if value is None else value
+    return values
+
+
+def is_good(values: Mapping[str, Any]) -> bool:
+    """Return whether every value could be read."""
+    return all(value is not _BAD for value in values.values())
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are there and could be read: what is left takes its default."""
+    return {key: value for key, value in values.items() if value is not None and value is not _BAD}
+
+
+def read_log(at: Cursor) -> LogSettings:
+    """Read `log`."""
+    readers: dict[str, Reader] = {
+        "level": read_choice("debug", "info", "warning", "error"),
+        "format": read_choice("auto", "console", "json"),
+        "retention": read_duration(HOUR_S, 3650 * DAY_S),
+    }
+    values = given(read_values(at.fields(readers), readers))
+    if "retention" in values:
+        values["retention_s"] = values.pop("retention")
+    return LogSettings(**values)
+
+
+def read_limits(at: Cursor, *, loopback_only: bool) -> Limits:
+    """Read `limits`; a short grace is for tests, where the stack is on a loopback address."""
+    least_grace_s = 0 if loopback_only else MIN_GRACE_S
+    readers: dict[str, Reader] = {
+        "max_concurrency": read_count(1, 100),
+        "request_timeout": read_duration(1, 60),
+        "trigger_grace": read_duration(least_grace_s, DAY_S),
+    }
+    values = given(read_values(at.fields(readers), readers))
+    for key in ("request_timeout", "trigger_grace"):
+        if key in values:
+            values[key + "_s"] = values.pop(key)
+    return Limits(**values)
+
+
+def read_source(at: Cursor, found: dict[str, Cursor]) -> SecretSource | None:
+    """Read where a secret's value comes from. What stands there is never echoed."""
+    kinds = [kind for kind in ("value", "env", "file") if kind in found]
+    cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
+    if len(kinds) != 1:
+        return at.bad(f"has {' and '.join(kinds)}" if kinds else "has no value", cure)
+    source = found[kinds[0]]
+    text = source.text(cure)
+    if text is None:
+        return None
+    if not text or "\0" in text:
+        return source.bad("is empty", cure)
+    span = (source.node.start_mark.index, source.node.end_mark.index)
+    return SecretSource(kinds[0], Secret(text), source.place, span)
+
+
+_HEADER = read_matching(_HEADER_VALUE, "write printable ASCII without spaces")
+_SECRET_READERS: Final[Mapping[str, Mapping[str, Reader]]] = {
+    "openai": {"base_url": read_url, "organization": _HEADER, "project": _HEADER},
+    "keboola": {"stack_url": read_stack_url},
+}
+
+
+def read_secret_type(at: Cursor) -> str | None:
+    """Read which of the types of secret an entry is. What stands there is never echoed."""
+    cure = "write type: openai or type: keboola"
+    entries = at.entries("write type: and what belongs to it, each on its own line")
+    if not isinstance(at.node, yaml.MappingNode):
+        return None
+    if "type" not in entries:
+        return at.bad("type is missing", cure)
+    kind = entries["type"].text(cure)
+    if kind is not None and kind not in _SECRET_READERS:
+        return entries["type"].bad("is not a type of secret", cure)
+    return kind
+
+
+def read_secret(name: str, at: Cursor) -> OpenAISecret | KeboolaSecret | None:
+    """Read one entry of `secrets`."""
+    kind = read_secret_type(at)
+    if kind is None:
+        return None
+    readers = _SECRET_READERS[kind]
+    found = at.fields(("type", "value", "env", "file", *readers))
+    values = read_values({key: found[key] for key in readers if key in found}, readers)
+    source = read_source(at, found)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        return at.bad("the name is not one", "use letters, digits, . _ and -")
+    if kind == "keboola" and values.get("stack_url") is None:
+        return at.bad("stack_url is missing", "add stack_url: https://connection.keboola.com")
+    if source is None or not is_good(values):
+        return None
+    if kind == "keboola":
+        return KeboolaSecret(name, source, **given(values))
+    return OpenAISecret(name, source, **({"base_url": OPENAI_URL} | given(values)))
+
+
+def job_readers(openai: Mapping[str, object], keboola: Mapping[str, object]) -> dict[str, Reader]:
+    """Return the readers of a job's keys, which are also those of `defaults`."""
+    keboola_id = read_matching(_KEBOOLA_ID, "copy the id from Keboola: letters, digits, . _ and -")
+    return {
+        "batch_ids": read_batch_ids,
+        "openai_secret": read_secret_name("openai", openai, keboola),
+        "keboola_secret": read_secret_name("keboola", keboola, openai),
+        "component_id": keboola_id,
+        "config_id": keboola_id,
+        "branch_id": keboola_id,
+        "config_row_ids": read_row_ids,
+        "mode": read_choice("run", "forceRun", "debug"),
+        "variables": read_variables,
+        "poll_interval": read_duration(1, DAY_S),
+        "paused": read_bool,
+    }
+
+
+def read_job(
+    name: str, at: Cursor, readers: Mapping[str, Reader], defaults: Mapping[str, Any]
+) -> Job | None:
+    """Read one job; its own values win over `defaults`."""
+    found = at.fields(readers, "write batch_ids, config_id and so on, each on its own line")
+    if not isinstance(at.node, yaml.MappingNode):
+        return None
+    values = {**defaults, **read_values(found, readers)}
+    missing = [key for key in _REQUIRED_OF_JOB if values.get(key) is None]
+    for key in missing:
+        also = "" if key == "batch_ids" else " or under defaults"
+        at.bad(f"{key} is missing", f"add {key}: here{also}")
+    if len(name) > 200 or name != name.strip() or not name or not name.isprintable():
+        return at.bad("the name is not one", "use 1 to 200 printable characters")
+    if missing or not is_good(values):
+        return None
+    chosen = given(values)
+    if "poll_interval" in chosen:
+        chosen["poll_interval_s"] = chosen.pop("poll_interval")
+    return Job(name, **chosen)
+
+
+def read_entries(at: Cursor | None, read: Callable[[str, Cursor], T | None]) -> dict[str, T]:
+    """Return what `read` makes of each entry of a mapping by name, without those it refused."""
+    entries = at.entries("write names, each with its own keys below it") if at else {}
+    values = {name: read(name, child) for name, child in entries.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(root: Cursor, path: Path, sha256: str) -> Config:
+    """Read the whole tree."""
+    parts = ("state", "key_file", "log", "limits", "secrets", "defaults", "jobs")
+    found = {k: at for k, at in root.fields(parts).items() if not at.is_null}
+    secrets = read_entries(found.get("secrets"), read_secret)
+    openai = {name: s for name, s in secrets.items() if isinstance(s, OpenAISecret)}
+    keboola = {name: s for name, s in secrets.items() if isinstance(s, KeboolaSecret)}
+    loopback_only = all(is_loopback(secret.stack_url) for secret in keboola.values())
+    paths = read_values(
+        {key: at for key, at in found.items() if key in {"state", "key_file"}},
+        {"state": read_path, "key_file": read_path},
+    )
+    readers = job_readers(openai, keboola)
+    defaults: dict[str, Any] = {}
+    if "defaults" in found:
+        defaults = read_values(found["defaults"].fields(readers), readers)
+    if "jobs" not in found:
+        root.bad("jobs is missing or empty", "list them under jobs:, or write jobs: {} for none")
+    jobs = read_entries(found.get("jobs"), lambda name, at: read_job(name, at, readers, defaults))
+    key_at = found.get("key_file") or found.get("secrets") or root
+    return Config(
+        path=path,
+        sha256=sha256,
+        state_path=path.parent / given(paths).get("state", DEFAULT_STATE),
+        key_path=path.parent / given(paths).get("key_file", DEFAULT_KEY),
+        key_place=key_at.place,
+        log=read_log(found["log"]) if "log" in found else LogSettings(),
+        limits=read_limits(found["limits"], loopback_only=loopback_only)
+        if "limits" in found
+        else Limits(),
+        openai=openai,
+        keboola=keboola,
+        jobs=jobs,
+    )
+
+
+# --- from text to tree ----------------------------------------------------------------------------
+
+
+class RefusedError(Exception):
+    """A file that is not even given to the YAML composer."""
+
+    def __init__(self, place: Place, what: str, cure: str) -> None:
+        super().__init__(what)
+        self.place, self.what, self.cure = place, what, cure
+
+
+def guard_aliases(events: Iterable[yaml.Event]) -> None:
+    """Refuse nesting over MAX_DEPTH and aliases that add more than MAX_ALIAS_NODES nodes.
+
+    The size of what an alias stands for counts the aliases inside it, so that a bomb is seen
+    before it goes off.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []  # the anchor, and the count when it was opened
+    count = added = 0
+    for event in events:
+        place = place_of(event.start_mark)
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            if len(open_nodes) > MAX_DEPTH:
+                raise RefusedError(place, f"nests deeper than {MAX_DEPTH}", "flatten it")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = count - before + 1
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise RefusedError(place, "an alias stands inside what it names", "take it out")
+            size = sizes.get(str(event.anchor), 1)
+            added += size
+            count += size
+            if added > MAX_ALIAS_NODES:
+                raise RefusedError(place, "aliases repeat too much", "write fewer of them")
+        if isinstance(event, yaml.NodeEvent):
+            count += 1
+
+
+def guard(text: str) -> None:
+    """Refuse what would cost the process its stack, its memory or its time, before composing it."""
+    if not text.strip("\ufeff \t\r\n"):
+        raise RefusedError(Place(), "the file is empty", "write a config; see config.example.yaml")
+    unprintable = _UNPRINTABLE.search(text)
+    if unprintable:
+        line = text.count("\n", 0, unprintable.start()) + 1
+        column = unprintable.start() - (text.rfind("\n", 0, unprintable.start()) + 1) + 1
+        what = f"has the control character {ord(unprintable[0]):#04x}"
+        raise RefusedError(Place(line, column), what, "a config is plain text: take it out")
+    guard_aliases(yaml.parse(text, Loader=_YAML_LOADER))
+
+
+def compose(text: str, path: Path, problems: list[Problem]) -> Cursor | None:
+    """Return a cursor at the root of the YAML tree, or None and a problem."""
+    try:
+        guard(text)
+        node = yaml.compose(text, Loader=_YAML_LOADER)
+    except RefusedError as refused:
+        problems.append(Problem(str(path), refused.place, "", refused.what, refused.cure))
+        return None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        what = " ".join(
+            filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))
+        )
+        place = place_of(mark) if mark else Place()
+        cure = "mend the YAML here or just above: indentation, quotes, brackets"
+        problems.append(Problem(str(path), place, "", f"is not YAML: {what or 'unreadable'}", cure))
+        return None
+    if not isinstance(node, yaml.MappingNode):
+        where = place_of(node.start_mark) if node else Place()
+        cure = "write secrets:, jobs: and so on; see config.example.yaml"
+        problems.append(Problem(str(path), where, "", "is not a mapping of keys", cure))
+        return None
+    return Cursor(node, "", str(path), problems)
+
+
+def parse_config(text: str, path: Path) -> Draft:
+    """Return the config that `text` says, and everything that is wrong with it.
+
+    `path` is the file's name for messages, and what relative paths in it are relative to. Where
+    there are problems, the config holds what could be read: `status` finds the state file with it.
+    """
+    problems: list[Problem] = []
+    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    root = compose(text, path, problems)
+    if root is None:
+        state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
+        state_path = path.parent / (state[1].strip() if state else DEFAULT_STATE)
+        return Draft(Config(path, sha256, state_path, path.parent / DEFAULT_KEY), problems)
+    return Draft(read_config(root, path, sha256), problems)
+
+
+def secret_values(text: str, path: Path, problems: list[Problem]) -> list[Cursor]:
+    """Return where each `secrets.NAME.value` stands, whatever else is wrong with the config."""
+    root = compose(text, path, problems)
+    found = root.entries("") if root else {}
+    secrets = found["secrets"].entries("write names") if "secrets" in found else {}
+    inside = [at.entries("write type, value and so on") for at in secrets.values()]
+    return [entries["value"] for entries in inside if "value" in entries]
+
+
+# ==================================================================================================
+# 4. Secrets: keys, opening, and keeping values out of sight
+# ==================================================================================================
+
+KEY_VARIABLE: Final = "TECKOCHECKER_KEY"
+MAKE_KEY: Final = (
+    "python3 -c 'from cryptography.fernet import Fernet; print(Fernet.generate_key().decode())'"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRead:
+    """A file as it was read at one moment: its bytes and permission bits, or why not."""
+
+    data: bytes = b""
+    mode: int = 0
+    error: OSError | None = None
+
+    def digest(self) -> bytes:
+        """Return what tells this reading from a different one."""
+        failure = self.error.errno if self.error else None
+        return hashlib.sha256(repr((failure, self.mode)).encode() + self.data).digest()
+
+
+class Files:
+    """Reads each file once, so that what is compared and what is parsed are the same bytes."""
+
+    def __init__(self) -> None:
+        self._read: dict[Path, FileRead] = {}
+
+    def read(self, path: Path) -> FileRead:
+        """Return the file, at most MAX_FILE_BYTES and one byte of it."""
+        if path not in self._read:
+            self._read[path] = self._read_now(path)
+        return self._read[path]
+
+    def fingerprint(self) -> Mapping[Path, bytes]:
+        """Return a digest of every file that was read."""
+        return {path: read.digest() for path, read in self._read.items()}
+
+    @staticmethod
+    def _read_now(path: Path) -> FileRead:
+        try:
+            # Without O_NONBLOCK, a named pipe would hold the process until someone writes to it.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EINVAL, "Not a regular file")
+                return FileRead(file.read(MAX_FILE_BYTES + 1), stat.S_IMODE(status.st_mode))
+        except OSError as error:
+            return FileRead(error=error)
+
+
+class Redactor:
+    """Replaces every secret value it knows; it never forgets one, also not after a reload."""
+
+    MASK: Final = "***"
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._pattern: re.Pattern[str] | None = None
+
+    def learn(self, secrets: Iterable[Secret]) -> None:
+        """Add values, each also in the forms in which JSON and URLs write it."""
+        for secret in secrets:
+            value = secret.reveal()
+            quoted_forms = {json.dumps(value)[1:-1], urllib.parse.quote(value, safe="")}
+            self._known |= {form for form in {value} | quoted_forms if form}
+        longest_first = sorted(self._known, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if self._known else None
+
+    def text(self, text: str) -> str:
+        """Return `text` without any secret."""
+        return self._pattern.sub(self.MASK, text) if self._pattern else text
+
+    def body(self, body: bytes, *, is_data: bool) -> bytes:
+        """Return a server's answer without the tokens that it may echo.
+
+        In data only long ones are looked for: a short one could be part of an honest id.
+        """
+        for form in self._known:
+            if (len(form) >= 16 or not is_data) and form.encode() in body:
+                body = body.replace(form.encode(), self.MASK.encode())
+        return body
+
+    def tree(self, value: object) -> object:
+        """Return a log field's value without any secret; what is not JSON becomes its repr."""
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {self.text(str(key)): self.tree(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self.tree(item) for item in value]
+        return self.text(repr(value))
+
+
+class Keyring:
+    """The Fernet keys (AES-128-CBC with HMAC-SHA256): the first encrypts, all decrypt."""
+
+    def __init__(self, keys: Sequence[Secret]) -> None:
+        """Take keys in order; raises ValueError for what is not a Fernet key."""
+        self._fernet = MultiFernet([Fernet(key.reveal()) for key in keys])
+
+    def encrypt(self, value: Secret) -> str:
+        """Return a token that only these keys open."""
+        return self._fernet.encrypt(value.reveal().encode()).decode()
+
+    def decrypt(self, token: str) -> Secret | None:
+        """Return what is in a token, or None if these keys do not open it."""
+        try:
+            return Secret(self._fernet.decrypt(token.encode()).decode())
+        except (InvalidToken, ValueError):  # ValueError: non-ASCII token, or binary inside
+            return None
+
+    def rotate(self, token: str) -> str:
+        """Return the token closed again with the first key, its time stamp kept."""
+        return self._fernet.rotate(token).decode()
+
+
+def looks_encrypted(value: str) -> bool:
+    """Return whether a value has the form of a Fernet token, whoever's key it is for."""
+    try:
+        data = base64.urlsafe_b64decode(value)
+    except (binascii.Error, ValueError):
+        return False
+    return len(data) >= 73 and data[0] == 0x80
+
+
+def check_secret_value(text: str) -> str | None:
+    """Return what is wrong with a secret's value, or None."""
+    if not text:
+        return "is empty"
+    # A newline inside a header value makes httpx print the whole value in its exception.
+    if not all(" " <= c <= "~" for c in text):
+        return "has characters that are not printable ASCII"
+    return None
+
+
+class Opener:
+    """Opens a config's secrets, and notes what is in the way, each problem at its place."""
+
+    def __init__(self, config: Config, files: Files, env: Mapping[str, str]) -> None:
+        self.config = config
+        self.files = files
+        self.env = env
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.keys: tuple[Secret, ...] = ()
+
+    def bad(self, place: Place, path: str, what: str, cure: str) -> None:
+        """Note a problem; returns None, as what could not be opened."""
+        self.problems.append(Problem(str(self.config.path), place, path, what, cure))
+
+    def open_all(self) -> dict[str, Secret]:
+        """Return every secret that opens, by name; `problems` tells of the others."""
+        sources: dict[str, SecretSource] = {}
+        sources |= {name: secret.source for name, secret in self.config.openai.items()}
+        sources |= {name: secret.source for name, secret in self.config.keboola.items()}
+        keyring = None
+        if any(source.kind == "value" for source in sources.values()):
+            keyring = self.keyring()
+        opened = {name: self._open(name, source, keyring) for name, source in sources.items()}
+        return {name: secret for name, secret in opened.items() if secret is not None}
+
+    def keyring(self) -> Keyring | None:
+        """Return the keys from the first of the three places that has any."""
+        text = self.env.get(KEY_VARIABLE, "").strip()
+        if text:
+            return self._parse_keys(text, f"${KEY_VARIABLE}")
+        directory = self.env.get("CREDENTIALS_DIRECTORY")
+        if directory:
+            credential = Path(directory) / DEFAULT_KEY
+            read = self.files.read(credential)
+            if not isinstance(read.error, FileNotFoundError):
+                return self._read_keys(credential, read)
+        read = self.files.read(self.config.key_path)
+        if read.error is None and not self._is_private(read.mode):
+            return None
+        return self._read_keys(self.config.key_path, read)
+
+    def _is_private(self, mode: int) -> bool:
+        """Check a key file's permissions: others must not read it, the group should not."""
+        path = self.config.key_path
+        if mode & stat.S_IRWXO:
+            what = f"{path} can be read by others (mode {mode:04o})"
+            self.bad(self.config.key_place, "key_file", what, f"run: chmod 600 {path}")
+        elif mode & stat.S_IRWXG:
+            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
+        return not mode & stat.S_IRWXO
+
+    def _read_keys(self, path: Path, read: FileRead) -> Keyring | None:
+        if read.error:
+            what = f"cannot read the key file {path}: {read.error.strerror}"
+            cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
+            return self.bad(self.config.key_place, "key_file", what, cure)
+        return self._parse_keys(read.data.decode("ascii", "replace"), str(path))
+
+    def _parse_keys(self, text: str, where: str) -> Keyring | None:
+        lines = (line.split("#")[0] for line in text.splitlines())
+        keys = [Secret(key) for line in lines for key in line.replace(",", " ").split()]
+        try:
+            if keys:
+                self.keys = tuple(keys)
+                return Keyring(keys)
+        except ValueError:
+            pass
+        what = f"{where} holds {'something else than Fernet keys' if keys else 'no key'}"
+        return self.bad(self.config.key_place, "key_file", what, f"make one: {MAKE_KEY}")
+
+    def _open(self, name: str, source: SecretSource, keyring: Keyring | None) -> Secret | None:
+        path = f"secrets.{name}.{source.kind}"
+        text = source.text.reveal()
+        if source.kind == "value":
+            secret = self._decrypt(source, path, keyring)
+        elif source.kind == "env":
+            value = self.env.get(text)
+            secret = (
+                Secret(value.strip())
+                if value is not None
+                else self.bad(
+                    source.place,
+                    path,
+                    "the environment has no such variable",
+                    "set it, or correct the name",
+                )
+            )
+        else:
+            secret = self._read_secret_file(source, path, text)
+        if secret is None:
+            return None
+        problem = check_secret_value(secret.reveal())
+        if problem:
+            return self.bad(
+                source.place, path, f"the secret {problem}", "put the token there, alone"
+            )
+        return secret
+
+    def _decrypt(self, source: SecretSource, path: str, keyring: Keyring | None) -> Secret | None:
+        if keyring is None:
+            return None  # noted already, where the key was looked for
+        secret = keyring.decrypt(source.text.reveal())
+        if secret is not None:
+            return Secret(secret.reveal().strip())
+        command = f"run: teckochecker.py --config {self.config.path} encrypt"
+        if looks_encrypted(source.text.reveal()):
+            what = "is encrypted with another key"
+            return self.bad(
+                source.place,
+                path,
+                what,
+                f"bring that key back, or write the token in plain and {command}",
+            )
+        return self.bad(source.place, path, "is not encrypted", command)
+
+    def _read_secret_file(self, source: SecretSource, path: str, text: str) -> Secret | None:
+        # Relative paths are relative to the config; an absolute one replaces that altogether.
+        read = self.files.read(self.config.path.parent / text)
+        if read.error:
+            what = f"cannot read the file: {read.error.strerror}"
+            return self.bad(source.place, path, what, "correct the path or its permissions")
+        if len(read.data) > 65536:
+            return self.bad(
+                source.place, path, "the file is over 64 KiB", "put the token there, alone"
+            )
+        return Secret(read.data.decode("utf-8", "replace").strip())
+
+
+def read_draft(path: Path, files: Files) -> Draft:
+    """Return what the file says so far as it can be read; never raises for what is in it."""
+    read = files.read(path)
+    nothing = Config(path, "", path.parent / DEFAULT_STATE, path.parent / DEFAULT_KEY)
+
+    def refuse(what: str, cure: str, place: Place | None = None) -> Draft:
+        return Draft(nothing, [Problem(str(path), place or Place(), "", what, cure)])
+
+    if read.error:
+        cure = "check the path, or pass --config PATH"
+        return refuse(f"cannot be read: {read.error.strerror}", cure)
+    if len(read.data) > MAX_FILE_BYTES:
+        return refuse("is over 16 MiB", "a config is smaller: check the path")
+    try:
+        return parse_config(read.data.decode(), path)
+    except UnicodeDecodeError as error:
+        before = read.data[: error.start]
+        place = Place(before.count(b"\n") + 1, len(before) - before.rfind(b"\n"))
+        return refuse("is not UTF-8 text", "save it as UTF-8", place)
+
+
+def load_setup(path: Path, files: Files, env: Mapping[str, str], redactor: Redactor) -> Setup:
+    """Return the config with its secrets opened: the one way in for start, reload and `check`.
+
+    Raises ConfigError with every problem of the file, the key and the secrets.
+    """
+    draft = read_draft(path, files)
+    opener = Opener(draft.config, files, env)
+    secrets = opener.open_all()
+    redactor.learn((*secrets.values(), *opener.keys))
+    problems = [*draft.problems, *opener.problems]
+    if problems:
+        raise ConfigError(problems)
+    return Setup(draft.config, secrets, tuple(opener.warnings))
+
+
+def account_of(setup: Setup, job: Job) -> Account:
+    """Return the OpenAI account that a job's batches are looked at with."""
+    secret = setup.config.openai[job.openai_secret]
+    key = setup.secrets[secret.name]
+    return Account(key, secret.base_url, secret.organization, secret.project)
+
+
+# ==================================================================================================
+# 5. Decisions: pure functions. No I/O, no clock, no randomness of their own
+# ==================================================================================================
+
+MAX_BACKOFF_S: Final = HOUR_S
+FIRST_TRIGGER_BACKOFF_S: Final = 5
+FIRST_REJECTED_BACKOFF_S: Final = 5 * MINUTE_S
+CLEAR_SEARCHES_NEEDED: Final = 2
+CURABLE_REJECTIONS: Final = frozenset({401, 402, 403, 404, 409, 423})
+RETRYABLE: Final = frozenset({408, 409, 429})
+
+
+def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | None = None) -> float:
+    """Return how long to wait after the n-th failure in a row: doubling, an hour at most.
+
+    `jitter` from 0 to 1 spreads the wait over its upper quarter; `asked_s` is what a server asked
+    for: obeyed where it is longer, but an hour is the most here too.
+    """
+    doubled = min(MAX_BACKOFF_S, first_s * 2.0 ** min(max(failures, 1) - 1, 16))
+    spread = doubled * (0.75 + 0.25 * jitter)
+    return min(MAX_BACKOFF_S, max(spread, asked_s or 0.0))
+
+
+def seen_again(known: Batch, seen: Batch) -> Batch:
+    """Return what to remember of a batch after a look: a terminal status is never overwritten."""
+    return known if known.is_terminal else seen
+
+
+def trigger_id(name: str, batch_ids: Iterable[str], rerun: int) -> str:
+    """Return the id that makes a trigger recognizable at Keboola, the same on every machine.
+
+    It is the SHA-256 of ASCII JSON, so that it survives the loss of the state file.
+    """
+    identity = compact_json([1, name, sorted(batch_ids), rerun])
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def keboola_variables(job: Job, batches: Sequence[Batch], trigger: str) -> dict[str, str]:
+    """Return the variables that a Keboola job gets, all of them non-empty text."""
+    completed = [batch.id for batch in batches if batch.status == BatchStatus.COMPLETED]
+    failed = [batch.id for batch in batches if batch.status != BatchStatus.COMPLETED]
+    outputs = {batch.id: batch.output_file_id for batch in batches if batch.output_file_id}
+    errors = {batch.id: batch.error_file_id for batch in batches if batch.error_file_id}
+    return {
+        **dict(job.variables),
+        "batch_ids_completed": compact_json(completed),
+        "batch_ids_failed": compact_json(failed),
+        "batch_count_total": str(len(batches)),
+        "batch_count_completed": str(len(completed)),
+        "batch_count_failed": str(len(failed)),
+        "batch_statuses": compact_json({batch.id: batch.status for batch in batches}),
+        "batch_output_file_ids": compact_json(outputs),
+        "batch_error_file_ids": compact_json(errors),
+        "teckochecker_job": job.name,
+        TRIGGER_ID_VARIABLE: trigger,
+    }
+
+
+def keboola_payload(job: Job, target: Target, batches: Sequence[Batch], trigger: str) -> str:
+    """Return the body of `POST /jobs` (Keboola Job Queue API)."""
+    variables = keboola_variables(job, batches, trigger)
+    body: dict[str, object] = {
+        "component": target.component_id,
+        "config": target.config_id,
+        "mode": job.mode,
+    }
+    if target.branch_id:
+        body["branchId"] = target.branch_id
+    if job.config_row_ids:
+        body["configRowIds"] = list(job.config_row_ids)
+    values = [{"name": name, "value": value} for name, value in variables.items()]
+    body["variableValuesData"] = {"values": values}
+    return compact_json(body)
+
+
+def trigger_basis(job: Job, target: Target, token: Secret) -> str:
+    """Return a digest of what Keboola judges a trigger by.
+
+    A rejected one is worth another try when target, variables or token are different ones.
+    """
+    digest = hashlib.sha256(token.reveal().encode()).hexdigest()
+    parts = [repr(target), job.mode, job.config_row_ids, sorted(job.variables), digest]
+    return hashlib.sha256(compact_json(parts).encode()).hexdigest()
+
+
+def new_trigger(work: Work, job: Job, target: Target, token: Secret, now: float) -> Trigger:
+    """Return the intent to start the work's Keboola job; an id that was stored is kept."""
+    old = work.trigger if work.trigger and work.trigger.rerun == work.rerun else None
+    ids = [batch.id for batch in work.batches]
+    own_id = old.id if old else trigger_id(work.name, ids, work.rerun)
+    return Trigger(
+        id=own_id,
+        rerun=work.rerun,
+        state=TriggerState.INTENT,
+        target=target,
+        secret=job.keboola_secret,
+        payload=keboola_payload(job, target, work.batches, own_id),
+        basis=trigger_basis(job, target, token),
+        created_at=now,
+        failures=old.failures if old else 0,
+    )
+
+
+def search_from(batches: Sequence[Batch], now: float) -> float | None:
+    """Return since when a Keboola job for these batches can exist, as Unix seconds, or None.
+
+    An hour covers clocks that differ between the two companies; a time in the future is nonsense
+    and would hide every job, so it bounds nothing.
+    """
+    ended = [batch.ended_at for batch in batches if batch.ended_at]
+    created = [batch.created_at for batch in batches if batch.created_at]
+    bound: float = max(ended) - HOUR_S if ended else min(created, default=now)
+    return bound if bound < now else None
+
+
+def oldest_of(jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJob]:
+    """Return the Keboola jobs that carry a trigger id, the oldest first: that one is ours."""
+    never = datetime.max.replace(tzinfo=UTC)
+    ours = [job for job in jobs if job.trigger_id == trigger]
+    return sorted(ours, key=lambda job: (job.created_time or never, len(job.id), job.id))
+
+
+def job_status(work: Work) -> JobStatus:
+    """Return the status of a piece of work, as people see it."""
+    if work.is_finished:
+        whole = all(batch.status == BatchStatus.COMPLETED for batch in work.batches)
+        return JobStatus.COMPLETED if whole else JobStatus.COMPLETED_WITH_FAILURES
+    if work.paused:
+        return JobStatus.PAUSED
+    if work.trigger and work.trigger.state == TriggerState.REJECTED:
+        return JobStatus.FAILED
+    return JobStatus.TRIGGERING if work.is_ready or work.trigger else JobStatus.ACTIVE
+
+
+def error_of(work: Work) -> str | None:
+    """Return what is wrong with a piece of work now, or None."""
+    if work.is_finished:
+        return None
+    return (work.trigger.error if work.trigger else None) or work.error
+
+
+def needs_person(work: Work) -> bool:
+    """Return whether a job has an error or waits for someone, which is what exit code 1 says."""
+    if work.is_finished or work.paused:
+        return False
+    unsettled = work.trigger is not None and work.trigger.state != TriggerState.SENT
+    return unsettled or error_of(work) is not None
+
+
+# --- the trigger, step by step --------------------------------------------------------------------
+#
+#   (ready) --> intent --search: clear--> sending --POST--> sent
+#                 ^  ^                       |
+#                 |  +------ not sent -------+------ rejected --(a new basis, retry)--> intent
+#                 |                          |
+#                 |                          +------ unknown --search: found----------> sent
+#                 |                                     |
+#                 +---- retry --force ------------------+--two clear searches, the last one at
+#                                                          least the grace later--> sending
+#   A `sending` that is found at start becomes `unknown`. Any search that finds ours: sent.
+
+
+class Step(enum.Enum):
+    """What to do next for a trigger."""
+
+    REST = "rest"  # nothing, until a person or the config changes something
+    WAIT = "wait"
+    ARM = "arm"  # make a fresh intent of a rejected trigger
+    SEARCH = "search"
+    POST = "post"
+
+
+def next_step(trigger: Trigger, *, may_post: bool, is_due: bool) -> Step:
+    """Return what to do next for a trigger. A POST comes only after a search: `after_search`."""
+    match trigger.state:
+        case TriggerState.SENT:
+            return Step.REST
+        case TriggerState.REJECTED:
+            if not may_post or trigger.next_try_at is None:
+                return Step.REST
+            return Step.ARM if is_due else Step.WAIT
+        case TriggerState.INTENT if not may_post:
+            return Step.REST
+        case _:
+            return Step.SEARCH if is_due else Step.WAIT
+
+
+def search_spacing_s(grace_s: float) -> float:
+    """Return how far apart the searches for an unknown trigger are, apart from the grace itself."""
+    return min(10.0, max(0.1, grace_s / 4))
+
+
+def after_clear_search(
+    trigger: Trigger, *, unknown_for_s: float, grace_s: float, may_post: bool, now: float
+) -> tuple[Trigger, Step]:
+    """Return the trigger after a complete search without errors that did not find it, and a step.
+
+    `unknown_for_s` is the time between the record of the unknown outcome and the search's start.
+    """
+    if trigger.state != TriggerState.UNKNOWN:
+        return trigger, Step.POST if may_post else Step.REST
+    clear = replace(trigger, clear_searches=trigger.clear_searches + 1, failures=0)
+    is_late = unknown_for_s >= grace_s
+    if is_late and clear.clear_searches >= CLEAR_SEARCHES_NEEDED:
+        if may_post:
+            return clear, Step.POST
+        # Paused or removed: someone's else's job may still show up, so that the search goes on.
+        return replace(clear, next_try_at=now + HOUR_S), Step.WAIT
+    wait_s = search_spacing_s(grace_s) if is_late else max(grace_s - unknown_for_s, 0.1)
+    return replace(clear, next_try_at=now + wait_s), Step.WAIT
+
+
+def after_failed_search(
+    trigger: Trigger, error: ApiError, *, now: float, jitter: float
+) -> tuple[Trigger, Step]:
+    """Return the trigger after a search that could not be completed, and a step.
+
+    It says nothing, so nothing is sent; unless a person has said `retry --force`.
+    """
+    if trigger.forced and trigger.state == TriggerState.INTENT:
+        return trigger, Step.POST
+    failures = trigger.failures + 1
+    wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
+    text = f"cannot search Keboola for an earlier start: {error}"
+    return replace(trigger, failures=failures, error=text, next_try_at=now + wait_s), Step.WAIT
+
+
+def found(trigger: Trigger, job: KeboolaJob, now: float) -> Trigger:
+    """Return the trigger once its Keboola job is known."""
+    return replace(
+        trigger,
+        state=TriggerState.SENT,
+        sent_at=now,
+        keboola_job_id=job.id,
+        keboola_status=job.status,
+        url=job.url,
+        error=None,
+        failures=0,
+        forced=False,
+        next_try_at=None,
+    )
+
+
+def as_sending(trigger: Trigger, now: float) -> Trigger:
+    """Return the trigger as it must be stored before its POST."""
+    return replace(
+        trigger,
+        state=TriggerState.SENDING,
+        sending_at=now,
+        unknown_at=None,
+        clear_searches=0,
+        forced=False,
+        next_try_at=None,
+    )
+
+
+def as_unknown(trigger: Trigger, error: str, *, grace_s: float, now: float) -> Trigger:
+    """Return the trigger when the outcome of its POST cannot be told."""
+    return replace(
+        trigger,
+        state=TriggerState.UNKNOWN,
+        unknown_at=now,
+        clear_searches=0,
+        failures=0,
+        error=f"it is not known whether Keboola took the job: {error}",
+        next_try_at=now + search_spacing_s(grace_s),
+    )
+
+
+def after_failed_post(
+    trigger: Trigger, error: ApiError, *, grace_s: float, now: float, jitter: float
+) -> Trigger:
+    """Return the trigger after a POST that brought no job id: not sent, rejected or unknown."""
+    failures = trigger.failures + 1
+    next_try_at: float | None
+    if not error.sent or error.status == 429:
+        wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
+        next_try_at = now + wait_s
+        text = f"Keboola was not reached: {error}" if not error.sent else str(error)
+        state = TriggerState.INTENT
+    elif error.status is not None and 400 <= error.status < 500 and error.status != 408:
+        curable = error.status in CURABLE_REJECTIONS
+        wait_s = backoff_s(failures, FIRST_REJECTED_BACKOFF_S, jitter, error.retry_after_s)
+        next_try_at = now + wait_s if curable else None
+        text, state = str(error), TriggerState.REJECTED
+    else:
+        return as_unknown(trigger, str(error), grace_s=grace_s, now=now)
+    return replace(trigger, state=state, failures=failures, error=text, next_try_at=next_try_at)
+
+
+def as_of_now(trigger: Trigger, now: float) -> Trigger:
+    """Return a stored trigger with no time in the future that this program would not have set.
+
+    They tell that the clock was set back meanwhile, and would else hold the trigger until it
+    has caught up.
+    """
+    stamps = (trigger.created_at, trigger.sending_at, trigger.unknown_at)
+    is_ahead = any(at is not None and at > now for at in stamps)
+    next_try_at = trigger.next_try_at
+    if next_try_at is not None and (is_ahead or next_try_at > now + max(MAX_BACKOFF_S, DAY_S)):
+        next_try_at = now
+    unknown_at = None if trigger.unknown_at is None else min(trigger.unknown_at, now)
+    return replace(trigger, next_try_at=next_try_at, unknown_at=unknown_at)
+
+
+# --- which row of the state file a job of the config is -------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A row of the state file, as far as it matters for whose it is."""
+
+    id: int
+    name: str
+    batch_ids: frozenset[str]
+    target: Target
+    is_finished: bool
+
+
+def assign(
+    jobs: Mapping[str, Job], targets: Mapping[str, Target], rows: Sequence[Known]
+) -> dict[str, int]:
+    """Return the row of each job that has one; the others are new work.
+
+    A piece of work is a name and a set of ids. A new one with the ids and the target of a job that
+    has left the config is that job under a new name, not new work.
+    """
+    by_work = {(row.name, row.batch_ids): row.id for row in rows}
+    absent: dict[tuple[frozenset[str], Target], list[Known]] = {}
+    for row in sorted(rows, key=lambda row: (not row.is_finished, row.id), reverse=True):
+        if row.name not in jobs:
+            absent.setdefault((row.batch_ids, row.target), []).append(row)
+    assigned = {}
+    for name, job in jobs.items():
+        ids = frozenset(job.batch_ids)
+        if (name, ids) in by_work:
+            assigned[name] = by_work[name, ids]
+        elif absent.get((ids, targets[name])):
+            assigned[name] = absent[ids, targets[name]].pop().id
+    return assigned
+
+
+# --- what a look and a person's request make of a piece of work -----------------------------------
+
+
+def after_look(
+    work: Work,
+    seen: Mapping[str, Batch | ApiError],
+    *,
+    interval_s: float,
+    now: float,
+    jitter: float,
+) -> tuple[Work, list[Event]]:
+    """Return the work after a look at its unfinished batches, and what is worth telling of it.
+
+    One failed look never fails a job: it shows the error and is looked at again, each time later.
+    """
+    found_batches = {key: value for key, value in seen.items() if isinstance(value, Batch)}
+    batches = tuple(seen_again(b, found_batches.get(b.id, b)) for b in work.batches)
+    errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
+    failures = work.failures + 1 if errors else 0
+    wait_s = interval_s
+    if errors:
+        asked_s = max((error.retry_after_s or 0.0 for error in errors.values()), default=0.0)
+        wait_s = backoff_s(failures, interval_s, jitter, asked_s)
+    after = replace(
+        work,
+        batches=batches,
+        error=look_error(errors),
+        failures=failures,
+        last_check_at=now,
+        next_check_at=None if all(b.is_terminal for b in batches) else now + wait_s,
+    )
+    events = [
+        batch_event(work, b)
+        for b, old in zip(batches, work.batches, strict=True)
+        if b.status != old.status
+    ]
+    return after, events + look_events(work, after, errors)
+
+
+def look_error(errors: Mapping[str, ApiError]) -> str | None:
+    """Return what is wrong with the last look at a job, or None."""
+    if not errors:
+        return None
+    batch_id, error = next(iter(errors.items()))
+    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{batch_id}: {error}{others}"
+
+
+def batch_event(work: Work, batch: Batch) -> Event:
+    """Return the news that a batch has a new status."""
+    fields_ = {"batch_id": batch.id, "status": batch.status}
+    if batch.status not in KNOWN_STATUSES:
+        return Event("batch_status_unknown", "warning", work.name, fields_)
+    level = "warning" if batch.is_terminal and batch.status != BatchStatus.COMPLETED else "info"
+    return Event("batch_status_changed", level, work.name, fields_)
+
+
+def look_events(before: Work, after: Work, errors: Mapping[str, ApiError]) -> list[Event]:
+    """Return the news of a look that went wrong, or right again; an old error is no news."""
+    if after.error == before.error:
+        return []
+    if after.error is None:
+        return [Event("look_recovered", "info", after.name)]
+    batch_id, error = next(iter(errors.items()))
+    fields_ = {"batch_id": batch_id, "error": after.error, "status": error.status}
+    return [
+        Event("look_failed", "warning", after.name, {**fields_, "request_id": error.request_id})
+    ]
+
+
+def after_retry(work: Work, *, force: bool, now: float) -> tuple[Work, str | None]:
+    """Return the work after `retry`, and why nothing could be done, if so."""
+    trigger = work.trigger
+    if trigger is None:
+        return replace(work, failures=0, next_check_at=now), None
+    again = replace(trigger, failures=0, next_try_at=now)
+    match trigger.state:
+        case TriggerState.SENT if force:
+            return replace(work, rerun=work.rerun + 1, completed_at=None, trigger=None), None
+        case TriggerState.SENT:
+            return work, "it is triggered; --force starts the Keboola job once more"
+        case TriggerState.SENDING:
+            return work, "its Keboola job is being started now"
+        case TriggerState.UNKNOWN | TriggerState.INTENT if force:
+            again = replace(again, state=TriggerState.INTENT, forced=True)
+        case _:
+            pass
+    return replace(work, trigger=again), None
+
+
+# ==================================================================================================
+# 6. State: what must survive a crash, in one SQLite file
+# ==================================================================================================
+
+# Each migration is a list of statements, run in one transaction; its number is the user_version
+# that it leads to. Times are Unix seconds. Nothing here is ever a secret.
+MIGRATIONS: Final[Sequence[Sequence[str]]] = (
+    (
+        """
+        CREATE TABLE jobs (            -- one row for each piece of work, for ever
+            id            INTEGER PRIMARY KEY,
+            name          TEXT NOT NULL,
+            batch_key     TEXT NOT NULL,  -- JSON list of the sorted batch ids
+            stack_url     TEXT NOT NULL,
+            component_id  TEXT NOT NULL,
+            config_id     TEXT NOT NULL,
+            branch_id     TEXT,
+            position      INTEGER,        -- in the config; NULL: not in it now
+            paused        INTEGER NOT NULL DEFAULT 0,
+            rerun         INTEGER NOT NULL DEFAULT 0,
+            error         TEXT,
+            failures      INTEGER NOT NULL DEFAULT 0,
+            last_check_at REAL,
+            next_check_at REAL,
+            completed_at  REAL,
+            UNIQUE (name, batch_key)
+        ) STRICT""",
+        """
+        CREATE TABLE batches (
+            job_id         INTEGER NOT NULL REFERENCES jobs (id),
+            position       INTEGER NOT NULL,  -- in the config's list
+            id             TEXT NOT NULL,
+            status         TEXT,              -- NULL: not looked at yet
+            total          INTEGER,
+            completed      INTEGER,
+            failed         INTEGER,
+            output_file_id TEXT,
+            error_file_id  TEXT,
+            created_at     REAL,
+            ended_at       REAL,
+            error          TEXT,
+            PRIMARY KEY (job_id, id)
+        ) STRICT, WITHOUT ROWID""",
+        """
+        CREATE TABLE triggers (
+            job_id         INTEGER NOT NULL REFERENCES jobs (id),
+            rerun          INTEGER NOT NULL,
+            id             TEXT NOT NULL,
+            state          TEXT NOT NULL CHECK (
+                state IN ('intent', 'sending', 'sent', 'rejected', 'unknown')),
+            stack_url      TEXT NOT NULL,
+            component_id   TEXT NOT NULL,
+            config_id      TEXT NOT NULL,
+            branch_id      TEXT,
+            secret         TEXT NOT NULL,     -- the name of the secret
+            payload        TEXT NOT NULL,
+            basis          TEXT NOT NULL,
+            created_at     REAL NOT NULL,
+            sending_at     REAL,
+            unknown_at     REAL,
+            clear_searches INTEGER NOT NULL DEFAULT 0,
+            forced         INTEGER NOT NULL DEFAULT 0,
+            failures       INTEGER NOT NULL DEFAULT 0,
+            next_try_at    REAL,
+            sent_at        REAL,
+            keboola_job_id TEXT,
+            keboola_status TEXT,
+            url            TEXT,
+            error          TEXT,
+            PRIMARY KEY (job_id, rerun)
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX triggers_by_state ON triggers (state) WHERE state <> 'sent'",
+        """
+        CREATE TABLE logs (
+            id     INTEGER PRIMARY KEY,
+            at     REAL NOT NULL,
+            level  TEXT NOT NULL,
+            event  TEXT NOT NULL,
+            job    TEXT,
+            fields TEXT NOT NULL              -- JSON object
+        ) STRICT""",
+        "CREATE INDEX logs_by_time ON logs (at)",
+        """
+        CREATE TABLE requests (               -- what people asked for with `retry`
+            id      INTEGER PRIMARY KEY,
+            at      REAL NOT NULL,
+            job     TEXT NOT NULL,
+            force   INTEGER NOT NULL,
+            done_at REAL
+        ) STRICT""",
+        """
+        CREATE TABLE meta (                   -- about the process: which config it runs with
+            key   TEXT PRIMARY KEY,
+            value TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID""",
+    ),
+)
+
+_WORK_COLUMNS: Final = (
+    "id, name, stack_url, component_id, config_id, branch_id, position, paused, rerun, error,"
+    " failures, last_check_at, next_check_at, completed_at"
+)
+_BATCH_COLUMNS: Final = tuple(f.name for f in fields(Batch))
+_TRIGGER_COLUMNS: Final = tuple(f.name for f in fields(Trigger) if f.name != "target")
+_TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
+
+LIVE: Final = (
+    "(position IS NOT NULL OR id IN"
+    " (SELECT job_id FROM triggers WHERE state IN ('intent', 'sending', 'unknown')))"
+)
+IN_CONFIG: Final = "position IS NOT NULL"
+
+
+def adopt_owner(path: Path) -> None:
+    """Give a file that root made to the owner of its directory, who has to work with it too."""
+    if os.geteuid() == 0:
+        parent = path.parent.stat()
+        os.chown(path, parent.st_uid, parent.st_gid)
+
+
+def inode_of(path: Path) -> tuple[int, int] | None:
+    """Return what tells this file from another one of its name, or None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class StateLock:
+    """The exclusive lock of the one process that acts on a state file; the kernel lets it go."""
+
+    PATIENCE_S: Final = 1.0  # a reader holds it for moments: see `read_store`
+
+    def __init__(self, state_path: Path, purpose: str) -> None:
+        """Take the lock. Raises LockedError, or StateError where there is no place for it."""
+        self.path = lock_path(state_path)
+        is_new = not self.path.exists()
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            hint = "create the directory, or correct state: and its permissions"
+            raise StateError(f"cannot open {self.path}: {error.strerror}", hint) from None
+        if is_new:
+            adopt_owner(self.path)
+        self._take(purpose)
+        self._inode = inode_of(self.path)
+
+    def _take(self, purpose: str) -> None:
+        deadline = time.monotonic() + self.PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(self._fd, 100, 0).decode(errors="replace").strip()
+                    os.close(self._fd)
+                    message = f"another instance holds {self.path}: {holder or 'a reader'}"
+                    raise LockedError(message, "use it, or stop it first") from None
+                time.sleep(0.05)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"pid {os.getpid()} ({purpose})\n".encode(), 0)
+
+    def is_in_place(self) -> bool:
+        """Return whether the file that is locked is still the one of its name."""
+        return inode_of(self.path) == self._inode
+
+    def close(self) -> None:
+        """Let the lock go."""
+        os.close(self._fd)
+
+
+def lock_path(state_path: Path) -> Path:
+    """Return the lock file of a state file."""
+    return state_path.with_name(state_path.name + ".lock")
+
+
+class Store:
+    """The state file. Every change is one transaction; what fails raises StorageError whole."""
+
+    BUSY_TIMEOUT_S: Final = 5.0
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        self._db = db
+        self.path = path
+        self._inode = inode_of(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open for acting, under the lock. Raises StateError for what is no state file."""
+        try:
+            db = sqlite3.connect(path, timeout=cls.BUSY_TIMEOUT_S, isolation_level=None)
+            if path.stat().st_size:
+                check_database(db, path)
+            else:
+                adopt_owner(path)
+            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if mode != "wal":
+                raise StateError(
+                    f"{path}: no WAL on this file system", "put state: on a local disk"
+                )
+            # NORMAL does not sync commits: power loss could take back an intent that was acted on.
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            migrate(db, path)
+        except sqlite3.Error as error:
+            raise StateError(f"cannot use the state file {path}: {error}", STATE_HINT) from None
+        return cls(db, path)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit what happens inside, or nothing of it."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:  # a failed COMMIT leaves it open; so does an exception
+                    self._db.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            hint = "it is tried again; free the disk, or see who uses the file"
+            raise StorageError(f"cannot write the state file {self.path}: {error}", hint) from error
+
+    def is_in_place(self) -> bool:
+        """Return whether the open file is still the one of its name."""
+        return self._inode is not None and inode_of(self.path) == self._inode
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection has committed something."""
+        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file; the last one to do so folds the WAL in."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+
+    # --- pieces of work ---
+
+    def known(self) -> list[Known]:
+        """Return every piece of work there ever was, as far as `assign` needs it."""
+        rows = self._db.execute(
+            "SELECT id, name, batch_key, stack_url, component_id, config_id, branch_id,"
+            " EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = jobs.id AND t.rerun = jobs.rerun"
+            " AND t.state = 'sent') FROM jobs"
+        )
+        return [
+            Known(row[0], row[1], frozenset(json.loads(row[2])), Target(*row[3:7]), bool(row[7]))
+            for row in rows
+        ]
+
+    def works(self, where: str = LIVE, ids: Iterable[int] = ()) -> list[Work]:
+        """Return pieces of work with their batches and current triggers, in the config's order.
+
+        They are those for which `where` holds, and those with one of `ids`.
+        """
+        where = f"({where} OR id IN (SELECT value FROM json_each(?)))"
+        chosen = f"SELECT id FROM jobs WHERE {where}"
+        wanted = (compact_json(list(ids)),)
+        batches: dict[int, list[Batch]] = {}
+        columns = ", ".join(_BATCH_COLUMNS)
+        for job_id, *row in self._db.execute(
+            f"SELECT job_id, {columns} FROM batches WHERE job_id IN ({chosen})"
+            " ORDER BY job_id, position",
+            wanted,
+        ):
+            batches.setdefault(job_id, []).append(Batch(*row))
+        triggers = {}
+        columns = ", ".join((*_TARGET_COLUMNS, *_TRIGGER_COLUMNS))
+        for job_id, *row in self._db.execute(
+            f"SELECT job_id, {columns} FROM triggers WHERE job_id IN ({chosen})",
+            wanted,
+        ):
+            values = dict(zip(_TRIGGER_COLUMNS, row[4:], strict=True))
+            values["state"] = TriggerState(values["state"])
+            values["forced"] = bool(values["forced"])
+            triggers[job_id, values["rerun"]] = Trigger(target=Target(*row[:4]), **values)
+        return [
+            Work(
+                id=row[0],
+                name=row[1],
+                batches=tuple(batches.get(row[0], ())),
+                target=Target(*row[2:6]),
+                position=row[6],
+                paused=bool(row[7]),
+                rerun=row[8],
+                error=row[9],
+                failures=row[10],
+                last_check_at=row[11],
+                next_check_at=row[12],
+                completed_at=row[13],
+                trigger=triggers.get((row[0], row[8])),
+            )
+            for row in self._db.execute(
+                f"SELECT {_WORK_COLUMNS} FROM jobs WHERE {where} ORDER BY position, id",
+                wanted,
+            )
+        ]
+
+    def sync(self, jobs: Mapping[str, Job], targets: Mapping[str, Target]) -> list[Work]:
+        """Make the rows follow the config, writing only what differs; return all live works."""
+        with self.transaction():
+            assigned = assign(jobs, targets, self.known())
+            before = {work.id: work for work in self.works(IN_CONFIG, assigned.values())}
+            kept = set(assigned.values())
+            gone = [
+                (work_id,)
+                for work_id, w in before.items()
+                if w.position is not None and work_id not in kept
+            ]
+            self._db.executemany("UPDATE jobs SET position = NULL WHERE id = ?", gone)
+            for position, (name, job) in enumerate(jobs.items()):
+                old = before.get(assigned.get(name, -1)) or self._insert(
+                    job, targets[name], position
+                )
+                known = {batch.id: batch for batch in old.batches}
+                new = replace(
+                    old,
+                    name=name,
+                    batches=tuple(known[batch_id] for batch_id in job.batch_ids),
+                    target=targets[name],
+                    position=position,
+                    paused=job.paused,
+                )
+                self._write(old, new)
+            return self.works()
+
+    def _insert(self, job: Job, target: Target, position: int) -> Work:
+        values = (job.name, compact_json(sorted(job.batch_ids)), position)
+        cursor = self._db.execute(
+            "INSERT INTO jobs (name, batch_key, position, stack_url, component_id, config_id,"
+            " branch_id, paused) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, *target_row(target), job.paused),
+        )
+        work_id = int(cursor.lastrowid or 0)
+        batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
+        for place, batch in enumerate(batches):
+            self._write_batch(work_id, place, batch)
+        return Work(work_id, job.name, batches, target, position, job.paused)
+
+    def save(self, before: Work, after: Work, events: Sequence[Event], now: float) -> None:
+        """Store how a work has changed, together with the log rows that tell of it."""
+        with self.transaction():
+            self._write(before, after)
+            self._write_events(events, now)
+
+    def touch(self, works: Iterable[Work]) -> None:
+        """Store only when works were looked at and will be: nothing else of them has changed."""
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE jobs SET last_check_at = ?, next_check_at = ? WHERE id = ?",
+                [(work.last_check_at, work.next_check_at, work.id) for work in works],
+            )
+
+    def _write(self, before: Work, after: Work) -> None:
+        """Write what differs between two states of one piece of work."""
+        if replace(after, batches=before.batches, trigger=before.trigger) != before:
+            self._db.execute(
+                "UPDATE jobs SET name = ?, stack_url = ?, component_id = ?, config_id = ?,"
+                " branch_id = ?, position = ?, paused = ?, rerun = ?, error = ?, failures = ?,"
+                " last_check_at = ?, next_check_at = ?, completed_at = ? WHERE id = ?",
+                (
+                    after.name,
+                    *target_row(after.target),
+                    after.position,
+                    after.paused,
+                    after.rerun,
+                    after.error,
+                    after.failures,
+                    after.last_check_at,
+                    after.next_check_at,
+                    after.completed_at,
+                    after.id,
+                ),
+            )
+        for place, (old, new) in enumerate(zip(before.batches, after.batches, strict=True)):
+            if old != new:
+                self._write_batch(after.id, place, new)
+        if after.trigger and after.trigger != before.trigger:
+            self._write_trigger(after.id, after.trigger)
+
+    def _write_batch(self, work_id: int, place: int, batch: Batch) -> None:
+        values = [getattr(batch, column) for column in _BATCH_COLUMNS]
+        self._put(
+            "batches",
+            {
+                "job_id": work_id,
+                "position": place,
+                **dict(zip(_BATCH_COLUMNS, values, strict=True)),
+            },
+        )
+
+    def _write_trigger(self, work_id: int, trigger: Trigger) -> None:
+        values = {column: getattr(trigger, column) for column in _TRIGGER_COLUMNS}
+        target = dict(zip(_TARGET_COLUMNS, target_row(trigger.target), strict=True))
+        self._put("triggers", {"job_id": work_id, **target, **values})
+
+    def _put(self, table: str, row: Mapping[str, object]) -> None:
+        marks = ", ".join("?" * len(row))
+        statement = f"INSERT OR REPLACE INTO {table} ({', '.join(row)}) VALUES ({marks})"
+        self._db.execute(statement, tuple(row.values()))
+
+    # --- log, requests, meta ---
+
+    def log(self, events: Sequence[Event], now: float) -> None:
+        """Store log rows that go with no other change."""
+        with self.transaction():
+            self._write_events(events, now)
+
+    def _write_events(self, events: Sequence[Event], now: float) -> None:
+        self._db.executemany(
+            "INSERT INTO logs (at, level, event, job, fields) VALUES (?, ?, ?, ?, ?)",
+            [(now, e.level, e.name, e.job, json.dumps(e.fields, default=repr)) for e in events],
+        )
+
+    def prune(self, before: float) -> None:
+        """Drop log rows and settled requests older than a Unix time."""
+        with self.transaction():
+            self._db.execute("DELETE FROM logs WHERE at < ?", (before,))
+            self._db.execute("DELETE FROM requests WHERE done_at < ?", (before,))
+
+    def ask(self, job: str, *, force: bool, now: float) -> None:
+        """Store that a person asked for a retry."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO requests (at, job, force) VALUES (?, ?, ?)", (now, job, force)
+            )
+
+    def requests(self) -> list[tuple[int, str, bool]]:
+        """Return the open requests: id, job, force."""
+        rows = self._db.execute(
+            "SELECT id, job, force FROM requests WHERE done_at IS NULL ORDER BY id"
+        )
+        return [(row[0], row[1], bool(row[2])) for row in rows]
+
+    def settle(
+        self, request: int, before: Work, after: Work, events: Sequence[Event], now: float
+    ) -> None:
+        """Store a request's effect and that it was done, as one: it is never done twice."""
+        with self.transaction():
+            self._db.execute("UPDATE requests SET done_at = ? WHERE id = ?", (now, request))
+            self._write(before, after)
+            self._write_events(events, now)
+
+    def dismiss(self, request: int, events: Sequence[Event], now: float) -> None:
+        """Store that a request came to nothing."""
+        with self.transaction():
+            self._db.execute("UPDATE requests SET done_at = ? WHERE id = ?", (now, request))
+            self._write_events(events, now)
+
+    def put_meta(self, key: str, value: object, events: Sequence[Event], now: float) -> None:
+        """Store a fact about the process as JSON."""
+        with self.transaction():
+            self._put("meta", {"key": key, "value": compact_json(value)})
+            self._write_events(events, now)
+
+    def meta(self, key: str) -> Any:  # noqa: ANN401 - JSON
+        """Return a stored fact, or None."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+
+STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
+
+
+def target_row(target: Target) -> tuple[str | None, ...]:
+    """Return a target as the columns of a row."""
+    return target.stack_url, target.component_id, target.config_id, target.branch_id
+
+
+def check_database(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a damaged file before anything is written to it."""
+    result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if result != "ok":
+        raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the schema to this version, all of it or nothing. Raises StateError for a newer one."""
+    check_version(db, path)
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        for statements in MIGRATIONS[version:]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> int:
+    """Return the schema's version; a newer one is refused."""
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        message = (
+            f"the state file {path} has schema {version}; this program knows {len(MIGRATIONS)}"
+        )
+        raise StateError(message, "run the newer teckochecker that wrote it")
+    return version
+
+
+@contextlib.contextmanager
+def read_store(path: Path) -> Iterator[Store | None]:
+    """Open the state file for reading, beside a running daemon too; None where there is none yet.
+
+    Raises StateError where it cannot be read.
+    """
+    if not path.exists():
+        yield None
+        return
+    uri = path.absolute().as_uri()
+    with contextlib.ExitStack() as stack:
+        try:
+            try:
+                db = connect_readonly(uri + "?mode=ro")
+            except sqlite3.OperationalError:
+                # Without write permission, a WAL database opens only while someone else has it
+                # open. With nobody writing (the shared lock sees to that), it is just a file.
+                wal = path.with_name(path.name + "-wal")
+                if wal.exists() or not stack.enter_context(shared_lock(path)):
+                    raise
+                db = connect_readonly(uri + "?mode=ro&immutable=1")
+            stack.callback(db.close)
+            if check_version(db, path) == 0:
+                yield None
+                return
+        except sqlite3.Error as error:
+            hint = "run this as the user of the daemon, or as root"
+            raise StateError(f"cannot read the state file {path}: {error}", hint) from None
+        yield Store(db, path)
+
+
+def connect_readonly(uri: str) -> sqlite3.Connection:
+    """Return a connection that has proved that it can read."""
+    db = sqlite3.connect(uri, uri=True, timeout=Store.BUSY_TIMEOUT_S, isolation_level=None)
+    try:
+        db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+@contextlib.contextmanager
+def shared_lock(state_path: Path) -> Iterator[bool]:
+    """Keep the acting process out while a reader reads; False where one is in already."""
+    try:
+        fd = os.open(lock_path(state_path), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True  # nobody has acted on this file here: a copy
+        return
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
+
+
+def is_acting(state_path: Path) -> bool:
+    """Return whether a daemon or a `--once` holds the state file now."""
+    with shared_lock(state_path) as free:
+        return not free
+
+
+# ==================================================================================================
+# 7. OpenAI and Keboola: requests out, facts or an ApiError back
+# ==================================================================================================
+
+MAX_BODY_BYTES: Final = 16 * 1024 * 1024
+PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
+REQUEST_BUDGET_S: Final = 60.0  # a request with all of its retries
+MAX_ATTEMPTS: Final = 4
+SEARCH_LIMIT: Final = 500
+MAX_SEARCH_PAGES: Final = 40
+USER_AGENT: Final = f"teckochecker/{__version__}"
+
+# httpx: nothing of the request can have reached the server.
+_NOT_SENT: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.UnsupportedProtocol,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP response."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+    @property
+    def request_id(self) -> str:
+        return one_line(self.headers.get("x-request-id", ""), 100)
+
+
+class Gate:
+    """At most `limit` holders at a time, first come first served; the limit can change."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._inside = 0
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._inside < self.limit)
+            self._inside += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self._changed:
+            self._inside -= 1
+            self._changed.notify()
+
+
+class Clock(Protocol):
+    """Time and chance, passed in so that tests can make their own."""
+
+    def wall(self) -> float:
+        """Return Unix seconds, for what is recorded; it may jump."""
+
+    def mono(self) -> float:
+        """Return seconds that only ever grow, for what is waited for."""
+
+    def jitter(self) -> float:
+        """Return a random number from 0 to 1."""
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def wall(self) -> float:
+        return time.time()
+
+    def mono(self) -> float:
+        return time.monotonic()
+
+    def jitter(self) -> float:
+        return random.random()  # noqa: S311 - spreads load, guards nothing
+
+
+class Http:
+    """The one way out: a gate, a deadline for the whole request, and a cap on the answer."""
+
+    def __init__(self, limits: Limits, redactor: Redactor, clock: Clock) -> None:
+        self.limits = limits
+        self.clock = clock
+        self.redactor = redactor
+        self.gate = Gate(limits.max_concurrency)
+        self._tls: ssl.SSLContext | None = None
+        self._client: httpx.AsyncClient | None = None
+
+    def set_limits(self, limits: Limits) -> None:
+        """Take new limits; requests in flight keep theirs."""
+        self.limits = limits
+        self.gate.limit = limits.max_concurrency
+
+    def new_client(self) -> httpx.AsyncClient:
+        """Return a client with connections of its own; the TLS context is costly, and shared."""
+        if self._tls is None:
+            self._tls = httpx.create_ssl_context()
+        loopback = ("127.0.0.1", "localhost", "[::1]")
+        return httpx.AsyncClient(
+            verify=self._tls,
+            timeout=None,  # noqa: S113 - `_fetch` has a deadline for the whole
+            follow_redirects=False,  # a redirect would carry the token to another host
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+            mounts={f"all://{host}": None for host in loopback},  # a proxy is not for these
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client:
+            await self._client.aclose()
+
+    async def get(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        params: Mapping[str, str] | None = None,
+        deadline: float = math.inf,
+    ) -> Answer:
+        """Return the answer to a GET; raises ApiError where none came until the deadline (mono)."""
+        if self._client is None:
+            self._client = self.new_client()
+        request = self._client.build_request("GET", url, headers=dict(headers), params=params)
+        async with self.gate:
+            timeout_s = min(self.limits.request_timeout_s, deadline - self.clock.mono())
+            return await self._fetch(self._client, request, timeout_s)
+
+    async def post(self, url: str, headers: Mapping[str, str], body: str) -> Answer:
+        """Return the answer to one POST over a fresh connection; an ApiError tells if it was sent.
+
+        A kept connection that the server is about to close looks like a lost answer.
+        """
+        started = False
+
+        async def trace(event: str, _: object) -> None:
+            nonlocal started
+            started = started or event.endswith("send_request_headers.started")
+
+        async with self.gate, self.new_client() as client:
+            request = client.build_request(
+                "POST",
+                url,
+                headers=dict(headers),
+                content=body.encode(),
+                extensions={"trace": trace},
+            )
+            try:
+                return await self._fetch(client, request, self.limits.request_timeout_s)
+            except ApiError as error:
+                error.sent = started
+                raise
+
+    async def _fetch(
+        self, client: httpx.AsyncClient, request: httpx.Request, timeout_s: float
+    ) -> Answer:
+        """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await client.send(request, stream=True)
+                try:
+                    body = await self._read(response)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            message = f"no whole answer within {show_duration(timeout_s)}"
+            raise ApiError(message, retryable=True) from None
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            text = self.redactor.text(one_line(str(error), 200))
+            message = f"{type(error).__name__}{': ' + text if text else ''}"
+            sent = not isinstance(error, _NOT_SENT)
+            raise ApiError(message, retryable=True, sent=sent) from None
+        body = self.redactor.body(body, is_data=response.is_success)
+        return Answer(response.status_code, response.headers, body)
+
+    @staticmethod
+    async def _read(response: httpx.Response) -> bytes:
+        """Return the body, capped while it streams."""
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise ApiError("the answer is over 16 MiB", retryable=True)
+        return bytes(body)
+
+
+# --- reading what came ----------------------------------------------------------------------------
+
+
+def parse_json(answer: Answer) -> Any:  # noqa: ANN401 - JSON
+    """Return the body as JSON; raises ApiError (retryable) where it is something else."""
+    try:
+        return json.loads(answer.body)
+    except (ValueError, RecursionError):
+        kind = one_line(answer.headers.get("content-type", "no content type"), 60)
+        what = f"answered {answer.status} with something that is not JSON ({kind})"
+        raise ApiError(what, retryable=True, request_id=answer.request_id) from None
+
+
+def text_or_none(value: object, limit: int = 300) -> str | None:
+    """Return a JSON string as one clean line, or None for anything else, also the empty one."""
+    return one_line(value, limit) or None if isinstance(value, str) else None
+
+
+def count_or_none(value: object) -> int | None:
+    """Return a JSON number as a count, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if 0 <= value < 1e15 else None
+
+
+def time_or_none(value: object) -> float | None:
+    """Return a JSON number as Unix seconds of this age, or None for anything else."""
+    count = count_or_none(value)
+    return float(count) if count and count < 4e9 else None
+
+
+def parse_batch(data: object, batch_id: str) -> Batch:
+    """Return a batch as OpenAI describes it; raises ValueError for what is none.
+
+    Compatible endpoints leave much out, write statuses in capitals and `errors` as a list: only
+    `status` is indispensable, and the id must not be another one's.
+    """
+    if not isinstance(data, dict):
+        raise ValueError("is not an object")
+    status = text_or_none(data.get("status"), 64)
+    if status is None:
+        raise ValueError("has no status")
+    if data.get("id", batch_id) != batch_id:
+        raise ValueError("has another id")
+    status = status.lower()
+    counts = data.get("request_counts")
+    counts = counts if isinstance(counts, dict) else {}
+    return Batch(
+        id=batch_id,
+        status=status,
+        total=count_or_none(counts.get("total")),
+        completed=count_or_none(counts.get("completed")),
+        failed=count_or_none(counts.get("failed")),
+        output_file_id=text_or_none(data.get("output_file_id")),
+        error_file_id=text_or_none(data.get("error_file_id")),
+        created_at=time_or_none(data.get("created_at")),
+        ended_at=time_or_none(data.get(f"{status}_at")) if status in TERMINAL else None,
+        error=first_error(data.get("errors")),
+    )
+
+
+def first_error(errors: object) -> str | None:
+    """Return the first message of a batch's `errors`, in either of the forms seen."""
+    items = errors.get("data") if isinstance(errors, dict) else errors
+    first = items[0] if isinstance(items, list) and items else None
+    return text_or_none(first.get("message")) if isinstance(first, dict) else None
+
+
+def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
+    """Return how long a server asks to wait: `retry-after-ms`, or `Retry-After` in either form.
+
+    A date is compared with the server's own clock where it tells it; nonsense is None.
+    """
+    try:
+        if "retry-after-ms" in headers:
+            wait_s = float(headers["retry-after-ms"]) / 1000
+        elif re.fullmatch(r"\s*[0-9.]+\s*", headers.get("retry-after", "")):
+            wait_s = float(headers["retry-after"])
+        else:
+            until = email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp()
+            with contextlib.suppress(KeyError, ValueError, TypeError):
+                now = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+            wait_s = until - now
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+    return max(0.0, wait_s) if math.isfinite(wait_s) else None
+
+
+def http_error(server: str, answer: Answer, now: float) -> ApiError:
+    """Return what an answer that is no success means, with the server's own words for it."""
+    return ApiError(
+        f"{server} answered {answer.status}{server_words(answer)}",
+        status=answer.status,
+        retryable=answer.status in RETRYABLE or not 400 <= answer.status < 500,
+        retry_after_s=retry_after_s(answer.headers, now),
+        request_id=answer.request_id,
+    )
+
+
+def server_words(answer: Answer) -> str:
+    """Return the message in an error's body: `{"error": {"message"}}` or Keboola's `{"error"}`."""
+    try:
+        data = parse_json(answer)
+    except ApiError:
+        return ""
+    error = data.get("error") if isinstance(data, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    words = text_or_none(message)
+    exception_id = text_or_none(data.get("exceptionId"), 100) if isinstance(data, dict) else None
+    support = f" (exceptionId {exception_id})" if exception_id else ""
+    return f": {words}{support}" if words else support
+
+
+def parse_keboola_job(row: object) -> KeboolaJob:
+    """Return a job of Keboola's queue; raises ValueError for what is none."""
+    if not isinstance(row, dict):
+        raise ValueError("is not an object")
+    job_id = row.get("id")
+    if (
+        isinstance(job_id, bool)
+        or not isinstance(job_id, str | int)
+        or not one_line(str(job_id), 64)
+    ):
+        raise ValueError("has no id")
+    try:
+        created = datetime.fromisoformat(str(row.get("createdTime")))
+        created = created if created.tzinfo else created.replace(tzinfo=UTC)
+    except ValueError:
+        created = None
+    url = text_or_none(row.get("url"), 2000)
+    return KeboolaJob(
+        id=one_line(str(job_id), 64),
+        status=text_or_none(row.get("status"), 64),
+        url=url if url and url.startswith(("https://", "http://")) else None,
+        created_time=created,
+        trigger_id=carried_trigger_id(row.get("variableValuesData")),
+    )
+
+
+def carried_trigger_id(data: object) -> str | None:
+    """Return the trigger id among a job's variables; "" is none, None is not told."""
+    values = data.get("values") if isinstance(data, dict) else data
+    if not isinstance(values, list):
+        return None
+    for item in values:
+        if isinstance(item, dict) and item.get("name") == TRIGGER_ID_VARIABLE:
+            return str(item.get("value"))
+    return ""
+
+
+# --- asking ---------------------------------------------------------------------------------------
+
+
+async def with_retries(attempt: Callable[[float], Coroutine[Any, Any, T]], clock: Clock) -> T:
+    """Return what `attempt(deadline)` returns, repeated while that may help; else its ApiError.
+
+    Waits as the server asks, or exponentially with jitter, but never longer than PATIENCE_S at a
+    time and REQUEST_BUDGET_S in all: what needs more is for the next look.
+    """
+    deadline = clock.mono() + REQUEST_BUDGET_S
+    exponential = tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5)
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked_s = error.retry_after_s if isinstance(error, ApiError) else None
+        return exponential(state) if asked_s is None else asked_s
+
+    def stop(state: tenacity.RetryCallState) -> bool:
+        wait_s = state.upcoming_sleep
+        is_late = wait_s > PATIENCE_S or clock.mono() + wait_s > deadline - 1
+        return is_late or state.attempt_number >= MAX_ATTEMPTS
+
+    retrying = tenacity.AsyncRetrying(
+        # Only ApiError: cancellation must get through.
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, ApiError) and e.retryable),
+        wait=wait,
+        stop=stop,
+        reraise=True,
+    )
+    return await retrying(attempt, deadline)
+
+
+class OpenAIClient:
+    """One OpenAI account, and how it is doing: what it refuses for one batch may hold for all."""
+
+    SICK_AFTER: Final = 5  # failures in a row, of any batches
+
+    def __init__(self, account: Account, http: Http) -> None:
+        self._http = http
+        self._clock = http.clock
+        self._base_url = account.base_url
+        self._headers = {"Authorization": f"Bearer {account.key.reveal()}"}
+        if account.organization:
+            self._headers["OpenAI-Organization"] = account.organization
+        if account.project:
+            self._headers["OpenAI-Project"] = account.project
+        self._gate = Gate(http.limits.max_concurrency)
+        self._failures = 0
+        self._strikes = 0
+        self._held_until = -math.inf
+        self._held_for: ApiError | None = None
+
+    async def batch(self, batch_id: str) -> Batch:
+        """Return a batch (`GET /batches/{id}`); raises ApiError after the retries."""
+
+        async def attempt(deadline: float) -> Batch:
+            self._gate.limit = self._http.limits.max_concurrency
+            async with self._gate:  # so that this account's queue is not in front of everyone else
+                await self._pass_hold()
+                try:
+                    batch = await self._get(batch_id, deadline)
+                except ApiError as error:
+                    self._note_failure(error)
+                    raise
+                self._failures = self._strikes = 0
+                return batch
+
+        return await with_retries(attempt, self._clock)
+
+    async def _get(self, batch_id: str, deadline: float) -> Batch:
+        url = f"{self._base_url}/batches/{batch_id}"
+        answer = await self._http.get(url, self._headers, deadline=deadline)
+        if not answer.is_success:
+            raise self._refusal(answer)
+        try:
+            return parse_batch(parse_json(answer), batch_id)
+        except ValueError as error:
+            message = f"OpenAI answered with something that is no batch: it {error}"
+            raise ApiError(message, retryable=True, request_id=answer.request_id) from None
+
+    def _refusal(self, answer: Answer) -> ApiError:
+        error = http_error("OpenAI", answer, self._clock.wall())
+        if answer.status == 404:
+            text = f"{error}: the batch was deleted, or the key belongs to another OpenAI project"
+            return ApiError(text, status=404, request_id=error.request_id)
+        return error
+
+    async def _pass_hold(self) -> None:
+        """Wait while the account is held, or raise what it is held for if that takes too long."""
+        while (left_s := self._held_until - self._clock.mono()) > 0:
+            if left_s > PATIENCE_S and self._held_for:
+                error = self._held_for
+                raise ApiError(str(error), status=error.status, retry_after_s=left_s)
+            await asyncio.sleep(left_s)
+
+    def _note_failure(self, error: ApiError) -> None:
+        """Hold the account if it said so, or if nothing of it answers any more."""
+        if not error.retryable:
+            return
+        now = self._clock.mono()
+        self._failures += 1
+        hold_s = 0.0
+        if error.status == 429 and error.retry_after_s:
+            hold_s = min(error.retry_after_s, MAX_BACKOFF_S)
+        elif self._failures >= self.SICK_AFTER and now >= self._held_until:
+            self._strikes += 1
+            hold_s = min(5 * MINUTE_S, 2.0**self._strikes)
+        if now + hold_s > max(now, self._held_until):
+            self._held_until, self._held_for = now + hold_s, error
+
+
+class KeboolaClient:
+    """Keboola's queue on one stack, with one token."""
+
+    def __init__(
+        self, stack_url: str, token: Secret, http: Http, queue_urls: dict[str, str]
+    ) -> None:
+        self._http = http
+        self._clock = http.clock
+        self._stack_url = stack_url
+        self._headers = {"X-StorageApi-Token": token.reveal()}
+        self._queue_urls = queue_urls  # what was found, by stack; shared between clients
+
+    async def _get(
+        self, url: str, headers: Mapping[str, str], params: Mapping[str, str] | None = None
+    ) -> object:
+        """Return the JSON of a GET; raises ApiError after the retries."""
+
+        async def attempt(deadline: float) -> object:
+            answer = await self._http.get(url, headers, params, deadline)
+            if not answer.is_success:
+                raise http_error("Keboola", answer, self._clock.wall())
+            return parse_json(answer)
+
+        return await with_retries(attempt, self._clock)
+
+    async def queue_url(self) -> str:
+        """Return the queue's address: by the stack's name, or as the stack's index says."""
+        parts = urllib.parse.urlsplit(self._stack_url.lower())
+        if parts.netloc.startswith("connection."):
+            return f"{parts.scheme}://queue.{parts.netloc.removeprefix('connection.')}"
+        if self._stack_url not in self._queue_urls:
+            index = await self._get(f"{self._stack_url}/v2/storage", {})
+            self._queue_urls[self._stack_url] = self._find_queue(index)
+        return self._queue_urls[self._stack_url]
+
+    def _find_queue(self, index: object) -> str:
+        services = index.get("services") if isinstance(index, dict) else None
+        for service in services if isinstance(services, list) else ():
+            if isinstance(service, dict) and service.get("id") == "queue":
+                url = str(service.get("url"))
+                away = is_loopback(url) and not is_loopback(self._stack_url)
+                if url_problem(url) or away:
+                    break
+                return url.rstrip("/")
+        raise ApiError(f"{self._stack_url}/v2/storage names no queue that is https", retryable=True)
+
+    async def create(self, payload: str) -> KeboolaJob:
+        """Start a job, in one attempt; raises ApiError, which `after_failed_post` understands.
+
+        A 2xx without a readable id is no success and no failure: its outcome is unknown.
+        """
+        try:
+            url = await self.queue_url()
+        except ApiError as error:
+            error.sent = False
+            raise
+        headers = {**self._headers, "Content-Type": "application/json"}
+        answer = await self._http.post(f"{url}/jobs", headers, payload)
+        if not answer.is_success:
+            raise http_error("Keboola", answer, self._clock.wall())
+        try:
+            return parse_keboola_job(parse_json(answer))
+        except ValueError as error:
+            message = f"Keboola answered {answer.status} with something that is no job: it {error}"
+            raise ApiError(message) from None
+        except ApiError as error:
+            raise ApiError(f"Keboola {error}") from None
+
+    async def search(self, target: Target, since: float | None, trigger: str) -> list[KeboolaJob]:
+        """Return the jobs that carry a trigger id, the oldest first.
+
+        Nothing found is said only after a complete search; an incomplete one raises ApiError.
+        Keboola ignores filters that it does not know, so that every row is looked at.
+        """
+        seen: dict[str, KeboolaJob] = {}
+        try:
+            await self._read_pages(target, since, seen)
+        except ApiError:
+            if not oldest_of(seen.values(), trigger):
+                raise
+        return oldest_of(seen.values(), trigger)
+
+    async def _read_pages(
+        self, target: Target, since: float | None, seen: dict[str, KeboolaJob]
+    ) -> None:
+        """Fill `seen` with the jobs since a time, newest first, until a page brings none."""
+        before: datetime | None = None
+        for _ in range(MAX_SEARCH_PAGES):
+            page = await self._search_page(target, since, before)
+            fresh = [job for job in page if job.id not in seen]
+            seen.update({job.id: job for job in await self._tell_all(fresh)})
+            is_full = len(page) >= SEARCH_LIMIT
+            if not fresh and not is_full:
+                return
+            times = [job.created_time for job in page if job.created_time]
+            is_sorted = len(times) == len(page) and times == sorted(times, reverse=True)
+            if is_full and not (fresh and is_sorted):
+                raise ApiError("Keboola's job list does not go on in order of time")
+            if not times:
+                return
+            # A second of overlap: rows of one second may stand on both sides of a page's end.
+            before = min(times) + timedelta(seconds=1)
+        raise ApiError(f"Keboola's job list does not end after {MAX_SEARCH_PAGES} pages")
+
+    async def _search_page(
+        self, target: Target, since: float | None, before: datetime | None
+    ) -> list[KeboolaJob]:
+        params = {
+            "componentId": target.component_id,
+            "configId": target.config_id,
+            "limit": str(SEARCH_LIMIT),
+            "sortBy": "createdTime",
+            "sortOrder": "desc",
+        }
+        if since is not None:
+            params["createdTimeFrom"] = datetime.fromtimestamp(int(since), UTC).isoformat()
+        if before is not None:
+            params["createdTimeTo"] = before.isoformat()
+        rows = await self._get(f"{await self.queue_url()}/search/jobs", self._headers, params)
+        if not isinstance(rows, list):
+            raise ApiError("Keboola's job list is not a list", retryable=True)
+        try:
+            return [parse_keboola_job(row) for row in rows]
+        except ValueError as error:
+            raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
+
+    async def _tell_all(self, jobs: Sequence[KeboolaJob]) -> list[KeboolaJob]:
+        """Return jobs that all tell their trigger id; those whose row did not are read."""
+        return list(await asyncio.gather(*(self._tell(job) for job in jobs)))
+
+    async def _tell(self, job: KeboolaJob) -> KeboolaJob:
+        if job.trigger_id is not None:
+            return job
+        quoted_id = urllib.parse.quote(job.id, safe="")
+        row = await self._get(f"{await self.queue_url()}/jobs/{quoted_id}", self._headers)
+        try:
+            whole = parse_keboola_job(row)
+        except ValueError as error:
+            raise ApiError(f"Keboola's job {job.id} {error}", retryable=True) from None
+        return replace(job, trigger_id=whole.trigger_id or "", url=whole.url or job.url)
+
+
+# ==================================================================================================
+# 8. Daemon: what runs
+# ==================================================================================================
+
+DRAIN_S: Final = 20.0  # what triggers in flight get to be recorded in, after SIGTERM
+RELOAD_LOOK_S: Final = 2.0  # how often files are compared that no event tells of
+REQUESTS_LOOK_S: Final = 1.0
+TOUCH_S: Final = 2.0
+
+
+def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
+    """Send structlog and the standard library's logging to stderr, through one redactor."""
+
+    def redact(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {key: redactor.tree(value) for key, value in event.items()}
+
+    is_console = settings.format == "console" or (
+        settings.format == "auto" and sys.stderr is not None and sys.stderr.isatty()
+    )
+    renderer = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if is_console
+        else structlog.processors.JSONRenderer(default=repr)
+    )
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    ]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            redact,  # the last before the line is made: nothing gets around it
+            renderer,
+        ],
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.raiseExceptions = False  # a full disk under stderr must not stop the work
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.level.upper())
+    for name in ("httpx", "httpcore", "watchfiles", "asyncio"):  # URLs and headers, at DEBUG
+        logging.getLogger(name).setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+
+
+def say(event: Event) -> None:
+    """Write one event to the log."""
+    log = structlog.get_logger("teckochecker")
+    subject = {"job": event.job} if event.job else {}
+    log.log(getattr(logging, event.level.upper()), event.name, **subject, **event.fields)
+
+
+def say_bug(error: Exception, job: str) -> None:
+    """Write an exception that nobody has thought of to the log, with its traceback."""
+    log = structlog.get_logger("teckochecker")
+    log.error("internal_error", job=job, exc_info=error)
+
+
+class Notifier:
+    """The service manager's side of the process (sd_notify(3)); silent where there is none."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._address = env.get("NOTIFY_SOCKET", "")
+        ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        watchdog_us = env.get("WATCHDOG_USEC", "")
+        self.watchdog_s = int(watchdog_us) / 1e6 if ours and watchdog_us.isdigit() else None
+
+    def send(self, *lines: str) -> None:
+        """Send one datagram."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
+        ):
+            out.sendto("\n".join(lines).encode(), address)
+
+    def reloading(self) -> None:
+        """Tell that a reload has begun; `READY=1` has to follow."""
+        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+@dataclass(slots=True, eq=False)
+class Watch:
+    """A piece of work while the process runs: its row, its job in the config, its deadlines.
+
+    Deadlines are monotonic, so that the machine's clock may jump.
+    """
+
+    work: Work
+    job: Job | None = None  # None: these ids are not in the config now
+    due: float = 0.0
+    is_looking: bool = False
+    trigger_due: float = 0.0
+    unknown_since: float = 0.0
+    is_posting: bool = False
+    carrier: asyncio.Task[None] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # ends a carrier's wait
+
+
+class Poller:
+    """One OpenAI account: looks at the batches of all its jobs that are due, together."""
+
+    ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
+
+    def __init__(self, engine: Engine, client: OpenAIClient) -> None:
+        self._engine = engine
+        self._client = client
+        self.watches: list[Watch] = []
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Start looks when they are due; with --once, all of them, once."""
+        engine = self._engine
+        while True:
+            self.wake.clear()
+            now = engine.clock.mono()
+            for watch in self.watches:
+                if watch.due <= now and not watch.is_looking and engine.is_polled(watch):
+                    watch.is_looking = True
+                    engine.spawn(self._look(watch))
+            if engine.once:
+                return
+            waiting = (w.due for w in self.watches if not w.is_looking and engine.is_polled(w))
+            await wait_for_event(self.wake, min(waiting, default=math.inf) - now)
+            await asyncio.sleep(self.ROUND_S)
+
+    async def _look(self, watch: Watch) -> None:
+        """Look at every unfinished batch of one job. What fails stays with this job."""
+        job = watch.job
+        try:
+            pending = [batch.id for batch in watch.work.batches if not batch.is_terminal]
+            results = await asyncio.gather(*(self._ask(batch_id) for batch_id in pending))
+            if watch.job == job:  # else the config has changed meanwhile, and a new look is due
+                self._engine.record_look(watch, dict(zip(pending, results, strict=True)))
+        except (StorageError, sqlite3.Error) as error:
+            watch.due = self._engine.clock.mono() + FIRST_TRIGGER_BACKOFF_S
+            self._engine.note_trouble(
+                Event("state_write_failed", "error", watch.work.name, {"error": str(error)})
+            )
+        except Exception as error:  # noqa: BLE001 - a bug that one job meets is not the others'
+            watch.due = self._engine.clock.mono() + MINUTE_S
+            say_bug(error, watch.work.name)
+        finally:
+            watch.is_looking = False
+            self.wake.set()
+
+    async def _ask(self, batch_id: str) -> Batch | ApiError:
+        try:
+            return await self._client.batch(batch_id)
+        except ApiError as error:
+            return error
+
+
+async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until an event is set or a time has passed; returns whether it was set."""
+    try:
+        async with asyncio.timeout(timeout_s if math.isfinite(timeout_s) else None):
+            return await event.wait()
+    except TimeoutError:
+        return False
+
+
+class Carrier:
+    """Takes one trigger from the decision to the Keboola job's id, whatever breaks on the way.
+
+    Each step that matters is committed before the next one begins, so that a process killed
+    anywhere finds at its next start what may have happened.
+    """
+
+    def __init__(self, engine: Engine, watch: Watch) -> None:
+        self._engine = engine
+        self._watch = watch
+        self._clock = engine.clock
+
+    async def run(self) -> None:
+        """Go on until nothing is left to do, or, with --once, until it would take long."""
+        storage_failures = 0
+        while True:
+            try:
+                if not await self._advance():
+                    return
+                storage_failures = 0
+            except (StorageError, sqlite3.Error) as error:
+                storage_failures += 1
+                self._tell_trouble(error)
+                wait_s = backoff_s(storage_failures, 1, self._clock.jitter())
+                if self._engine.once or not await self._wait(min(wait_s, PATIENCE_S)):
+                    return
+            except TeckoError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in Poller
+                say_bug(error, self._watch.work.name)
+                if not await self._wait(MINUTE_S):
+                    return
+
+    async def _advance(self) -> bool:
+        """Do one step; returns whether there may be another one."""
+        watch, trigger = self._watch, self._watch.work.trigger
+        may_post = self._engine.may_post(watch)
+        if trigger is None:
+            return may_post and watch.work.is_ready and self._intend()
+        if trigger.state == TriggerState.SENDING:
+            return self._recover(trigger)
+        left_s = watch.trigger_due - self._clock.mono()
+        match next_step(trigger, may_post=may_post, is_due=left_s <= 0):
+            case Step.ARM:
+                return self._intend()
+            case Step.SEARCH:
+                await self._search(trigger, may_post=may_post)
+                return True
+            case Step.WAIT:
+                return await self._wait(left_s)
+        return False
+
+    def _intend(self) -> bool:
+        """Commit the decision: trigger id, payload and target. Nothing is sent without it."""
+        watch, engine = self._watch, self._engine
+        job = watch.job
+        if job is None:
+            return False
+        engine.check_in_place()
+        target = engine.setup.config.target(job)
+        token = engine.setup.secrets[job.keboola_secret]
+        trigger = new_trigger(watch.work, job, target, token, self._clock.wall())
+        self._commit(trigger, "trigger_intended", config_id=target.config_id)
+        return True
+
+    def _recover(self, trigger: Trigger) -> bool:
+        """Record as unknown a POST that an earlier process was about to send, or had sent."""
+        grace_s = self._engine.setup.config.limits.trigger_grace_s
+        error = "the process ended before the answer was recorded"
+        unknown = as_unknown(trigger, error, grace_s=grace_s, now=self._clock.wall())
+        self._commit(unknown, "trigger_unknown", "warning", error=error)
+        return True
+
+    async def _search(self, trigger: Trigger, *, may_post: bool) -> None:
+        """Ask Keboola for a job with this trigger id; POST only if there is certainly none."""
+        watch, now = self._watch, self._clock.wall()
+        unknown_for_s = self._clock.mono() - watch.unknown_since
+        try:
+            client = self._engine.keboola(trigger)
+            since = search_from(watch.work.batches, now)
+            jobs = await client.search(trigger.target, since, trigger.id)
+        except ApiError as error:
+            if watch.work.trigger != trigger:
+                return  # `retry` has changed it meanwhile
+            after, step = after_failed_search(
+                trigger, error, now=self._clock.wall(), jitter=self._clock.jitter()
+            )
+            if step is Step.POST:
+                await self._post(after)
+            else:
+                self._commit_if_new(after, "trigger_search_failed", "warning", error=str(error))
+            return
+        if watch.work.trigger != trigger:
+            return
+        if jobs:
+            self._adopt(trigger, jobs)
+            return
+        grace_s = self._engine.setup.config.limits.trigger_grace_s
+        may_post = may_post and self._engine.may_post(watch)  # a reload may have paused it
+        after, step = after_clear_search(
+            trigger,
+            unknown_for_s=unknown_for_s,
+            grace_s=grace_s,
+            may_post=may_post,
+            now=self._clock.wall(),
+        )
+        if step is Step.POST:
+            await self._post(after)
+        elif after != trigger:
+            self._commit(after)
+
+    def _adopt(self, trigger: Trigger, jobs: Sequence[KeboolaJob]) -> None:
+        """Take the Keboola job that an earlier POST has started; the oldest of several."""
+        ours = jobs[0]
+        others = [job.id for job in jobs[1:]]
+        after = found(trigger, ours, self._clock.wall())
+        level = "warning" if others else "info"
+        more = {"other_keboola_job_ids": others} if others else {}
+        self._commit(after, "trigger_found", level, keboola_job_id=ours.id, **more)
+
+    async def _post(self, trigger: Trigger) -> None:
+        """Commit `sending`, send, and commit what came of it."""
+        watch, engine = self._watch, self._engine
+        client = engine.keboola(trigger)
+        engine.check_in_place()
+        sending = as_sending(trigger, self._clock.wall())
+        self._commit(sending, "trigger_sending")
+        watch.is_posting = True
+        try:
+            job = await client.create(sending.payload)
+        except ApiError as error:
+            await self._settle(sending, error)
+        else:
+            sent = found(sending, job, self._clock.wall())
+            await self._commit_surely(sent, "trigger_sent", "info", keboola_job_id=job.id)
+        finally:
+            watch.is_posting = False
+
+    async def _settle(self, sending: Trigger, error: ApiError) -> None:
+        """Commit what a POST came to that brought no job id."""
+        after = after_failed_post(
+            sending,
+            error,
+            grace_s=self._engine.setup.config.limits.trigger_grace_s,
+            now=self._clock.wall(),
+            jitter=self._clock.jitter(),
+        )
+        is_back = after.state == TriggerState.INTENT
+        name = "trigger_not_sent" if is_back else f"trigger_{after.state}"
+        level = "error" if after.state == TriggerState.REJECTED else "warning"
+        await self._commit_surely(after, name, level, error=str(error), status=error.status)
+
+    async def _commit_surely(
+        self, trigger: Trigger, name: str, level: str, **fields_: object
+    ) -> None:
+        """Commit an outcome, however long the disk stays full: it is known only here."""
+        while True:
+            try:
+                self._commit(trigger, name, level, **fields_)
+            except StorageError as error:
+                self._tell_trouble(error)
+                await asyncio.sleep(1)
+            else:
+                return
+
+    def _commit_if_new(self, trigger: Trigger, name: str, level: str, **fields_: object) -> None:
+        """Commit, and tell of it unless it is the error that is known already."""
+        old = self._watch.work.trigger
+        if old and old.error == trigger.error:
+            self._commit(trigger)
+        else:
+            self._commit(trigger, name, level, **fields_)
+
+    def _commit(
+        self, trigger: Trigger, name: str = "", level: str = "info", **fields_: object
+    ) -> None:
+        """Store the trigger's new state and, with it, the log row that tells of it."""
+        watch = self._watch
+        before = watch.work.trigger
+        now, mono = self._clock.wall(), self._clock.mono()
+        after = replace(watch.work, trigger=trigger)
+        if trigger.state == TriggerState.SENT:
+            after = replace(after, completed_at=trigger.sent_at, error=None)
+        fields_ = {"trigger_id": trigger.id, **fields_}
+        self._engine.save(watch, after, [Event(name, level, after.name, fields_)] if name else [])
+        # Only what is committed counts; the waits that follow from it are measured from here on.
+        watch.trigger_due = mono + max(0.0, (trigger.next_try_at or now) - now)
+        if trigger.state == TriggerState.UNKNOWN and (not before or before.state != trigger.state):
+            watch.unknown_since = mono
+
+    async def _wait(self, wait_s: float) -> bool:
+        """Wait until the trigger is due or something changed; returns False for `not now`."""
+        if self._engine.once and wait_s > PATIENCE_S:
+            return False
+        self._watch.changed.clear()
+        await wait_for_event(self._watch.changed, wait_s)
+        return True
+
+    def _tell_trouble(self, error: Exception) -> None:
+        event = Event("state_write_failed", "error", self._watch.work.name, {"error": str(error)})
+        self._engine.note_trouble(event)
+
+
+class Engine:
+    """Everything that runs: which jobs there are, who looks at them, who carries their triggers.
+
+    `apply` takes a new setup at any time; `run` works until it is cancelled or, with --once, until
+    every unfinished job has had its look and its step.
+    """
+
+    def __init__(
+        self, setup: Setup, store: Store, lock: StateLock, http: Http, *, once: bool = False
+    ) -> None:
+        self.setup = setup
+        self.store = store
+        self.clock = http.clock
+        self.once = once
+        self.watches: dict[int, Watch] = {}
+        self.is_stopping = False
+        self._lock = lock
+        self._http = http
+        self._pollers: dict[Account, Poller] = {}
+        self._queue_urls: dict[str, str] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._touched: set[Watch] = set()
+        self._touched_at = -math.inf
+        self._pruned_at = -math.inf
+        self._data_version = -1
+        self._trouble: dict[str | None, Event] = {}
+
+    # --- running ---
+
+    async def run(self, helpers: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()) -> None:
+        """Work, with `helpers` beside. Raises StateError where going on could start a job twice."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self.apply(self.setup)
+                if not self.once:
+                    self.spawn(self._keep_house())
+                for helper in helpers:
+                    self.spawn(helper())
+        except BaseExceptionGroup as group:
+            errors, _ = group.split(TeckoError)
+            if errors:
+                raise first_leaf(errors) from None
+            raise
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that `run` waits for, and whose exception ends it."""
+        if self._tasks is None:
+            raise RuntimeError("the engine does not run")
+        return self._tasks.create_task(work)
+
+    async def drain(self, now: asyncio.Event) -> None:
+        """Begin nothing new, and give POSTs in flight their time; `now` cuts it short."""
+        self.is_stopping = True
+        posting = {w.carrier for w in self.watches.values() if w.is_posting and w.carrier}
+        hurry = asyncio.ensure_future(now.wait())
+        deadline = self.clock.mono() + DRAIN_S
+        while posting and not hurry.done() and (left_s := deadline - self.clock.mono()) > 0:
+            await asyncio.wait(
+                {*posting, hurry}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            posting = {w.carrier for w in self.watches.values() if w.is_posting and w.carrier}
+        hurry.cancel()
+
+    async def _keep_house(self) -> None:
+        """See what people asked for, and write down what may wait."""
+        while True:
+            try:
+                self.take_requests()
+                self.flush()
+                self._prune()
+            except (StorageError, sqlite3.Error) as error:
+                self.note_trouble(Event("state_write_failed", "error", None, {"error": str(error)}))
+            await asyncio.sleep(REQUESTS_LOOK_S)
+
+    def _prune(self) -> None:
+        if self.clock.mono() - self._pruned_at > HOUR_S:
+            self.store.prune(self.clock.wall() - self.setup.config.log.retention_s)
+            self._pruned_at = self.clock.mono()
+
+    # --- taking a setup ---
+
+    def apply(self, setup: Setup) -> None:
+        """Make a new setup the one that counts. After a StorageError, apply it again."""
+        self.flush(at_once=True)
+        jobs = setup.config.jobs
+        works = self.store.sync(
+            jobs, {name: setup.config.target(job) for name, job in jobs.items()}
+        )
+        old, self.setup = self.setup, setup
+        self._http.set_limits(setup.config.limits)
+        watches = {}
+        for work in works:
+            watch = self.watches.get(work.id)
+            job = jobs.get(work.name) if work.position is not None else None
+            if watch is None:
+                watch = self._begin(work)
+                work = watch.work  # noqa: PLW2901
+            elif job != watch.job or secrets_of(old, watch.job) != secrets_of(setup, job):
+                self._rouse(watch)
+            watch.work, watch.job = work, job
+            watches[work.id] = watch
+        self.watches = watches
+        self._rearm()
+        self._arrange_pollers()
+        self.take_requests(at_once=True)
+        for watch in self.watches.values():
+            self.carry(watch)
+
+    def _begin(self, work: Work) -> Watch:
+        """Return a watch for a row, its recorded times turned into deadlines of this process.
+
+        A recorded time in the future counts as now; a clock that was set back wedges nothing.
+        """
+        wall, mono = self.clock.wall(), self.clock.mono()
+        watch = Watch(work, due=mono)
+        if work.trigger:
+            trigger = as_of_now(work.trigger, wall)
+            watch.work = replace(work, trigger=trigger)
+            watch.trigger_due = mono + max(0.0, (trigger.next_try_at or wall) - wall)
+            # Only --once, which is a new process each time, has to trust the recorded time.
+            watch.unknown_since = mono - (wall - (trigger.unknown_at or wall) if self.once else 0)
+        return watch
+
+    def _rouse(self, watch: Watch) -> None:
+        """End the backoff of a work whose config has changed."""
+        watch.due = watch.trigger_due = self.clock.mono()
+        watch.changed.set()
+
+    def _rearm(self) -> None:
+        """Make rejected triggers due whose target, variables or token are others now."""
+        for watch in self.watches.values():
+            trigger, job = watch.work.trigger, watch.job
+            if trigger and job and trigger.state == TriggerState.REJECTED:
+                target, token = (
+                    self.setup.config.target(job),
+                    self.setup.secrets[job.keboola_secret],
+                )
+                if trigger_basis(job, target, token) != trigger.basis:
+                    armed = replace(trigger, next_try_at=self.clock.wall(), failures=0)
+                    watch.work = replace(watch.work, trigger=armed)
+                    self._rouse(watch)
+
+    def _arrange_pollers(self) -> None:
+        """Give each account's watches to its poller; pollers come and go with accounts."""
+        by_account: dict[Account, list[Watch]] = {}
+        for watch in self.watches.values():
+            if watch.job:
+                by_account.setdefault(account_of(self.setup, watch.job), []).append(watch)
+        for account in [account for account in self._pollers if account not in by_account]:
+            task = self._pollers.pop(account).task
+            if task:
+                task.cancel()
+        for account, watches in by_account.items():
+            poller = self._pollers.get(account)
+            if poller is None:
+                poller = self._pollers[account] = Poller(self, OpenAIClient(account, self._http))
+                poller.task = self.spawn(poller.run())
+            poller.watches = watches
+            poller.wake.set()
+
+    # --- what pollers and carriers need ---
+
+    def is_polled(self, watch: Watch) -> bool:
+        """Return whether a work's batches are looked at."""
+        work = watch.work
+        return bool(watch.job and not watch.job.paused and not work.is_ready and not work.trigger)
+
+    def may_post(self, watch: Watch) -> bool:
+        """Return whether a work's trigger may be sent now.
+
+        Other ids under the same name do not stop it; a job that is gone or paused does.
+        """
+        job = self.setup.config.jobs.get(watch.work.name)
+        return job is not None and not job.paused and not self.is_stopping
+
+    def carry(self, watch: Watch) -> None:
+        """Start a carrier for a work that may need one and has none."""
+        running = watch.carrier is not None and not watch.carrier.done()
+        if (
+            not running
+            and not watch.work.is_finished
+            and (watch.work.trigger or watch.work.is_ready)
+        ):
+            watch.carrier = self.spawn(Carrier(self, watch).run())
+
+    def keboola(self, trigger: Trigger) -> KeboolaClient:
+        """Return a client for a trigger's own stack. Raises ApiError if the config has no token."""
+        stack_url = trigger.target.stack_url
+        secrets = self.setup.config.keboola
+        names = [name for name, secret in secrets.items() if secret.stack_url == stack_url]
+        if not names:
+            message = f"the config has no secret for {stack_url} any more, where this job was begun"
+            raise ApiError(message, sent=False)
+        name = trigger.secret if trigger.secret in names else names[0]
+        return KeboolaClient(stack_url, self.setup.secrets[name], self._http, self._queue_urls)
+
+    def check_in_place(self) -> None:
+        """Raise StateError if the state file was deleted or replaced under the process.
+
+        A commit into a deleted file succeeds, and would be forgotten.
+        """
+        if not (self.store.is_in_place() and self._lock.is_in_place()):
+            message = f"the state file {self.store.path} or its lock was deleted or replaced"
+            raise StateError(message, "nothing was sent; start again")
+
+    def record_look(self, watch: Watch, seen: Mapping[str, Batch | ApiError]) -> None:
+        """Store what a look has shown, and start the trigger if that was the last of it."""
+        if self.watches.get(watch.work.id) is not watch or not watch.job:
+            return
+        now, mono = self.clock.wall(), self.clock.mono()
+        after, events = after_look(
+            watch.work,
+            seen,
+            interval_s=watch.job.poll_interval_s,
+            now=now,
+            jitter=self.clock.jitter(),
+        )
+        if replace(after, last_check_at=None, next_check_at=None) == replace(
+            watch.work, last_check_at=None, next_check_at=None
+        ):
+            watch.work = after
+            self._touched.add(watch)
+        else:
+            self.save(watch, after, events)
+        watch.due = mono + max(0.0, (after.next_check_at or now) - now)
+        self.carry(watch)
+
+    # --- writing ---
+
+    def save(self, watch: Watch, after: Work, events: Sequence[Event]) -> None:
+        """Commit a work's new state with the events that tell of it, then tell them."""
+        told = [self._clean(event) for event in events]
+        self.store.save(watch.work, after, told, self.clock.wall())
+        watch.work = after
+        self._say(told)
+
+    def note(self, *events: Event) -> None:
+        """Tell events that go with no change of a job; a full disk must not stop the telling."""
+        told = [self._clean(event) for event in events]
+        with contextlib.suppress(StorageError):
+            self.store.log(told, self.clock.wall())
+        self._say(told)
+
+    def note_trouble(self, event: Event) -> None:
+        """Tell once of trouble with the state file, until something could be written again."""
+        if self._trouble.get(event.job) != event:
+            self._trouble[event.job] = event
+            say(event)
+
+    def note_config(self, config: Config | None, error: str | None, *events: Event) -> None:
+        """Remember which config the process runs with, and what was wrong with the last one."""
+        known = self.store.meta("config") or {}
+        if config:
+            loaded_at = rfc3339(self.clock.wall())
+            known = {"path": str(config.path), "sha256": config.sha256, "loaded_at": loaded_at}
+        told = [self._clean(event) for event in events]
+        self.store.put_meta("config", {**known, "error": error}, told, self.clock.wall())
+        self._say(told)
+
+    def _say(self, events: Iterable[Event]) -> None:
+        self._trouble.clear()
+        for event in events:
+            say(event)
+
+    def _clean(self, event: Event) -> Event:
+        """Return an event without secrets: the state file keeps it too."""
+        cleaned = {key: self._http.redactor.tree(value) for key, value in event.fields.items()}
+        return replace(event, fields=cleaned)
+
+    def flush(self, *, at_once: bool = False) -> None:
+        """Write when works were looked at, now and then: nothing depends on it."""
+        if self._touched and (at_once or self.clock.mono() - self._touched_at >= TOUCH_S):
+            self.store.touch([watch.work for watch in self._touched])
+            self._touched.clear()
+            self._touched_at = self.clock.mono()
+
+    def take_requests(self, *, at_once: bool = False) -> None:
+        """Do what people asked for with `retry` since the last time."""
+        version = self.store.data_version()
+        if version == self._data_version and not at_once:
+            return
+        for request, name, force in self.store.requests():
+            self._take_request(request, name, force=force)
+        self._data_version = version
+
+    def _take_request(self, request: int, name: str, *, force: bool) -> None:
+        now = self.clock.wall()
+        current = [w for w in self.watches.values() if w.work.name == name and w.job]
+        if not current:
+            event = self._clean(
+                Event("retry_refused", "warning", name, {"why": "it is not in the config"})
+            )
+            self.store.dismiss(request, [event], now)
+            self._say([event])
+            return
+        watch = current[0]
+        after, why_not = after_retry(watch.work, force=force, now=now)
+        event = Event("retry_refused", "warning", name, {"why": why_not})
+        if why_not is None:
+            event = Event("retry_taken", "info", name, {"force": force})
+        self.store.settle(request, watch.work, after, [event], now)
+        self._say([event])
+        watch.work = after
+        if why_not is None:
+            self._rouse(watch)
+            self.carry(watch)
+            for poller in self._pollers.values():
+                poller.wake.set()
+
+
+def secrets_of(setup: Setup, job: Job | None) -> tuple[object, ...]:
+    """Return all of a setup's secrets that matter to a job, to tell whether they have changed."""
+    if job is None:
+        return ()
+    target = setup.config.target(job)
+    return account_of(setup, job), target, setup.secrets[job.keboola_secret]
+
+
+def first_leaf(group: BaseExceptionGroup[TeckoError]) -> TeckoError:
+    """Return the first exception inside nested groups."""
+    first = group.exceptions[0]
+    return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+class Reloader:
+    """Sees that the config, its key file or a secret's file has changed, and has it taken."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        files: Files,
+        env: Mapping[str, str],
+        redactor: Redactor,
+        notifier: Notifier,
+    ) -> None:
+        self._engine = engine
+        self._env = env
+        self._redactor = redactor
+        self._notifier = notifier
+        self._path = engine.setup.config.path
+        self._seen = files.fingerprint()
+        self._one_at_a_time = asyncio.Lock()
+        self.hangup = asyncio.Event()
+
+    async def watch_hangup(self) -> None:
+        """Reload on SIGHUP, whatever the files say."""
+        while True:
+            await self.hangup.wait()
+            self.hangup.clear()
+            await self.check(force=True)
+
+    async def watch_files(self) -> None:
+        """Compare the files on every event in the config's directory, and every now and then.
+
+        The directory is watched, not the file: editors replace it, Kubernetes swaps a link. What
+        lies elsewhere, and file systems without events, are seen when the watch times out.
+        """
+        # Here, because importing it costs the other commands a third of their start.
+        import watchfiles  # noqa: PLC0415
+
+        state = self._engine.store.path.name
+        ours = {state, state + "-wal", state + "-shm", state + "-journal", state + ".lock"}
+        while True:
+            try:
+                async for _ in watchfiles.awatch(
+                    self._path.parent,
+                    watch_filter=lambda _, path: Path(path).name not in ours,
+                    step=200,  # a file still being written is left alone that long
+                    rust_timeout=int(RELOAD_LOOK_S * 1000),
+                    yield_on_timeout=True,
+                    recursive=False,
+                ):
+                    await self.check()
+            except (OSError, RuntimeError) as error:
+                say(Event("watch_failed", "warning", None, {"error": one_line(str(error))}))
+            await asyncio.sleep(RELOAD_LOOK_S)  # no events to be had now: look by the clock
+            await self.check()
+
+    async def check(self, *, force: bool = False) -> None:
+        """Take the files if they differ from those last tried, good or bad."""
+        async with self._one_at_a_time:
+            files = Files()
+            for path in self._seen:
+                files.read(path)
+            if not force and files.fingerprint() == self._seen:
+                return
+            self._notifier.reloading()
+            try:
+                await self._take(files)
+                self._seen = files.fingerprint()
+            except (StorageError, sqlite3.Error) as error:  # tried again at the next look
+                self._engine.note_trouble(
+                    Event("state_write_failed", "error", None, {"error": str(error)})
+                )
+            finally:
+                self._notifier.send("READY=1")
+
+    async def _take(self, files: Files) -> None:
+        """Parse and decrypt all of it; only then, in one step, let it count."""
+        engine = self._engine
+        try:
+            setup = await asyncio.to_thread(
+                load_setup, self._path, files, self._env, self._redactor
+            )
+            refuse_other_state(engine.setup.config, setup.config)
+        except ConfigError as error:
+            problems = [str(problem) for problem in error.problems]
+            event = Event("config_rejected", "error", None, {"problems": problems})
+            engine.note_config(None, "\n".join(problems), event)
+            return
+        engine.apply(setup)
+        configure_logging(setup.config.log, self._redactor)
+        note_loaded(engine, setup)
+
+
+def refuse_other_state(old: Config, new: Config) -> None:
+    """Raise ConfigError if a running process is asked to remember in another file."""
+    if old.state_path != new.state_path:
+        what = f"the running process has {old.state_path} open"
+        cure = "restart it to use another state file"
+        raise ConfigError([Problem(str(new.path), Place(), "state", what, cure)])
+
+
+def note_loaded(engine: Engine, setup: Setup) -> None:
+    """Tell that a config counts now, and what could be better about it."""
+    known = engine.store.meta("config") or {}
+    if engine.once and known.get("sha256") == setup.config.sha256:
+        return  # from cron, a pass without news says nothing
+    jobs = len(setup.config.jobs)
+    events = [Event("config_loaded", "info", None, {"jobs": jobs, "sha256": setup.config.sha256})]
+    events += [Event("config_warning", "warning", None, {"warning": w}) for w in setup.warnings]
+    engine.note_config(setup.config, None, *events)
+
+
+class Signals:
+    """SIGTERM and SIGINT: the first asks for an orderly end, the second for an end now."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.now = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.now if self.stop.is_set() else self.stop).set()
+
+
+async def keep_alive(engine: Engine, notifier: Notifier) -> None:
+    """Tell the service manager that the loop turns, and how the jobs are."""
+    interval_s = min(10.0, (notifier.watchdog_s or 60.0) / 3)
+    notifier.send("READY=1")
+    while True:
+        counts: dict[str, int] = {}
+        for watch in engine.watches.values():
+            if watch.job:
+                status = job_status(watch.work)
+                counts[status] = counts.get(status, 0) + 1
+        summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no jobs"
+        watchdog = ["WATCHDOG=1"] if notifier.watchdog_s else []
+        notifier.send(*watchdog, f"STATUS={summary}")
+        await asyncio.sleep(interval_s)
+
+
+async def run_engine(
+    engine: Engine, signals: Signals, helpers: Sequence[Callable[[], Coroutine[Any, Any, None]]]
+) -> int:
+    """Let the engine work until it is done or a signal ends it; returns the exit code."""
+    running = asyncio.ensure_future(engine.run(helpers))
+    stopped = asyncio.ensure_future(signals.stop.wait())
+    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    interrupted = not running.done()
+    if interrupted:
+        await engine.drain(signals.now)
+        running.cancel()
+    stopped.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    with contextlib.suppress(StorageError):
+        engine.flush(at_once=True)
+    if signals.now.is_set() or (interrupted and engine.once):
+        return 130
+    return 0
+
+
+async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
+    """Be the daemon or, with `once`, one pass of it; returns the exit code.
+
+    Raises ConfigError, LockedError and StateError before anything was asked of a server.
+    """
+    redactor, files = Redactor(), Files()
+    setup = load_setup(path, files, env, redactor)
+    configure_logging(setup.config.log, redactor)
+    notifier = Notifier(env)
+    clock = SystemClock()
+    lock = StateLock(setup.config.state_path, "--once" if once else "daemon")
+    store = Store.open(setup.config.state_path)
+    http = Http(setup.config.limits, redactor, clock)
+    engine = Engine(setup, store, lock, http, once=once)
+    signals = Signals()
+    helpers: list[Callable[[], Coroutine[Any, Any, None]]] = []
+    if not once:
+        reloader = Reloader(engine, files, env, redactor, notifier)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.hangup.set)
+        alive = functools.partial(keep_alive, engine, notifier)
+        helpers = [alive, reloader.watch_files, reloader.watch_hangup]
+    try:
+        note_loaded(engine, setup)
+        code = await run_engine(engine, signals, helpers)
+        notifier.send("STOPPING=1")
+    finally:
+        await http.close()
+        store.close()
+        lock.close()
+    if code == 0 and once and any(needs_person(w.work) for w in engine.watches.values()):
+        return 1
+    return code
+
+
+# ==================================================================================================
+# 9. Commands: what a person types. Only these print
+# ==================================================================================================
+
+
+def config_path(args: argparse.Namespace) -> Path:
+    """Return the config that a command is about."""
+    given_path = getattr(args, "config", None)
+    return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
+
+
+def run_daemon(args: argparse.Namespace) -> int:
+    """Run the daemon, or one pass with --once."""
+    return asyncio.run(serve(config_path(args), os.environ, once=args.once))
+
+
+def draft_for_reading(args: argparse.Namespace) -> Draft:
+    """Return the config so far as it can be read, for commands that look at the state file.
+
+    Raises ConfigError where that does not even tell where the state file is.
+    """
+    draft = read_draft(config_path(args), Files())
+    if not draft.config.sha256 and not draft.config.state_path.exists():
+        raise ConfigError(draft.problems)
+    return draft
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Validate the config just as the start does, without asking any server."""
+    path = config_path(args)
+    setup = load_setup(path, Files(), os.environ, Redactor())
+    for warning in setup.warnings:
+        print(f"{path}: warning: {warning}", file=sys.stderr)
+    config = setup.config
+    batches = sum(len(job.batch_ids) for job in config.jobs.values())
+    print(f"{path}: fine: {len(config.jobs)} jobs, {batches} batches, {len(setup.secrets)} secrets")
+    return 0
+
+
+# --- encrypt --------------------------------------------------------------------------------------
+
+
+def encrypted_text(
+    text: str, path: Path, keyring: Keyring, *, rotate: bool
+) -> tuple[str, list[str]]:
+    """Return the config's text with its plain values encrypted, and the names of their secrets.
+
+    With `rotate`, tokens are closed again with the first key too. Raises ConfigError.
+    """
+    problems: list[Problem] = []
+    changes: dict[tuple[int, int], str] = {}
+    names = []
+    for at in secret_values(text, path, problems):
+        old = at.text("write the token") or at.bad("is empty", "write the token")
+        span = (at.node.start_mark.index, at.node.end_mark.index)
+        new = old and encrypted_value(at, old, keyring, rotate=rotate)
+        if new and new != old:
+            changes[span] = new
+            names.append(at.path.split(".")[1])
+    if problems:
+        raise ConfigError(problems)
+    for (start, end), token in sorted(changes.items(), reverse=True):
+        text = text[:start] + spliced(text[start:end], token) + text[end:]
+    return text, names
+
+
+def encrypted_value(at: Cursor, old: str, keyring: Keyring, *, rotate: bool) -> str | None:
+    """Return what to write instead of a value, or None and a problem."""
+    if keyring.decrypt(old) is not None:
+        return keyring.rotate(old) if rotate else old
+    if looks_encrypted(old):
+        return at.bad("is encrypted with another key", "add that key after the first one")
+    problem = check_secret_value(old)
+    return at.bad(problem, "write the token, alone") if problem else keyring.encrypt(Secret(old))
+
+
+def spliced(node_text: str, token: str) -> str:
+    """Return a scalar's source text with its value replaced: anchor, comment and newline stay."""
+    anchor = re.match(r"(?:[&!]\S*\s+)*", node_text)
+    prefix = anchor[0] if anchor else ""
+    block = re.match(r"[|>][^\n#]*(#[^\n]*)?\n", node_text[len(prefix) :])
+    comment = f"  {block[1].rstrip()}" if block and block[1] else ""
+    newline = "\n" if node_text.endswith("\n") else ""
+    return f"{prefix}{token}{comment}{newline}"
+
+
+def replace_file(path: Path, old: bytes, new: bytes) -> None:
+    """Replace a file's content as a whole or not at all; mode and owner stay.
+
+    Raises TeckoError if someone else has written it meanwhile, or it cannot be done.
+    """
+    real = path.resolve()
+    fd, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name}.")
+    try:
+        with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
+            before = real.stat()
+            file.write(new)
+            file.flush()
+            if (os.fstat(fd).st_uid, os.fstat(fd).st_gid) != (before.st_uid, before.st_gid):
+                os.fchown(fd, before.st_uid, before.st_gid)
+            os.fchmod(fd, stat.S_IMODE(before.st_mode))
+            os.fsync(fd)
+        if real.read_bytes() != old:
+            raise TeckoError(f"{path} was changed meanwhile", "run the command again")
+        Path(temporary).replace(real)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def run_encrypt(args: argparse.Namespace) -> int:
+    """Encrypt the plain values of the config, in place."""
+    path, files = config_path(args), Files()
+    draft = read_draft(path, files)
+    if not draft.config.sha256:
+        raise ConfigError(draft.problems)
+    opener = Opener(draft.config, files, os.environ)
+    keyring = opener.keyring()
+    if keyring is None:
+        raise ConfigError(opener.problems)
+    data = files.read(path).data
+    text, names = encrypted_text(data.decode(), path, keyring, rotate=args.rotate)
+    try:
+        if names:
+            replace_file(path, data, text.encode())
+    except OSError as error:
+        hint = "run this as the file's owner, with room on the disk"
+        raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
+    print(f"encrypted: {', '.join(names)}" if names else "nothing to do: no value is in plain")
+    return 0
+
+
+# --- status ---------------------------------------------------------------------------------------
+
+
+def batch_view(batch: Batch) -> dict[str, object]:
+    """Return a batch as `status --json` shows it."""
+    counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
+    return {
+        "id": batch.id,
+        "status": batch.status,
+        "request_counts": counts if batch.total is not None else None,
+        "output_file_id": batch.output_file_id,
+        "error_file_id": batch.error_file_id,
+        "completed_at": rfc3339(batch.ended_at),
+    }
+
+
+def trigger_view(trigger: Trigger | None) -> dict[str, object] | None:
+    """Return a trigger as `status --json` shows it."""
+    if trigger is None:
+        return None
+    return {
+        "id": trigger.id,
+        "state": trigger.state,
+        "keboola_job_id": trigger.keboola_job_id,
+        "keboola_status": trigger.keboola_status,
+        "url": trigger.url,
+        "sent_at": rfc3339(trigger.sent_at),
+        "error": trigger.error,
+    }
+
+
+def job_view(work: Work) -> dict[str, object]:
+    """Return a job as `status --json` shows it."""
+    failed = sum(b.is_terminal and b.status != BatchStatus.COMPLETED for b in work.batches)
+    status = job_status(work)
+    return {
+        "name": work.name,
+        "status": status,
+        "error": error_of(work),
+        "batch_count": len(work.batches),
+        "completed_count": sum(b.status == BatchStatus.COMPLETED for b in work.batches),
+        "failed_count": failed,
+        "batches": [batch_view(batch) for batch in work.batches],
+        "last_check_at": rfc3339(work.last_check_at),
+        "next_check_at": rfc3339(work.next_check_at) if status == JobStatus.ACTIVE else None,
+        "completed_at": rfc3339(work.completed_at),
+        "trigger": trigger_view(work.trigger),
+    }
+
+
+def state_of(config: Config) -> tuple[list[Work], dict[str, Any]]:
+    """Return the config's pieces of work and what is known of the process, for reading.
+
+    Where nothing has run yet, they are what the first start would make of the config.
+    """
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(read_store(config.state_path))
+        if store is None:
+            db = stack.enter_context(
+                contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
+            )
+            migrate(db, config.state_path)
+            store = Store(db, config.state_path)
+            store.sync(config.jobs, {name: config.target(job) for name, job in config.jobs.items()})
+        return store.works(IN_CONFIG), store.meta("config") or {}
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Show what is known of the jobs."""
+    draft = draft_for_reading(args)
+    config = draft.config
+    works, meta = state_of(config)
+    if args.job is not None:
+        works = [work for work in works if work.name == args.job]
+        if not works:
+            raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
+    on_disk = "\n".join(map(str, draft.problems)) or None
+    known = {
+        "path": meta.get("path", str(config.path)),
+        "sha256": meta.get("sha256", config.sha256),
+        "loaded_at": meta.get("loaded_at"),
+        "error": on_disk or meta.get("error"),
+    }
+    if args.json:
+        document = {
+            "version": __version__,
+            "generated_at": rfc3339(time.time()),
+            "config": known,
+            "jobs": [job_view(work) for work in works],
+        }
+        print(json.dumps(document, indent=2))
+        return 0
+    if known["error"]:
+        print(f"The config has problems, and an earlier one counts:\n{known['error']}\n")
+    print(job_details(works[0]) if args.job is not None else job_table(works))
+    return 0
+
+
+def job_table(works: Sequence[Work]) -> str:
+    """Return the jobs as a table; on a terminal, as wide as it is."""
+    if not works:
+        return "no jobs"
+    rows = [("JOB", "STATUS", "BATCHES", "LAST LOOK", "NOTE")]
+    rows += [(w.name, job_status(w), ratio(w), ago(w.last_check_at), note_of(w)) for w in works]
+    return table(rows)
+
+
+def ratio(work: Work) -> str:
+    """Return how many batches have ended: `1/2`."""
+    ended = sum(batch.is_terminal for batch in work.batches)
+    return f"{ended}/{len(work.batches)}"
+
+
+def ago(unix_s: float | None) -> str:
+    """Return how long ago something was."""
+    return f"{show_duration(time.time() - unix_s)} ago" if unix_s is not None else "never"
+
+
+def note_of(work: Work) -> str:
+    """Return what is most worth knowing of a job, in one line."""
+    error = error_of(work)
+    if error:
+        return one_line(error)
+    if work.trigger and work.trigger.keboola_job_id:
+        return f"Keboola job {work.trigger.keboola_job_id}"
+    return ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n".join(line[:most] for line in lines)
+
+
+def job_details(work: Work) -> str:
+    """Return everything about one job, with every batch."""
+    target, trigger = work.target, work.trigger
+    branch = f", branch {target.branch_id}" if target.branch_id else ""
+    facts = [
+        ("job", work.name),
+        ("status", job_status(work)),
+        ("error", error_of(work)),
+        ("batches", f"{ratio(work)} ended"),
+        ("target", f"{target.component_id} {target.config_id}{branch} on {target.stack_url}"),
+        ("last look", rfc3339(work.last_check_at)),
+        ("next look", job_view(work)["next_check_at"]),
+        ("trigger", f"{trigger.state} {trigger.id}" if trigger else None),
+        ("Keboola job", trigger.keboola_job_id if trigger else None),
+        ("started", rfc3339(work.completed_at)),
+    ]
+    lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
+    rows = [("BATCH", "STATUS", "REQUESTS", "OUTPUT", "NOTE")]
+    for b in work.batches:
+        requests = f"{b.completed or 0}/{b.total}" if b.total is not None else ""
+        rows.append(
+            (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
+        )
+    return "\n".join([*lines, "", table(rows)])
+
+
+# --- retry ----------------------------------------------------------------------------------------
+
+
+def run_retry(args: argparse.Namespace) -> int:
+    """Ask for a job to be tried again, through the state file."""
+    config = draft_for_reading(args).config
+    path = config.state_path
+    if not path.exists():
+        raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
+    works = {work.name: work for work in state_of(config)[0]}
+    if args.job not in works:
+        raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
+    now = time.time()
+    _, why_not = after_retry(works[args.job], force=args.force, now=now)
+    if why_not:
+        raise UsageError(f"{args.job}: {why_not}")
+    uri = path.absolute().as_uri() + "?mode=rw"
+    with contextlib.closing(
+        sqlite3.connect(uri, uri=True, timeout=Store.BUSY_TIMEOUT_S, isolation_level=None)
+    ) as db:
+        check_version(db, path)
+        Store(db, path).ask(args.job, force=args.force, now=now)
+    acting = is_acting(path)
+    print(
+        "asked: the running daemon does it within two seconds"
+        if acting
+        else "asked: nothing runs now; the next start or --once does it"
+    )
+    return 0
+
+
+# ==================================================================================================
+# 10. main: the command line, and the one place where exceptions become exit codes
+# ==================================================================================================
+
+EXIT_CODES: Final = """\
+exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config error;
+75 another instance holds the state file; 130 interrupted"""
+
+
+COMMAND_HELP: Final = {
+    "check": (
+        "validate the config offline",
+        (
+            "It goes the daemon's own way: YAML, every key, the Fernet key, every secret. Each\n"
+            "problem is one line with its place and its cure. No server is asked."
+        ),
+        "check --config config.yaml",
+    ),
+    "encrypt": (
+        "encrypt every plain value under secrets, in place",
+        (
+            "Comments and layout stay, and so do the file's mode and owner; the file is replaced as\n"
+            "a whole. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key\n"
+            "or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts."
+        ),
+        "encrypt --rotate",
+    ),
+    "status": (
+        "show the jobs, or one job with its batches",
+        "It reads the state file, also while the daemon runs. BATCHES is ended/all.",
+        "status nightly-embeddings --json",
+    ),
+    "retry": (
+        "try a job again now",
+        (
+            "Arms a trigger that Keboola rejected, searches at once for one whose outcome is unknown,\n"
+            "or looks at the batches at once. A running daemon does it within two seconds, otherwise\n"
+            "the next start or --once."
+        ),
+        "retry nightly-embeddings --force",
+    ),
+}
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--config",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help="the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)",
+    )
+    parser = argparse.ArgumentParser(
+        prog="teckochecker",
+        parents=[shared],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Start a Keboola job, once, when OpenAI has finished a team's batches.\n"
+        "Without a command: run as the daemon, in the foreground, until SIGTERM; the config is\n"
+        "read again whenever it changes, and on SIGHUP.",
+        epilog=f"example: teckochecker --config /etc/teckochecker/config.yaml\n\n{EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"teckochecker {__version__}")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="make one pass over every unfinished job, start what is ready, and exit (for cron)",
+    )
+    parser.set_defaults(run=run_daemon)
+    add_commands(parser.add_subparsers(title="commands", metavar="COMMAND"), shared)
+    return parser
+
+
+def add_commands(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser
+) -> None:
+    """Add each command with its help and its own options."""
+    runs = {"check": run_check, "encrypt": run_encrypt, "status": run_status, "retry": run_retry}
+    parsers = {}
+    for name, (text, more, example) in COMMAND_HELP.items():
+        parsers[name] = commands.add_parser(
+            name,
+            parents=[shared],
+            help=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=f"{text[0].upper()}{text[1:]}.\n{more}",
+            epilog=f"example: teckochecker {example}\n\n{EXIT_CODES}",
+        )
+        parsers[name].set_defaults(run=runs[name])
+    parsers["encrypt"].add_argument(
+        "--rotate",
+        action="store_true",
+        help="also encrypt again, under the first key, what is encrypted already",
+    )
+    status = parsers["status"].add_argument
+    status("job", nargs="?", metavar="JOB", help="show only this job, with every batch")
+    status("--json", action="store_true", help="print JSON, for programs")
+    retry = parsers["retry"].add_argument
+    retry("job", metavar="JOB", help="the job's name")
+    retry(
+        "--force",
+        action="store_true",
+        help="start the Keboola job of a finished job once more, or send an unknown trigger again "
+        "although the first one may have arrived",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = new_parser()
+    args = parser.parse_args(argv)
+    if args.once and args.run is not run_daemon:
+        parser.error("--once goes without a command")
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except TeckoError as error:
+        print(f"teckochecker: {error}", file=sys.stderr)
+        return error.exit_code
+    except sqlite3.Error as error:
+        print(f"teckochecker: cannot use the state file: {error}; {STATE_HINT}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `| head` has seen enough; without this, the interpreter complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
