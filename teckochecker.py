@@ -32,6 +32,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import collections
 import contextlib
 import email.utils
 import enum
@@ -508,7 +509,6 @@ _TEXT_TAGS: Final = {
 _TRUTH: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _DURATION = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
-_WORD = re.compile(r"[a-z_]{1,30}")
 
 _REQUIRED_OF_JOB: Final = (
     "batch_ids",
@@ -520,6 +520,7 @@ _REQUIRED_OF_JOB: Final = (
 _BATCH_ID: Final = r"batch_[A-Za-z0-9_-]{1,249}"
 _KEBOOLA_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
 _VARIABLE_NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _HEADER_VALUE: Final = r"[!-~]{1,255}"
 
 TRIGGER_ID_VARIABLE: Final = "teckochecker_trigger_id"
@@ -553,10 +554,16 @@ class Cursor:
     path: str
     file: str
     problems: list[Problem]
+    key: yaml.Node | None = None
 
     @property
     def place(self) -> Place:
         return place_of(self.node.start_mark)
+
+    @property
+    def key_place(self) -> Place:
+        """Where the node's key stands, for what is missing or should not be there at all."""
+        return place_of((self.key or self.node).start_mark)
 
     @property
     def is_null(self) -> bool:
@@ -596,25 +603,32 @@ class Cursor:
             elif not isinstance(key, yaml.ScalarNode):
                 self.bad("a key is not a single value", cure, place_of(key.start_mark))
             elif key.value in own:
-                first = own[key.value].place.line
-                what = f"the key {known_word(key.value)} stands here and in line {first}"
+                line = own[key.value].key_place.line
+                what = f"the key {self._shown(key.value)} stands here and in line {line}"
                 self.bad(what, "keep one of them", place_of(key.start_mark))
             else:
-                own[key.value] = self._child(value, key.value)
+                own[key.value] = self._child(value, key.value, key)
         return merged | own
 
     def fields(
         self, allowed: Iterable[str], cure: str = "write keys and values"
     ) -> dict[str, Cursor]:
         """Return a mapping's values by key; a key that is not allowed is a problem."""
+        return self.only(self.entries(cure), allowed)
+
+    def only(self, entries: Mapping[str, Cursor], allowed: Iterable[str]) -> dict[str, Cursor]:
+        """Return the entries that are allowed here; the others are problems."""
         names = tuple(allowed)
-        found = self.entries(cure)
-        for name in [name for name in found if name not in names]:
-            at = found.pop(name)
-            what = f"the key {known_word(name)} is not known"
-            at.path = self.path
-            at.bad(what, f"allowed here: {', '.join(names)}")
-        return found
+        for name, at in entries.items():
+            if name not in names:
+                what = f"the key {self._shown(name)} is not known"
+                self.bad(what, f"allowed here: {', '.join(names)}", at.key_place)
+        return {name: at for name, at in entries.items() if name in names}
+
+    def _shown(self, key: str) -> str:
+        """Return a key for a message; among secrets it may be a token that someone pasted."""
+        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", key)
+        return quoted(key) if is_plain else "written here"
 
     def _merge_sources(self, node: yaml.Node) -> dict[str, Cursor]:
         """Return what a merge key brings; of several mappings the first one wins."""
@@ -625,9 +639,9 @@ class Cursor:
             merged = at.entries("merge a mapping or a list of mappings") | merged
         return merged
 
-    def _child(self, node: yaml.Node, key: str) -> Cursor:
-        joint = "" if not self.path or key.startswith("[") else "."
-        return Cursor(node, f"{self.path}{joint}{key}", self.file, self.problems)
+    def _child(self, node: yaml.Node, name: str, key: yaml.Node | None = None) -> Cursor:
+        joint = "." if self.path and key else ""
+        return Cursor(node, f"{self.path}{joint}{name}", self.file, self.problems, key)
 
 
 Reader = Callable[[Cursor], Any]
@@ -637,11 +651,6 @@ T = TypeVar("T")
 def place_of(mark: Any) -> Place:  # noqa: ANN401 - the two YAML loaders have marks of their own
     """Return the place of a YAML mark, which counts from 0."""
     return Place(mark.line + 1, mark.column + 1)
-
-
-def known_word(key: str) -> str:
-    """Return a key for a message, unless it may be a token that someone pasted as one."""
-    return f'"{key}"' if _WORD.fullmatch(key) else "written here"
 
 
 def parse_duration(text: str) -> int | None:
@@ -851,24 +860,27 @@ def plain_value(at: Cursor) -> object:
     return text
 
 
-def read_secret_name(
-    kind: str, known: Mapping[str, object], others: Mapping[str, object]
-) -> Reader:
-    """Return a reader of the name of a secret of one type."""
+def read_secret_name(kind: str, kinds: Mapping[str, str | None]) -> Reader:
+    """Return a reader of the name of a secret of one kind; `kinds` are those of all secrets.
+
+    A kind of None is one that could not be read, which is a problem of its own already.
+    """
+    names = ", ".join(name for name in kinds if kinds[name] == kind) or "none there yet"
+    cure = f"name a secret of type {kind}: {names}"
 
     def read(at: Cursor) -> str | None:
-        names = ", ".join(known) or "none there yet"
-        name = at.text(f"name a secret of type {kind}: {names}")
-        if name is None or name in known:
+        name = at.text(cure)
+        if name is None or kinds.get(name, "") in {kind, None}:
             return name
-        problem = "is of another type" if name in others else "is not under secrets"
-        return at.bad(f"{quoted(name)} {problem}", f"name a secret of type {kind}: {names}")
+        problem = "is of another type" if name in kinds else "is not under secrets"
+        return at.bad(f"{quoted(name)} {problem}", cure)
 
     return read
 
 
 # --- the parts of the file ------------------------------------------------------------------------
 
+_DURATIONS: Final = {"retention", "request_timeout", "trigger_grace", "poll_interval"}
 _BAD: Final = object()  # a key is there, but its value has a problem that is already noted
 
 
@@ -890,8 +902,12 @@ def is_good(values: Mapping[str, Any]) -> bool:
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are there and could be read: what is left takes its default."""
-    return {key: value for key, value in values.items() if value is not None and value is not _BAD}
+    """Return the values that are there and could be read, by attribute of the model.
+
+    What is left out takes its default there. Durations carry their unit in the model only.
+    """
+    good = {key: value for key, value in values.items() if value is not None and value is not _BAD}
+    return {f"{key}_s" if key in _DURATIONS else key: value for key, value in good.items()}
 
 
 def read_log(at: Cursor) -> LogSettings:
@@ -901,10 +917,7 @@ def read_log(at: Cursor) -> LogSettings:
         "format": read_choice("auto", "console", "json"),
         "retention": read_duration(HOUR_S, 3650 * DAY_S),
     }
-    values = given(read_values(at.fields(readers), readers))
-    if "retention" in values:
-        values["retention_s"] = values.pop("retention")
-    return LogSettings(**values)
+    return LogSettings(**given(read_values(at.fields(readers), readers)))
 
 
 def read_limits(at: Cursor, *, loopback_only: bool) -> Limits:
@@ -915,11 +928,7 @@ def read_limits(at: Cursor, *, loopback_only: bool) -> Limits:
         "request_timeout": read_duration(1, 60),
         "trigger_grace": read_duration(least_grace_s, DAY_S),
     }
-    values = given(read_values(at.fields(readers), readers))
-    for key in ("request_timeout", "trigger_grace"):
-        if key in values:
-            values[key + "_s"] = values.pop(key)
-    return Limits(**values)
+    return Limits(**given(read_values(at.fields(readers), readers)))
 
 
 def read_source(at: Cursor, found: dict[str, Cursor]) -> SecretSource | None:
@@ -945,14 +954,11 @@ _SECRET_READERS: Final[Mapping[str, Mapping[str, Reader]]] = {
 }
 
 
-def read_secret_type(at: Cursor) -> str | None:
-    """Read which of the types of secret an entry is. What stands there is never echoed."""
+def read_secret_kind(at: Cursor, entries: Mapping[str, Cursor]) -> str | None:
+    """Read which type of secret an entry is. What stands there is never echoed."""
     cure = "write type: openai or type: keboola"
-    entries = at.entries("write type: and what belongs to it, each on its own line")
-    if not isinstance(at.node, yaml.MappingNode):
-        return None
     if "type" not in entries:
-        return at.bad("type is missing", cure)
+        return at.bad("type is missing", cure, at.key_place)
     kind = entries["type"].text(cure)
     if kind is not None and kind not in _SECRET_READERS:
         return entries["type"].bad("is not a type of secret", cure)
@@ -961,31 +967,36 @@ def read_secret_type(at: Cursor) -> str | None:
 
 def read_secret(name: str, at: Cursor) -> OpenAISecret | KeboolaSecret | None:
     """Read one entry of `secrets`."""
-    kind = read_secret_type(at)
+    entries = at.entries("write type: and what belongs to it, each on its own line")
+    if not isinstance(at.node, yaml.MappingNode):
+        return None
+    kind = read_secret_kind(at, entries)
     if kind is None:
         return None
+    noted_before = len(at.problems)
     readers = _SECRET_READERS[kind]
-    found = at.fields(("type", "value", "env", "file", *readers))
+    found = at.only(entries, ("type", "value", "env", "file", *readers))
     values = read_values({key: found[key] for key in readers if key in found}, readers)
     source = read_source(at, found)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        return at.bad("the name is not one", "use letters, digits, . _ and -")
+    if not re.fullmatch(_NAME, name):
+        at.bad("the name is not one", "use letters, digits, . _ and -", at.key_place)
     if kind == "keboola" and values.get("stack_url") is None:
-        return at.bad("stack_url is missing", "add stack_url: https://connection.keboola.com")
-    if source is None or not is_good(values):
+        cure = "add stack_url: https://connection.keboola.com"
+        at.bad("stack_url is missing", cure, at.key_place)
+    if source is None or len(at.problems) > noted_before:
         return None
     if kind == "keboola":
         return KeboolaSecret(name, source, **given(values))
     return OpenAISecret(name, source, **({"base_url": OPENAI_URL} | given(values)))
 
 
-def job_readers(openai: Mapping[str, object], keboola: Mapping[str, object]) -> dict[str, Reader]:
+def job_readers(secret_kinds: Mapping[str, str | None]) -> dict[str, Reader]:
     """Return the readers of a job's keys, which are also those of `defaults`."""
     keboola_id = read_matching(_KEBOOLA_ID, "copy the id from Keboola: letters, digits, . _ and -")
     return {
         "batch_ids": read_batch_ids,
-        "openai_secret": read_secret_name("openai", openai, keboola),
-        "keboola_secret": read_secret_name("keboola", keboola, openai),
+        "openai_secret": read_secret_name("openai", secret_kinds),
+        "keboola_secret": read_secret_name("keboola", secret_kinds),
         "component_id": keboola_id,
         "config_id": keboola_id,
         "branch_id": keboola_id,
@@ -1008,58 +1019,52 @@ def read_job(
     missing = [key for key in _REQUIRED_OF_JOB if values.get(key) is None]
     for key in missing:
         also = "" if key == "batch_ids" else " or under defaults"
-        at.bad(f"{key} is missing", f"add {key}: here{also}")
+        at.bad(f"{key} is missing", f"add {key}: here{also}", at.key_place)
     if len(name) > 200 or name != name.strip() or not name or not name.isprintable():
-        return at.bad("the name is not one", "use 1 to 200 printable characters")
+        return at.bad("the name is not one", "use 1 to 200 printable characters", at.key_place)
     if missing or not is_good(values):
         return None
-    chosen = given(values)
-    if "poll_interval" in chosen:
-        chosen["poll_interval_s"] = chosen.pop("poll_interval")
-    return Job(name, **chosen)
+    return Job(name, **given(values))
 
 
-def read_entries(at: Cursor | None, read: Callable[[str, Cursor], T | None]) -> dict[str, T]:
-    """Return what `read` makes of each entry of a mapping by name, without those it refused."""
+def read_entries(at: Cursor | None, read: Callable[[str, Cursor], T | None]) -> dict[str, T | None]:
+    """Return what `read` makes of each entry of a mapping, by name; None is what it refused."""
     entries = at.entries("write names, each with its own keys below it") if at else {}
-    values = {name: read(name, child) for name, child in entries.items()}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: read(name, child) for name, child in entries.items()}
 
 
 def read_config(root: Cursor, path: Path, sha256: str) -> Config:
     """Read the whole tree."""
     parts = ("state", "key_file", "log", "limits", "secrets", "defaults", "jobs")
     found = {k: at for k, at in root.fields(parts).items() if not at.is_null}
+    paths = {key: read_path(found[key]) for key in ("state", "key_file") if key in found}
     secrets = read_entries(found.get("secrets"), read_secret)
     openai = {name: s for name, s in secrets.items() if isinstance(s, OpenAISecret)}
     keboola = {name: s for name, s in secrets.items() if isinstance(s, KeboolaSecret)}
-    loopback_only = all(is_loopback(secret.stack_url) for secret in keboola.values())
-    paths = read_values(
-        {key: at for key, at in found.items() if key in {"state", "key_file"}},
-        {"state": read_path, "key_file": read_path},
-    )
-    readers = job_readers(openai, keboola)
+    kinds = dict.fromkeys(openai, "openai") | dict.fromkeys(keboola, "keboola")
+    readers = job_readers({name: kinds.get(name) for name in secrets})
     defaults: dict[str, Any] = {}
     if "defaults" in found:
         defaults = read_values(found["defaults"].fields(readers), readers)
     if "jobs" not in found:
         root.bad("jobs is missing or empty", "list them under jobs:, or write jobs: {} for none")
     jobs = read_entries(found.get("jobs"), lambda name, at: read_job(name, at, readers, defaults))
-    key_at = found.get("key_file") or found.get("secrets") or root
-    return Config(
+    config = Config(
         path=path,
         sha256=sha256,
-        state_path=path.parent / given(paths).get("state", DEFAULT_STATE),
-        key_path=path.parent / given(paths).get("key_file", DEFAULT_KEY),
-        key_place=key_at.place,
-        log=read_log(found["log"]) if "log" in found else LogSettings(),
-        limits=read_limits(found["limits"], loopback_only=loopback_only)
-        if "limits" in found
-        else Limits(),
+        state_path=path.parent / (paths.get("state") or DEFAULT_STATE),
+        key_path=path.parent / (paths.get("key_file") or DEFAULT_KEY),
+        key_place=(found.get("key_file") or found.get("secrets") or root).place,
         openai=openai,
         keboola=keboola,
-        jobs=jobs,
+        jobs={name: job for name, job in jobs.items() if job},
     )
+    if "log" in found:
+        config = replace(config, log=read_log(found["log"]))
+    if "limits" in found:
+        loopback_only = all(is_loopback(secret.stack_url) for secret in keboola.values())
+        config = replace(config, limits=read_limits(found["limits"], loopback_only=loopback_only))
+    return config
 
 
 # --- from text to tree ----------------------------------------------------------------------------
@@ -1693,13 +1698,13 @@ def after_clear_search(
 
 
 def after_failed_search(
-    trigger: Trigger, error: ApiError, *, now: float, jitter: float
+    trigger: Trigger, error: ApiError, *, may_post: bool, now: float, jitter: float
 ) -> tuple[Trigger, Step]:
     """Return the trigger after a search that could not be completed, and a step.
 
     It says nothing, so nothing is sent; unless a person has said `retry --force`.
     """
-    if trigger.forced and trigger.state == TriggerState.INTENT:
+    if trigger.forced and may_post:
         return trigger, Step.POST
     failures = trigger.failures + 1
     wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
@@ -2525,22 +2530,46 @@ class Answer:
 
 
 class Gate:
-    """At most `limit` holders at a time, first come first served; the limit can change."""
+    """At most `limit` holders at a time, first come first served; the limit can change.
+
+    A place is handed over, not given up and taken: nobody overtakes, and whoever is cancelled in
+    the moment of getting it hands it on.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self._limit = limit
         self._inside = 0
-        self._changed = asyncio.Condition()
+        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    def set_limit(self, limit: int) -> None:
+        """Change the limit; who is inside stays."""
+        self._limit = limit
+        self._admit()
 
     async def __aenter__(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._inside < self.limit)
-            self._inside += 1
+        place = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        self._admit()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._leave()
+            raise
 
     async def __aexit__(self, *_: object) -> None:
-        async with self._changed:
-            self._inside -= 1
-            self._changed.notify()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._inside < self._limit:
+            place = self._waiting.popleft()
+            if not place.done():  # else its owner was cancelled while waiting
+                self._inside += 1
+                place.set_result(None)
 
 
 class Clock(Protocol):
@@ -2583,7 +2612,7 @@ class Http:
     def set_limits(self, limits: Limits) -> None:
         """Take new limits; requests in flight keep theirs."""
         self.limits = limits
-        self.gate.limit = limits.max_concurrency
+        self.gate.set_limit(limits.max_concurrency)
 
     def new_client(self) -> httpx.AsyncClient:
         """Return a client with connections of its own; the TLS context is costly, and shared."""
@@ -2883,7 +2912,7 @@ class OpenAIClient:
         """Return a batch (`GET /batches/{id}`); raises ApiError after the retries."""
 
         async def attempt(deadline: float) -> Batch:
-            self._gate.limit = self._http.limits.max_concurrency
+            self._gate.set_limit(self._http.limits.max_concurrency)
             async with self._gate:  # so that this account's queue is not in front of everyone else
                 await self._pass_hold()
                 try:
@@ -3238,7 +3267,7 @@ class Poller:
             say_bug(error, watch.work.name)
         finally:
             watch.is_looking = False
-            self.wake.set()
+            self._engine.wake_pollers()  # a reload may have given the job to another one
 
     async def _ask(self, batch_id: str) -> Batch | ApiError:
         try:
@@ -3302,7 +3331,7 @@ class Carrier:
             case Step.ARM:
                 return self._intend()
             case Step.SEARCH:
-                await self._search(trigger, may_post=may_post)
+                await self._search(trigger)
                 return True
             case Step.WAIT:
                 return await self._wait(left_s)
@@ -3329,41 +3358,40 @@ class Carrier:
         self._commit(unknown, "trigger_unknown", "warning", error=error)
         return True
 
-    async def _search(self, trigger: Trigger, *, may_post: bool) -> None:
+    async def _search(self, trigger: Trigger) -> None:
         """Ask Keboola for a job with this trigger id; POST only if there is certainly none."""
-        watch, now = self._watch, self._clock.wall()
-        unknown_for_s = self._clock.mono() - watch.unknown_since
+        watch, clock = self._watch, self._clock
+        unknown_for_s = clock.mono() - watch.unknown_since
+        jobs: list[KeboolaJob] = []
+        failure: ApiError | None = None
         try:
+            since = search_from(watch.work.batches, clock.wall())
             client = self._engine.keboola(trigger)
-            since = search_from(watch.work.batches, now)
             jobs = await client.search(trigger.target, since, trigger.id)
         except ApiError as error:
-            if watch.work.trigger != trigger:
-                return  # `retry` has changed it meanwhile
-            after, step = after_failed_search(
-                trigger, error, now=self._clock.wall(), jitter=self._clock.jitter()
-            )
-            if step is Step.POST:
-                await self._post(after)
-            else:
-                self._commit_if_new(after, "trigger_search_failed", "warning", error=str(error))
-            return
+            failure = error
         if watch.work.trigger != trigger:
-            return
+            return  # `retry` has changed it meanwhile
         if jobs:
             self._adopt(trigger, jobs)
             return
-        grace_s = self._engine.setup.config.limits.trigger_grace_s
-        may_post = may_post and self._engine.may_post(watch)  # a reload may have paused it
-        after, step = after_clear_search(
-            trigger,
-            unknown_for_s=unknown_for_s,
-            grace_s=grace_s,
-            may_post=may_post,
-            now=self._clock.wall(),
-        )
+        may_post = self._engine.may_post(watch)  # asked now: a reload may have paused it
+        if failure:
+            after, step = after_failed_search(
+                trigger, failure, may_post=may_post, now=clock.wall(), jitter=clock.jitter()
+            )
+        else:
+            after, step = after_clear_search(
+                trigger,
+                unknown_for_s=unknown_for_s,
+                grace_s=self._engine.setup.config.limits.trigger_grace_s,
+                may_post=may_post,
+                now=clock.wall(),
+            )
         if step is Step.POST:
             await self._post(after)
+        elif after.error != trigger.error:
+            self._commit(after, "trigger_search_failed", "warning", error=after.error)
         elif after != trigger:
             self._commit(after)
 
@@ -3379,7 +3407,11 @@ class Carrier:
     async def _post(self, trigger: Trigger) -> None:
         """Commit `sending`, send, and commit what came of it."""
         watch, engine = self._watch, self._engine
-        client = engine.keboola(trigger)
+        try:
+            client = engine.keboola(trigger)
+        except ApiError as error:  # the config has lost the token meanwhile
+            await self._settle(trigger, error)
+            return
         engine.check_in_place()
         sending = as_sending(trigger, self._clock.wall())
         self._commit(sending, "trigger_sending")
@@ -3403,9 +3435,10 @@ class Carrier:
             now=self._clock.wall(),
             jitter=self._clock.jitter(),
         )
-        is_back = after.state == TriggerState.INTENT
-        name = "trigger_not_sent" if is_back else f"trigger_{after.state}"
-        level = "error" if after.state == TriggerState.REJECTED else "warning"
+        name, level = {
+            TriggerState.INTENT: ("trigger_not_sent", "warning"),
+            TriggerState.REJECTED: ("trigger_rejected", "error"),
+        }.get(after.state, ("trigger_unknown", "warning"))
         await self._commit_surely(after, name, level, error=str(error), status=error.status)
 
     async def _commit_surely(
@@ -3420,14 +3453,6 @@ class Carrier:
                 await asyncio.sleep(1)
             else:
                 return
-
-    def _commit_if_new(self, trigger: Trigger, name: str, level: str, **fields_: object) -> None:
-        """Commit, and tell of it unless it is the error that is known already."""
-        old = self._watch.work.trigger
-        if old and old.error == trigger.error:
-            self._commit(trigger)
-        else:
-            self._commit(trigger, name, level, **fields_)
 
     def _commit(
         self, trigger: Trigger, name: str = "", level: str = "info", **fields_: object
@@ -3621,10 +3646,16 @@ class Engine:
 
     # --- what pollers and carriers need ---
 
+    def wake_pollers(self) -> None:
+        """Have the pollers see what is due now."""
+        for poller in self._pollers.values():
+            poller.wake.set()
+
     def is_polled(self, watch: Watch) -> bool:
         """Return whether a work's batches are looked at."""
-        work = watch.work
-        return bool(watch.job and not watch.job.paused and not work.is_ready and not work.trigger)
+        if watch.job is None or watch.job.paused or self.is_stopping:
+            return False
+        return not (watch.work.is_ready or watch.work.trigger)
 
     def may_post(self, watch: Watch) -> bool:
         """Return whether a work's trigger may be sent now.
@@ -3765,8 +3796,7 @@ class Engine:
         if why_not is None:
             self._rouse(watch)
             self.carry(watch)
-            for poller in self._pollers.values():
-                poller.wake.set()
+            self.wake_pollers()
 
 
 def secrets_of(setup: Setup, job: Job | None) -> tuple[object, ...]:
@@ -4314,19 +4344,17 @@ exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config er
 COMMAND_HELP: Final = {
     "check": (
         "validate the config offline",
-        (
-            "It goes the daemon's own way: YAML, every key, the Fernet key, every secret. Each\n"
-            "problem is one line with its place and its cure. No server is asked."
-        ),
+        """\
+It goes the daemon's own way: YAML, every key, the Fernet key, every secret. Each
+problem is one line with its place and its cure. No server is asked.""",
         "check --config config.yaml",
     ),
     "encrypt": (
         "encrypt every plain value under secrets, in place",
-        (
-            "Comments and layout stay, and so do the file's mode and owner; the file is replaced as\n"
-            "a whole. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key\n"
-            "or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts."
-        ),
+        """\
+Comments and layout stay, and so do the file's mode and owner; the file is replaced as
+a whole. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key
+or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts.""",
         "encrypt --rotate",
     ),
     "status": (
@@ -4336,11 +4364,10 @@ COMMAND_HELP: Final = {
     ),
     "retry": (
         "try a job again now",
-        (
-            "Arms a trigger that Keboola rejected, searches at once for one whose outcome is unknown,\n"
-            "or looks at the batches at once. A running daemon does it within two seconds, otherwise\n"
-            "the next start or --once."
-        ),
+        """\
+Arms a trigger that Keboola rejected, searches at once for one whose outcome is
+unknown, or looks at the batches at once. A running daemon does it within two seconds,
+otherwise the next start or --once.""",
         "retry nightly-embeddings --force",
     ),
 }
