@@ -2099,7 +2099,8 @@ def lock_path(state_path: Path) -> Path:
 class Store:
     """The state file. Every change is one transaction; what fails raises StorageError whole."""
 
-    BUSY_TIMEOUT_S: Final = 5.0
+    BUSY_TIMEOUT_S: Final = 5.0  # for commands; the daemon's loop must not stand still that long
+    ACTING_TIMEOUT_S: Final = 1.0
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
         self._db = db
@@ -2110,7 +2111,7 @@ class Store:
     def open(cls, path: Path) -> Store:
         """Open for acting, under the lock. Raises StateError for what is no state file."""
         try:
-            db = sqlite3.connect(path, timeout=cls.BUSY_TIMEOUT_S, isolation_level=None)
+            db = sqlite3.connect(path, timeout=cls.ACTING_TIMEOUT_S, isolation_level=None)
             if path.stat().st_size:
                 check_database(db, path)
             else:
@@ -2598,6 +2599,20 @@ class SystemClock:
         return random.random()  # noqa: S311 - spreads load, guards nothing
 
 
+class Budget:
+    """What is left of REQUEST_BUDGET_S, counted from the first use: the queue costs nothing."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._until: float | None = None
+
+    def left_s(self) -> float:
+        """Return the seconds left."""
+        now = self._clock.mono()
+        self._until = now + REQUEST_BUDGET_S if self._until is None else self._until
+        return self._until - now
+
+
 class Http:
     """The one way out: a gate, a deadline for the whole request, and a cap on the answer."""
 
@@ -2638,14 +2653,15 @@ class Http:
         url: str,
         headers: Mapping[str, str],
         params: Mapping[str, str] | None = None,
-        deadline: float = math.inf,
+        *,
+        budget: Budget,
     ) -> Answer:
-        """Return the answer to a GET; raises ApiError where none came until the deadline (mono)."""
+        """Return the answer to a GET; raises ApiError where none came in time."""
         if self._client is None:
             self._client = self.new_client()
         request = self._client.build_request("GET", url, headers=dict(headers), params=params)
         async with self.gate:
-            timeout_s = min(self.limits.request_timeout_s, deadline - self.clock.mono())
+            timeout_s = min(self.limits.request_timeout_s, budget.left_s())
             return await self._fetch(self._client, request, timeout_s)
 
     async def post(self, url: str, headers: Mapping[str, str], body: str) -> Answer:
@@ -2709,14 +2725,19 @@ class Http:
 # --- reading what came ----------------------------------------------------------------------------
 
 
+def nonsense(what: str, answer: Answer) -> ApiError:
+    """Return the error of an answer that is not what it claims to be; the next one may be."""
+    message = f"{what}, with status {answer.status}"
+    return ApiError(message, status=answer.status, retryable=True, request_id=answer.request_id)
+
+
 def parse_json(answer: Answer) -> Any:  # noqa: ANN401 - JSON
     """Return the body as JSON; raises ApiError (retryable) where it is something else."""
     try:
         return json.loads(answer.body)
     except (ValueError, RecursionError):
         kind = one_line(answer.headers.get("content-type", "no content type"), 60)
-        what = f"answered {answer.status} with something that is not JSON ({kind})"
-        raise ApiError(what, retryable=True, request_id=answer.request_id) from None
+        raise nonsense(f"an answer that is not JSON ({kind})", answer) from None
 
 
 def text_or_none(value: object, limit: int = 300) -> str | None:
@@ -2859,13 +2880,13 @@ def carried_trigger_id(data: object) -> str | None:
 # --- asking ---------------------------------------------------------------------------------------
 
 
-async def with_retries(attempt: Callable[[float], Coroutine[Any, Any, T]], clock: Clock) -> T:
-    """Return what `attempt(deadline)` returns, repeated while that may help; else its ApiError.
+async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], clock: Clock) -> T:
+    """Return what `attempt(budget)` returns, repeated while that may help; else its ApiError.
 
     Waits as the server asks, or exponentially with jitter, but never longer than PATIENCE_S at a
     time and REQUEST_BUDGET_S in all: what needs more is for the next look.
     """
-    deadline = clock.mono() + REQUEST_BUDGET_S
+    budget = Budget(clock)
     exponential = tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5)
 
     def wait(state: tenacity.RetryCallState) -> float:
@@ -2875,8 +2896,8 @@ async def with_retries(attempt: Callable[[float], Coroutine[Any, Any, T]], clock
 
     def stop(state: tenacity.RetryCallState) -> bool:
         wait_s = state.upcoming_sleep
-        is_late = wait_s > PATIENCE_S or clock.mono() + wait_s > deadline - 1
-        return is_late or state.attempt_number >= MAX_ATTEMPTS
+        is_long = wait_s > PATIENCE_S or wait_s > budget.left_s() - 1
+        return is_long or state.attempt_number >= MAX_ATTEMPTS
 
     retrying = tenacity.AsyncRetrying(
         # Only ApiError: cancellation must get through.
@@ -2885,13 +2906,13 @@ async def with_retries(attempt: Callable[[float], Coroutine[Any, Any, T]], clock
         stop=stop,
         reraise=True,
     )
-    return await retrying(attempt, deadline)
+    return await retrying(attempt, budget)
 
 
 class OpenAIClient:
     """One OpenAI account, and how it is doing: what it refuses for one batch may hold for all."""
 
-    SICK_AFTER: Final = 5  # failures in a row, of any batches
+    SILENT_AFTER: Final = 5  # requests in a row, for any batches, that no answer came to
 
     def __init__(self, account: Account, http: Http) -> None:
         self._http = http
@@ -2903,38 +2924,41 @@ class OpenAIClient:
         if account.project:
             self._headers["OpenAI-Project"] = account.project
         self._gate = Gate(http.limits.max_concurrency)
-        self._failures = 0
-        self._strikes = 0
+        self._in_flight = 0
+        self._silences = 0
         self._held_until = -math.inf
-        self._held_for: ApiError | None = None
+        self._last_error: ApiError | None = None
 
     async def batch(self, batch_id: str) -> Batch:
         """Return a batch (`GET /batches/{id}`); raises ApiError after the retries."""
 
-        async def attempt(deadline: float) -> Batch:
+        async def attempt(budget: Budget) -> Batch:
             self._gate.set_limit(self._http.limits.max_concurrency)
             async with self._gate:  # so that this account's queue is not in front of everyone else
-                await self._pass_hold()
+                await self._enter()
+                self._in_flight += 1
                 try:
-                    batch = await self._get(batch_id, deadline)
+                    batch = await self._get(batch_id, budget)
                 except ApiError as error:
-                    self._note_failure(error)
+                    self._note(error)
                     raise
-                self._failures = self._strikes = 0
+                finally:
+                    self._in_flight -= 1
+                self._silences = 0
                 return batch
 
         return await with_retries(attempt, self._clock)
 
-    async def _get(self, batch_id: str, deadline: float) -> Batch:
+    async def _get(self, batch_id: str, budget: Budget) -> Batch:
         url = f"{self._base_url}/batches/{batch_id}"
-        answer = await self._http.get(url, self._headers, deadline=deadline)
+        answer = await self._http.get(url, self._headers, budget=budget)
         if not answer.is_success:
             raise self._refusal(answer)
         try:
             return parse_batch(parse_json(answer), batch_id)
         except ValueError as error:
-            message = f"OpenAI answered with something that is no batch: it {error}"
-            raise ApiError(message, retryable=True, request_id=answer.request_id) from None
+            message = f"OpenAI's answer is no batch: it {error}"
+            raise nonsense(message, answer) from None
 
     def _refusal(self, answer: Answer) -> ApiError:
         error = http_error("OpenAI", answer, self._clock.wall())
@@ -2943,28 +2967,29 @@ class OpenAIClient:
             return ApiError(text, status=404, request_id=error.request_id)
         return error
 
-    async def _pass_hold(self) -> None:
-        """Wait while the account is held, or raise what it is held for if that takes too long."""
+    async def _enter(self) -> None:
+        """Wait while the account is held; raise what stands in the way where that takes long."""
         while (left_s := self._held_until - self._clock.mono()) > 0:
-            if left_s > PATIENCE_S and self._held_for:
-                error = self._held_for
-                raise ApiError(str(error), status=error.status, retry_after_s=left_s)
+            if left_s > PATIENCE_S:
+                raise self._same_again(left_s)
             await asyncio.sleep(left_s)
+        # A dead server holds each request to its deadline: one at a time finds out when it is back,
+        # and the places are left to other accounts.
+        if self._silences >= self.SILENT_AFTER and self._in_flight:
+            raise self._same_again(None)
 
-    def _note_failure(self, error: ApiError) -> None:
-        """Hold the account if it said so, or if nothing of it answers any more."""
-        if not error.retryable:
-            return
-        now = self._clock.mono()
-        self._failures += 1
-        hold_s = 0.0
+    def _same_again(self, retry_after: float | None) -> ApiError:
+        error = self._last_error
+        status = error.status if error else None
+        return ApiError(str(error), status=status, retry_after_s=retry_after)
+
+    def _note(self, error: ApiError) -> None:
+        """Remember what a failure says about the account as a whole."""
+        self._silences = self._silences + 1 if error.status is None else 0
+        self._last_error = error
         if error.status == 429 and error.retry_after_s:
             hold_s = min(error.retry_after_s, MAX_BACKOFF_S)
-        elif self._failures >= self.SICK_AFTER and now >= self._held_until:
-            self._strikes += 1
-            hold_s = min(5 * MINUTE_S, 2.0**self._strikes)
-        if now + hold_s > max(now, self._held_until):
-            self._held_until, self._held_for = now + hold_s, error
+            self._held_until = max(self._held_until, self._clock.mono() + hold_s)
 
 
 class KeboolaClient:
@@ -2984,8 +3009,8 @@ class KeboolaClient:
     ) -> object:
         """Return the JSON of a GET; raises ApiError after the retries."""
 
-        async def attempt(deadline: float) -> object:
-            answer = await self._http.get(url, headers, params, deadline)
+        async def attempt(budget: Budget) -> object:
+            answer = await self._http.get(url, headers, params, budget=budget)
             if not answer.is_success:
                 raise http_error("Keboola", answer, self._clock.wall())
             return parse_json(answer)
@@ -3030,10 +3055,7 @@ class KeboolaClient:
         try:
             return parse_keboola_job(parse_json(answer))
         except ValueError as error:
-            message = f"Keboola answered {answer.status} with something that is no job: it {error}"
-            raise ApiError(message) from None
-        except ApiError as error:
-            raise ApiError(f"Keboola {error}") from None
+            raise nonsense(f"Keboola's answer is no job: it {error}", answer) from None
 
     async def search(self, target: Target, since: float | None, trigger: str) -> list[KeboolaJob]:
         """Return the jobs that carry a trigger id, the oldest first.
@@ -3172,12 +3194,6 @@ def say(event: Event) -> None:
     log.log(getattr(logging, event.level.upper()), event.name, **subject, **event.fields)
 
 
-def say_bug(error: Exception, job: str) -> None:
-    """Write an exception that nobody has thought of to the log, with its traceback."""
-    log = structlog.get_logger("teckochecker")
-    log.error("internal_error", job=job, exc_info=error)
-
-
 class Notifier:
     """The service manager's side of the process (sd_notify(3)); silent where there is none."""
 
@@ -3264,7 +3280,7 @@ class Poller:
             )
         except Exception as error:  # noqa: BLE001 - a bug that one job meets is not the others'
             watch.due = self._engine.clock.mono() + MINUTE_S
-            say_bug(error, watch.work.name)
+            self._engine.note_bug(error, watch.work.name)
         finally:
             watch.is_looking = False
             self._engine.wake_pollers()  # a reload may have given the job to another one
@@ -3314,7 +3330,7 @@ class Carrier:
             except TeckoError:
                 raise
             except Exception as error:  # noqa: BLE001 - as in Poller
-                say_bug(error, self._watch.work.name)
+                self._engine.note_bug(error, self._watch.work.name)
                 if not await self._wait(MINUTE_S):
                     return
 
@@ -3510,6 +3526,7 @@ class Engine:
         self._pruned_at = -math.inf
         self._data_version = -1
         self._trouble: dict[str | None, Event] = {}
+        self.has_failed = False  # something could not be written, or a bug was met
 
     # --- running ---
 
@@ -3735,9 +3752,15 @@ class Engine:
 
     def note_trouble(self, event: Event) -> None:
         """Tell once of trouble with the state file, until something could be written again."""
+        self.has_failed = True
         if self._trouble.get(event.job) != event:
             self._trouble[event.job] = event
             say(event)
+
+    def note_bug(self, error: Exception, job: str) -> None:
+        """Tell of an exception that nobody has thought of, with its traceback."""
+        self.has_failed = True
+        structlog.get_logger("teckochecker").error("internal_error", job=job, exc_info=error)
 
     def note_config(self, config: Config | None, error: str | None, *events: Event) -> None:
         """Remember which config the process runs with, and what was wrong with the last one."""
@@ -4003,9 +4026,8 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         await http.close()
         store.close()
         lock.close()
-    if code == 0 and once and any(needs_person(w.work) for w in engine.watches.values()):
-        return 1
-    return code
+    has_failed = engine.has_failed or any(needs_person(w.work) for w in engine.watches.values())
+    return 1 if code == 0 and once and has_failed else code
 
 
 # ==================================================================================================
