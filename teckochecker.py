@@ -3460,11 +3460,17 @@ class Carrier:
     async def _commit_surely(
         self, trigger: Trigger, name: str, level: str, **fields_: object
     ) -> None:
-        """Commit an outcome, however long the disk stays full: it is known only here."""
+        """Commit an outcome, however long the disk stays full: it is known only here.
+
+        With --once, not that long: the next pass finds `sending`, and searches.
+        """
+        give_up_at = self._clock.mono() + (PATIENCE_S if self._engine.once else math.inf)
         while True:
             try:
                 self._commit(trigger, name, level, **fields_)
             except StorageError as error:
+                if self._clock.mono() > give_up_at:
+                    raise
                 self._tell_trouble(error)
                 await asyncio.sleep(1)
             else:
@@ -3593,14 +3599,15 @@ class Engine:
         self._http.set_limits(setup.config.limits)
         watches = {}
         for work in works:
-            watch = self.watches.get(work.id)
             job = jobs.get(work.name) if work.position is not None else None
+            watch = self.watches.get(work.id)
             if watch is None:
                 watch = self._begin(work)
-                work = watch.work  # noqa: PLW2901
-            elif job != watch.job or secrets_of(old, watch.job) != secrets_of(setup, job):
-                self._rouse(watch)
-            watch.work, watch.job = work, job
+            else:
+                if secrets_of(old, watch.job) != secrets_of(setup, job) or job != watch.job:
+                    self._rouse(watch)
+                watch.work = work
+            watch.job = job
             watches[work.id] = watch
         self.watches = watches
         self._rearm()
