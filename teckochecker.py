@@ -2023,6 +2023,15 @@ _BATCH_COLUMNS: Final = tuple(f.name for f in fields(Batch))
 _TRIGGER_COLUMNS: Final = tuple(f.name for f in fields(Trigger) if f.name != "target")
 _TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
 
+STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
+_STATE_HINTS: Final = {
+    sqlite3.SQLITE_FULL: "free the disk",
+    sqlite3.SQLITE_BUSY: "see who else has the file open",
+    sqlite3.SQLITE_READONLY: "give this user the right to write the file and its directory",
+    sqlite3.SQLITE_CANTOPEN: "check the path, and this user's rights to the file and its directory",
+    sqlite3.SQLITE_IOERR: "see what the disk has to say",
+}
+
 LIVE: Final = (
     "(position IS NOT NULL OR id IN"
     " (SELECT job_id FROM triggers WHERE state IN ('intent', 'sending', 'unknown')))"
@@ -2126,7 +2135,8 @@ class Store:
             db.execute("PRAGMA foreign_keys = ON")
             migrate(db, path)
         except sqlite3.Error as error:
-            raise StateError(f"cannot use the state file {path}: {error}", STATE_HINT) from None
+            message = f"cannot use the state file {path}: {error}"
+            raise StateError(message, state_hint(error)) from None
         return cls(db, path)
 
     @contextlib.contextmanager
@@ -2141,8 +2151,8 @@ class Store:
                 if self._db.in_transaction:  # a failed COMMIT leaves it open; so does an exception
                     self._db.execute("ROLLBACK")
         except sqlite3.Error as error:
-            hint = "it is tried again; free the disk, or see who uses the file"
-            raise StorageError(f"cannot write the state file {self.path}: {error}", hint) from error
+            message = f"cannot write the state file {self.path}: {error}"
+            raise StorageError(message, state_hint(error)) from error
 
     def is_in_place(self) -> bool:
         """Return whether the open file is still the one of its name."""
@@ -2382,7 +2392,10 @@ class Store:
         return json.loads(row[0]) if row else None
 
 
-STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
+def state_hint(error: sqlite3.Error) -> str:
+    """Return what to do about an error of SQLite's, by its primary result code."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return _STATE_HINTS.get(code, STATE_HINT)
 
 
 def target_row(target: Target) -> tuple[str | None, ...]:
@@ -4481,7 +4494,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"teckochecker: {error}", file=sys.stderr)
         return error.exit_code
     except sqlite3.Error as error:
-        print(f"teckochecker: cannot use the state file: {error}; {STATE_HINT}", file=sys.stderr)
+        hint = state_hint(error)
+        print(f"teckochecker: cannot use the state file: {error}; {hint}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `| head` has seen enough; without this, the interpreter complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
