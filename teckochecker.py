@@ -58,7 +58,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, TypeVar
@@ -2015,13 +2015,13 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
     ),
 )
 
-_WORK_COLUMNS: Final = (
-    "id, name, stack_url, component_id, config_id, branch_id, position, paused, rerun, error,"
-    " failures, last_check_at, next_check_at, completed_at"
-)
+# The columns are the model's own names; a target has four, wherever it stands.
+_TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
 _BATCH_COLUMNS: Final = tuple(f.name for f in fields(Batch))
 _TRIGGER_COLUMNS: Final = tuple(f.name for f in fields(Trigger) if f.name != "target")
-_TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
+_WORK_COLUMNS: Final = tuple(
+    f.name for f in fields(Work) if f.name not in {"batches", "target", "trigger"}
+)
 
 STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
 _STATE_HINTS: Final = {
@@ -2113,6 +2113,7 @@ class Store:
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
         self._db = db
+        self._db.row_factory = sqlite3.Row
         self.path = path
         self._inode = inode_of(path)
 
@@ -2172,12 +2173,17 @@ class Store:
     def known(self) -> list[Known]:
         """Return every piece of work there ever was, as far as `assign` needs it."""
         rows = self._db.execute(
-            "SELECT id, name, batch_key, stack_url, component_id, config_id, branch_id,"
-            " EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = jobs.id AND t.rerun = jobs.rerun"
-            " AND t.state = 'sent') FROM jobs"
+            "SELECT *, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = jobs.id"
+            " AND t.rerun = jobs.rerun AND t.state = 'sent') AS is_finished FROM jobs"
         )
         return [
-            Known(row[0], row[1], frozenset(json.loads(row[2])), Target(*row[3:7]), bool(row[7]))
+            Known(
+                id=row["id"],
+                name=row["name"],
+                batch_ids=frozenset(json.loads(row["batch_key"])),
+                target=target_of(row),
+                is_finished=bool(row["is_finished"]),
+            )
             for row in rows
         ]
 
@@ -2186,46 +2192,30 @@ class Store:
 
         They are those for which `where` holds, and those with one of `ids`.
         """
-        where = f"({where} OR id IN (SELECT value FROM json_each(?)))"
-        chosen = f"SELECT id FROM jobs WHERE {where}"
-        wanted = (compact_json(list(ids)),)
+        where = f"({where} OR id IN (SELECT value FROM json_each(:ids)))"
+        chosen = f"job_id IN (SELECT id FROM jobs WHERE {where})"
+        wanted = {"ids": compact_json(list(ids))}
         batches: dict[int, list[Batch]] = {}
-        columns = ", ".join(_BATCH_COLUMNS)
-        for job_id, *row in self._db.execute(
-            f"SELECT job_id, {columns} FROM batches WHERE job_id IN ({chosen})"
-            " ORDER BY job_id, position",
-            wanted,
+        for row in self._db.execute(
+            f"SELECT * FROM batches WHERE {chosen} ORDER BY job_id, position", wanted
         ):
-            batches.setdefault(job_id, []).append(Batch(*row))
-        triggers = {}
-        columns = ", ".join((*_TARGET_COLUMNS, *_TRIGGER_COLUMNS))
-        for job_id, *row in self._db.execute(
-            f"SELECT job_id, {columns} FROM triggers WHERE job_id IN ({chosen})",
-            wanted,
-        ):
-            values = dict(zip(_TRIGGER_COLUMNS, row[4:], strict=True))
-            values["state"] = TriggerState(values["state"])
-            values["forced"] = bool(values["forced"])
-            triggers[job_id, values["rerun"]] = Trigger(target=Target(*row[:4]), **values)
+            batch = Batch(**picked(row, _BATCH_COLUMNS))
+            batches.setdefault(row["job_id"], []).append(batch)
+        triggers: dict[tuple[int, int], Trigger] = {}
+        for row in self._db.execute(f"SELECT * FROM triggers WHERE {chosen}", wanted):
+            values = picked(row, _TRIGGER_COLUMNS)
+            values |= {"state": TriggerState(row["state"]), "forced": bool(row["forced"])}
+            trigger = Trigger(target=target_of(row), **values)
+            triggers[row["job_id"], trigger.rerun] = trigger
         return [
             Work(
-                id=row[0],
-                name=row[1],
-                batches=tuple(batches.get(row[0], ())),
-                target=Target(*row[2:6]),
-                position=row[6],
-                paused=bool(row[7]),
-                rerun=row[8],
-                error=row[9],
-                failures=row[10],
-                last_check_at=row[11],
-                next_check_at=row[12],
-                completed_at=row[13],
-                trigger=triggers.get((row[0], row[8])),
+                **picked(row, _WORK_COLUMNS) | {"paused": bool(row["paused"])},
+                batches=tuple(batches.get(row["id"], ())),
+                target=target_of(row),
+                trigger=triggers.get((row["id"], row["rerun"])),
             )
             for row in self._db.execute(
-                f"SELECT {_WORK_COLUMNS} FROM jobs WHERE {where} ORDER BY position, id",
-                wanted,
+                f"SELECT * FROM jobs WHERE {where} ORDER BY position, id", wanted
             )
         ]
 
@@ -2234,17 +2224,9 @@ class Store:
         with self.transaction():
             assigned = assign(jobs, targets, self.known())
             before = {work.id: work for work in self.works(IN_CONFIG, assigned.values())}
-            kept = set(assigned.values())
-            gone = [
-                (work_id,)
-                for work_id, w in before.items()
-                if w.position is not None and work_id not in kept
-            ]
-            self._db.executemany("UPDATE jobs SET position = NULL WHERE id = ?", gone)
+            self._leave_out(before.keys() - set(assigned.values()))
             for position, (name, job) in enumerate(jobs.items()):
-                old = before.get(assigned.get(name, -1)) or self._insert(
-                    job, targets[name], position
-                )
+                old = before.get(assigned.get(name, -1)) or self._insert(job, targets[name])
                 known = {batch.id: batch for batch in old.batches}
                 new = replace(
                     old,
@@ -2257,18 +2239,18 @@ class Store:
                 self._write(old, new)
             return self.works()
 
-    def _insert(self, job: Job, target: Target, position: int) -> Work:
-        values = (job.name, compact_json(sorted(job.batch_ids)), position)
-        cursor = self._db.execute(
-            "INSERT INTO jobs (name, batch_key, position, stack_url, component_id, config_id,"
-            " branch_id, paused) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (*values, *target_row(target), job.paused),
-        )
-        work_id = int(cursor.lastrowid or 0)
+    def _leave_out(self, work_ids: Iterable[int]) -> None:
+        """Mark pieces of work as not in the config any more; they are kept for ever."""
+        statement = "UPDATE jobs SET position = NULL WHERE id = ?"
+        self._db.executemany(statement, [(work_id,) for work_id in work_ids])
+
+    def _insert(self, job: Job, target: Target) -> Work:
+        row = {"name": job.name, "batch_key": compact_json(sorted(job.batch_ids))}
+        work_id = self._put("jobs", row | asdict(target), verb="INSERT")
         batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
         for place, batch in enumerate(batches):
             self._write_batch(work_id, place, batch)
-        return Work(work_id, job.name, batches, target, position, job.paused)
+        return Work(work_id, job.name, batches, target, position=None)
 
     def save(self, before: Work, after: Work, events: Sequence[Event], now: float) -> None:
         """Store how a work has changed, together with the log rows that tell of it."""
@@ -2287,50 +2269,25 @@ class Store:
     def _write(self, before: Work, after: Work) -> None:
         """Write what differs between two states of one piece of work."""
         if replace(after, batches=before.batches, trigger=before.trigger) != before:
-            self._db.execute(
-                "UPDATE jobs SET name = ?, stack_url = ?, component_id = ?, config_id = ?,"
-                " branch_id = ?, position = ?, paused = ?, rerun = ?, error = ?, failures = ?,"
-                " last_check_at = ?, next_check_at = ?, completed_at = ? WHERE id = ?",
-                (
-                    after.name,
-                    *target_row(after.target),
-                    after.position,
-                    after.paused,
-                    after.rerun,
-                    after.error,
-                    after.failures,
-                    after.last_check_at,
-                    after.next_check_at,
-                    after.completed_at,
-                    after.id,
-                ),
-            )
+            row = {column: getattr(after, column) for column in _WORK_COLUMNS}
+            row |= asdict(after.target)
+            changes = ", ".join(f"{column} = :{column}" for column in row)
+            self._db.execute(f"UPDATE jobs SET {changes} WHERE id = :id", row)
         for place, (old, new) in enumerate(zip(before.batches, after.batches, strict=True)):
             if old != new:
                 self._write_batch(after.id, place, new)
         if after.trigger and after.trigger != before.trigger:
-            self._write_trigger(after.id, after.trigger)
+            row = {column: getattr(after.trigger, column) for column in _TRIGGER_COLUMNS}
+            self._put("triggers", {"job_id": after.id} | asdict(after.trigger.target) | row)
 
     def _write_batch(self, work_id: int, place: int, batch: Batch) -> None:
-        values = [getattr(batch, column) for column in _BATCH_COLUMNS]
-        self._put(
-            "batches",
-            {
-                "job_id": work_id,
-                "position": place,
-                **dict(zip(_BATCH_COLUMNS, values, strict=True)),
-            },
-        )
+        self._put("batches", {"job_id": work_id, "position": place} | asdict(batch))
 
-    def _write_trigger(self, work_id: int, trigger: Trigger) -> None:
-        values = {column: getattr(trigger, column) for column in _TRIGGER_COLUMNS}
-        target = dict(zip(_TARGET_COLUMNS, target_row(trigger.target), strict=True))
-        self._put("triggers", {"job_id": work_id, **target, **values})
-
-    def _put(self, table: str, row: Mapping[str, object]) -> None:
-        marks = ", ".join("?" * len(row))
-        statement = f"INSERT OR REPLACE INTO {table} ({', '.join(row)}) VALUES ({marks})"
-        self._db.execute(statement, tuple(row.values()))
+    def _put(self, table: str, row: Mapping[str, object], verb: str = "INSERT OR REPLACE") -> int:
+        """Insert a row, or replace the one with its key; returns the row's number."""
+        marks = ", ".join(f":{column}" for column in row)
+        statement = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({marks})"
+        return int(self._db.execute(statement, row).lastrowid or 0)
 
     # --- log, requests, meta ---
 
@@ -2398,9 +2355,14 @@ def state_hint(error: sqlite3.Error) -> str:
     return _STATE_HINTS.get(code, STATE_HINT)
 
 
-def target_row(target: Target) -> tuple[str | None, ...]:
-    """Return a target as the columns of a row."""
-    return target.stack_url, target.component_id, target.config_id, target.branch_id
+def picked(row: sqlite3.Row, columns: Sequence[str]) -> dict[str, Any]:
+    """Return some of a row's values by column."""
+    return {column: row[column] for column in columns}
+
+
+def target_of(row: sqlite3.Row) -> Target:
+    """Return the target that stands in a row."""
+    return Target(**picked(row, _TARGET_COLUMNS))
 
 
 def check_database(db: sqlite3.Connection, path: Path) -> None:
