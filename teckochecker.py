@@ -1323,6 +1323,7 @@ class Opener:
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.keys: tuple[Secret, ...] = ()
+        self.has_credential = False  # the key is the service manager's copy, made at the start
 
     def bad(self, place: Place, path: str, what: str, cure: str) -> None:
         """Note a problem; returns None, as what could not be opened."""
@@ -1349,6 +1350,7 @@ class Opener:
             credential = Path(directory) / DEFAULT_KEY
             read = self.files.read(credential)
             if not isinstance(read.error, FileNotFoundError):
+                self.has_credential = True
                 return self._read_keys(credential, read)
         read = self.files.read(self.config.key_path)
         if read.error is None and not self._is_private(read.mode):
@@ -1369,6 +1371,8 @@ class Opener:
         if read.error:
             what = f"cannot read the key file {path}: {read.error.strerror}"
             cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
+            if read.error.errno == errno.EACCES:
+                cure = "run this as the key's owner, or as root"
             return self.bad(self.config.key_place, "key_file", what, cure)
         return self._parse_keys(read.data.decode("ascii", "replace"), str(path))
 
@@ -1420,13 +1424,10 @@ class Opener:
             return Secret(secret.reveal().strip())
         command = f"run: teckochecker.py --config {self.config.path} encrypt"
         if looks_encrypted(source.text.reveal()):
-            what = "is encrypted with another key"
-            return self.bad(
-                source.place,
-                path,
-                what,
-                f"bring that key back, or write the token in plain and {command}",
-            )
+            cure = f"bring that key back, or write the token in plain and {command}"
+            if self.has_credential:
+                cure = f"if the key is new, restart the service; else {cure}"
+            return self.bad(source.place, path, "is encrypted with another key", cure)
         return self.bad(source.place, path, "is not encrypted", command)
 
     def _read_secret_file(self, source: SecretSource, path: str, text: str) -> Secret | None:
@@ -1452,6 +1453,8 @@ def read_draft(path: Path, files: Files) -> Draft:
 
     if read.error:
         cure = "check the path, or pass --config PATH"
+        if read.error.errno == errno.EACCES:
+            cure = "let this user read it; with all secrets encrypted, chmod 644 is safe"
         return refuse(f"cannot be read: {read.error.strerror}", cure)
     if len(read.data) > MAX_FILE_BYTES:
         return refuse("is over 16 MiB", "a config is smaller: check the path")
@@ -2039,11 +2042,41 @@ LIVE: Final = (
 IN_CONFIG: Final = "position IS NOT NULL"
 
 
-def adopt_owner(path: Path) -> None:
-    """Give a file that root made to the owner of its directory, who has to work with it too."""
-    if os.geteuid() == 0:
-        parent = path.parent.stat()
-        os.chown(path, parent.st_uid, parent.st_gid)
+def is_there(path: Path) -> bool:
+    """Return whether a file exists. Raises StateError where this user may not even ask."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        hint = "run this as root, or as the daemon's user"
+        raise StateError(f"cannot look at {path}: {error.strerror}", hint) from None
+    return True
+
+
+def open_own(path: Path) -> int:
+    """Open or make a file beside the state, for reading and writing; returns the descriptor.
+
+    What root makes here is given to the directory's owner, who has to work with it too. Links are
+    not followed: that owner could have root write somewhere else. Raises StateError.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        try:
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return os.open(path, flags)
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+    except OSError as error:
+        hints = {
+            errno.ENOENT: "create the directory (systemd does, when it starts the unit)",
+            errno.ELOOP: "put the file itself there, not a link to it",
+        }
+        hint = hints.get(error.errno or 0, "correct state:, or this user's rights to the directory")
+        raise StateError(f"cannot open {path}: {error.strerror}", hint) from None
+    return fd
 
 
 def inode_of(path: Path) -> tuple[int, int] | None:
@@ -2063,16 +2096,10 @@ class StateLock:
     def __init__(self, state_path: Path, purpose: str) -> None:
         """Take the lock. Raises LockedError, or StateError where there is no place for it."""
         self.path = lock_path(state_path)
-        is_new = not self.path.exists()
-        try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            hint = "create the directory, or correct state: and its permissions"
-            raise StateError(f"cannot open {self.path}: {error.strerror}", hint) from None
-        if is_new:
-            adopt_owner(self.path)
+        self._fd = open_own(self.path)
         self._take(purpose)
-        self._inode = inode_of(self.path)
+        status = os.fstat(self._fd)
+        self._inode = (status.st_dev, status.st_ino)
 
     def _take(self, purpose: str) -> None:
         deadline = time.monotonic() + self.PATIENCE_S
@@ -2120,12 +2147,11 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open for acting, under the lock. Raises StateError for what is no state file."""
+        os.close(open_own(path))
         try:
             db = sqlite3.connect(path, timeout=cls.ACTING_TIMEOUT_S, isolation_level=None)
             if path.stat().st_size:
                 check_database(db, path)
-            else:
-                adopt_owner(path)
             mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
                 raise StateError(
@@ -2405,7 +2431,7 @@ def read_store(path: Path) -> Iterator[Store | None]:
 
     Raises StateError where it cannot be read.
     """
-    if not path.exists():
+    if not is_there(path):
         yield None
         return
     uri = path.absolute().as_uri()
@@ -2417,7 +2443,7 @@ def read_store(path: Path) -> Iterator[Store | None]:
                 # Without write permission, a WAL database opens only while someone else has it
                 # open. With nobody writing (the shared lock sees to that), it is just a file.
                 wal = path.with_name(path.name + "-wal")
-                if wal.exists() or not stack.enter_context(shared_lock(path)):
+                if is_there(wal) or not stack.enter_context(shared_lock(path)):
                     raise
                 db = connect_readonly(uri + "?mode=ro&immutable=1")
             stack.callback(db.close)
@@ -2445,7 +2471,7 @@ def connect_readonly(uri: str) -> sqlite3.Connection:
 def shared_lock(state_path: Path) -> Iterator[bool]:
     """Keep the acting process out while a reader reads; False where one is in already."""
     try:
-        fd = os.open(lock_path(state_path), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(lock_path(state_path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True  # nobody has acted on this file here: a copy
         return
@@ -3507,6 +3533,7 @@ class Engine:
         self._pruned_at = -math.inf
         self._data_version = -1
         self._trouble: dict[str | None, Event] = {}
+        self.is_config_rejected = False
         self.has_failed = False  # something could not be written, or a bug was met
 
     # --- running ---
@@ -3544,6 +3571,9 @@ class Engine:
             )
             posting = {w.carrier for w in self.watches.values() if w.is_posting and w.carrier}
         hurry.cancel()
+        for watch in self.watches.values():
+            if watch.is_posting:
+                self.note(Event("trigger_left_open", "warning", watch.work.name))
 
     async def _keep_house(self) -> None:
         """See what people asked for, and write down what may wait."""
@@ -3716,6 +3746,13 @@ class Engine:
         watch.due = mono + max(0.0, (after.next_check_at or now) - now)
         self.carry(watch)
 
+    def summary(self) -> str:
+        """Return how the jobs are, in one line."""
+        statuses = [job_status(watch.work) for watch in self.watches.values() if watch.job]
+        counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
+        warning = ["the config file has problems, an earlier one counts"] * self.is_config_rejected
+        return ", ".join([*counts, *warning]) or "no jobs"
+
     # --- writing ---
 
     def save(self, watch: Watch, after: Work, events: Sequence[Event]) -> None:
@@ -3746,6 +3783,7 @@ class Engine:
 
     def note_config(self, config: Config | None, error: str | None, *events: Event) -> None:
         """Remember which config the process runs with, and what was wrong with the last one."""
+        self.is_config_rejected = error is not None
         known = self.store.meta("config") or {}
         if config:
             loaded_at = rfc3339(self.clock.wall())
@@ -3889,7 +3927,7 @@ class Reloader:
                     Event("state_write_failed", "error", None, {"error": str(error)})
                 )
             finally:
-                self._notifier.send("READY=1")
+                self._notifier.send("READY=1", f"STATUS={self._engine.summary()}")
 
     async def _take(self, files: Files) -> None:
         """Parse and decrypt all of it; only then, in one step, let it count."""
@@ -3945,21 +3983,18 @@ class Signals:
 async def keep_alive(engine: Engine, notifier: Notifier) -> None:
     """Tell the service manager that the loop turns, and how the jobs are."""
     interval_s = min(10.0, (notifier.watchdog_s or 60.0) / 3)
+    watchdog = ["WATCHDOG=1"] if notifier.watchdog_s else []
     notifier.send("READY=1")
     while True:
-        counts: dict[str, int] = {}
-        for watch in engine.watches.values():
-            if watch.job:
-                status = job_status(watch.work)
-                counts[status] = counts.get(status, 0) + 1
-        summary = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no jobs"
-        watchdog = ["WATCHDOG=1"] if notifier.watchdog_s else []
-        notifier.send(*watchdog, f"STATUS={summary}")
+        notifier.send(*watchdog, f"STATUS={engine.summary()}")
         await asyncio.sleep(interval_s)
 
 
 async def run_engine(
-    engine: Engine, signals: Signals, helpers: Sequence[Callable[[], Coroutine[Any, Any, None]]]
+    engine: Engine,
+    signals: Signals,
+    helpers: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+    notifier: Notifier,
 ) -> int:
     """Let the engine work until it is done or a signal ends it; returns the exit code."""
     running = asyncio.ensure_future(engine.run(helpers))
@@ -3967,6 +4002,7 @@ async def run_engine(
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
     interrupted = not running.done()
     if interrupted:
+        notifier.send("STOPPING=1")
         await engine.drain(signals.now)
         running.cancel()
     stopped.cancel()
@@ -4002,8 +4038,7 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         helpers = [alive, reloader.watch_files, reloader.watch_hangup]
     try:
         note_loaded(engine, setup)
-        code = await run_engine(engine, signals, helpers)
-        notifier.send("STOPPING=1")
+        code = await run_engine(engine, signals, helpers, notifier)
     finally:
         await http.close()
         store.close()
@@ -4034,7 +4069,7 @@ def draft_for_reading(args: argparse.Namespace) -> Draft:
     Raises ConfigError where that does not even tell where the state file is.
     """
     draft = read_draft(config_path(args), Files())
-    if not draft.config.sha256 and not draft.config.state_path.exists():
+    if not draft.config.sha256 and not is_there(draft.config.state_path):
         raise ConfigError(draft.problems)
     return draft
 
@@ -4312,7 +4347,7 @@ def run_retry(args: argparse.Namespace) -> int:
     """Ask for a job to be tried again, through the state file."""
     config = draft_for_reading(args).config
     path = config.state_path
-    if not path.exists():
+    if not is_there(path):
         raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
     works = {work.name: work for work in state_of(config)[0]}
     if args.job not in works:
