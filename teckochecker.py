@@ -1177,9 +1177,7 @@ def secret_values(text: str, path: Path, problems: list[Problem]) -> list[Cursor
 # ==================================================================================================
 
 KEY_VARIABLE: Final = "TECKOCHECKER_KEY"
-MAKE_KEY: Final = (
-    "python3 -c 'from cryptography.fernet import Fernet; print(Fernet.generate_key().decode())'"
-)
+MAKE_KEY: Final = "head -c 32 /dev/urandom | base64 | tr +/ -_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1422,7 +1420,7 @@ class Opener:
         secret = keyring.decrypt(source.text.reveal())
         if secret is not None:
             return Secret(secret.reveal().strip())
-        command = f"run: teckochecker.py --config {self.config.path} encrypt"
+        command = f"run: teckochecker --config {self.config.path} encrypt"
         if looks_encrypted(source.text.reveal()):
             cure = f"bring that key back, or write the token in plain and {command}"
             if self.has_credential:
@@ -3889,6 +3887,7 @@ class Reloader:
         The directory is watched, not the file: editors replace it, Kubernetes swaps a link. What
         lies elsewhere, and file systems without events, are seen when the watch times out.
         """
+        self._engine.spawn(self._check_soon())
         # Here, because importing it costs the other commands a third of their start.
         import watchfiles  # noqa: PLC0415
 
@@ -3909,6 +3908,11 @@ class Reloader:
                 say(Event("watch_failed", "warning", None, {"error": one_line(str(error))}))
             await asyncio.sleep(RELOAD_LOOK_S)  # no events to be had now: look by the clock
             await self.check()
+
+    async def _check_soon(self) -> None:
+        """See what changed between the reading of the files and the beginning of the watch."""
+        await asyncio.sleep(0.5)
+        await self.check()
 
     async def check(self, *, force: bool = False) -> None:
         """Take the files if they differ from those last tried, good or bad."""
@@ -4043,8 +4047,12 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         await http.close()
         store.close()
         lock.close()
-    has_failed = engine.has_failed or any(needs_person(w.work) for w in engine.watches.values())
-    return 1 if code == 0 and once and has_failed else code
+    if code == 0 and once:
+        names = sorted(w.work.name for w in engine.watches.values() if needs_person(w.work))
+        if names:  # said in every such pass: an exit code alone explains nothing
+            say(Event("jobs_need_attention", "warning", None, {"jobs": names}))
+        code = 1 if names or engine.has_failed else 0
+    return code
 
 
 # ==================================================================================================
@@ -4080,10 +4088,17 @@ def run_check(args: argparse.Namespace) -> int:
     setup = load_setup(path, Files(), os.environ, Redactor())
     for warning in setup.warnings:
         print(f"{path}: warning: {warning}", file=sys.stderr)
-    config = setup.config
-    batches = sum(len(job.batch_ids) for job in config.jobs.values())
-    print(f"{path}: fine: {len(config.jobs)} jobs, {batches} batches, {len(setup.secrets)} secrets")
+    jobs = setup.config.jobs.values()
+    batches = sum(len(job.batch_ids) for job in jobs)
+    counts = ((len(jobs), "job"), (batches, "batch"), (len(setup.secrets), "secret"))
+    print(f"{path}: fine: {', '.join(counted(n, noun) for n, noun in counts)}")
     return 0
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{n} {noun if n == 1 else plural}"
 
 
 # --- encrypt --------------------------------------------------------------------------------------
