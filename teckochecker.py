@@ -40,6 +40,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import ipaddress
 import json
 import logging
@@ -2598,6 +2599,16 @@ class SystemClock:
         return random.random()  # noqa: S311 - spreads load, guards nothing
 
 
+def settle_sniffio() -> None:
+    """Have the absence of sniffio remembered.
+
+    httpcore 1.0 imports it several times a request, to tell asyncio from trio. Where it is missing,
+    as beside a recent anyio, each time is a search through all of sys.path: a fifth of the CPU.
+    """
+    if importlib.util.find_spec("sniffio") is None:
+        sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type] # "known not to be there"
+
+
 class Budget:
     """What is left of REQUEST_BUDGET_S, counted from the first use: the queue costs nothing."""
 
@@ -2620,6 +2631,7 @@ class Http:
         self.clock = clock
         self.redactor = redactor
         self.gate = Gate(limits.max_concurrency)
+        settle_sniffio()
         self._tls: ssl.SSLContext | None = None
         self._client: httpx.AsyncClient | None = None
 
