@@ -58,9 +58,11 @@ import sys
 import tempfile
 import time
 import urllib.parse
+import zlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, TypeVar
 
@@ -75,6 +77,7 @@ __version__ = "1.0.0"
 MINUTE_S: Final = 60
 HOUR_S: Final = 3600
 DAY_S: Final = 86400
+MAX_PROBLEMS: Final = 1000  # of one config, that a person is shown
 
 # ==================================================================================================
 # 1. Errors: what a person is told, in one line, with the next step
@@ -108,7 +111,9 @@ class ConfigError(TeckoError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: p.place))
-        super().__init__("\n".join(map(str, self.problems)))
+        lines = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
+        more = len(self.problems) - len(lines)
+        super().__init__("\n".join([*lines, f"and {more} more problems"] if more else lines))
 
 
 class LockedError(TeckoError):
@@ -496,7 +501,9 @@ def rfc3339(unix_s: float | None) -> str | None:
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down at some 30,000
+MAX_NODES: Final = 1_000_000  # 10,000 jobs have some 400,000
 MAX_ALIAS_NODES: Final = 250_000  # what aliases may add: 10,000 jobs with twelve merged keys each
+BYTE_ORDER_MARK: Final = "\ufeff"
 MIN_GRACE_S: Final = 30
 OPENAI_URL: Final = "https://api.openai.com/v1"
 DEFAULT_STATE: Final = "teckochecker.db"
@@ -504,9 +511,7 @@ DEFAULT_KEY: Final = "teckochecker.key"
 
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
 _YAML_TAG: Final = "tag:yaml.org,2002:"
-_TEXT_TAGS: Final = {
-    _YAML_TAG + tag for tag in ("str", "int", "float", "bool", "timestamp", "value", "merge")
-}
+_TEXT_TAGS: Final = ("str", "int", "float", "bool", "timestamp", "value", "merge")
 _TRUTH: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _DURATION = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
@@ -580,14 +585,23 @@ class Cursor:
             return self.bad("is empty", cure)
         if not isinstance(self.node, yaml.ScalarNode):
             return self.bad("is not a single value", cure)
-        if self.node.tag not in _TEXT_TAGS:
-            return self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
+        if not self._has_tag(_TEXT_TAGS, cure):
+            return None
         return str(self.node.value).strip()
+
+    def _has_tag(self, tags: Iterable[str], cure: str) -> bool:
+        """Check the node's tag: one of someone's own asks for what this program does not do."""
+        if self.node.tag.removeprefix(_YAML_TAG) in tags:
+            return True
+        self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
+        return False
 
     def items(self, cure: str) -> list[Cursor]:
         """Return a list's elements, or nothing and a problem."""
         if not isinstance(self.node, yaml.SequenceNode):
             self.bad("is not a list", cure)
+            return []
+        if not self._has_tag(("seq",), cure):
             return []
         return [self._child(node, f"[{i}]") for i, node in enumerate(self.node.value)]
 
@@ -596,11 +610,13 @@ class Cursor:
         if not isinstance(self.node, yaml.MappingNode):
             self.bad("is not a mapping", cure)
             return {}
+        if not self._has_tag(("map",), cure):
+            return {}
         own: dict[str, Cursor] = {}
         merged: dict[str, Cursor] = {}
         for key, value in self.node.value:
             if key.tag == _YAML_TAG + "merge":
-                merged = self._merge_sources(value) | merged
+                self._merge(value, merged)
             elif not isinstance(key, yaml.ScalarNode):
                 self.bad("a key is not a single value", cure, place_of(key.start_mark))
             elif key.value in own:
@@ -631,14 +647,13 @@ class Cursor:
         is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", key)
         return quoted(key) if is_plain else "written here"
 
-    def _merge_sources(self, node: yaml.Node) -> dict[str, Cursor]:
-        """Return what a merge key brings; of several mappings the first one wins."""
+    def _merge(self, node: yaml.Node, merged: dict[str, Cursor]) -> None:
+        """Add what a merge key brings; of several mappings the first one wins."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        merged: dict[str, Cursor] = {}
         for source in sources:
-            at = Cursor(source, f"{self.path}.<<", self.file, self.problems)
-            merged = at.entries("merge a mapping or a list of mappings") | merged
-        return merged
+            at = self._child(source, "<<", node)
+            for name, entry in at.entries("merge a mapping or a list of mappings").items():
+                merged.setdefault(name, entry)
 
     def _child(self, node: yaml.Node, name: str, key: yaml.Node | None = None) -> Cursor:
         joint = "." if self.path and key else ""
@@ -696,7 +711,7 @@ def url_problem(url: str) -> str | None:
         return "is not an address"
     if re.search(r"[^!-~]", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
         return "is not an address"
-    if parts.query or parts.fragment or "@" in parts.netloc:
+    if "?" in url or "#" in url or "@" in parts.netloc:
         return "has more than scheme, host, port and path"
     if parts.scheme == "http" and not is_loopback(url):
         return "is not https"
@@ -846,12 +861,13 @@ def read_variables(at: Cursor) -> tuple[tuple[str, str], ...] | None:
 
 def plain_value(at: Cursor) -> object:
     """Return a node as a JSON value; what is no JSON number stays the text that was written."""
+    cure = "write what JSON knows: text, numbers, lists, and mappings with plain keys"
     if isinstance(at.node, yaml.SequenceNode):
-        return [plain_value(item) for item in at.items("")]
+        return [plain_value(item) for item in at.items(cure)]
     if isinstance(at.node, yaml.MappingNode):
-        return {key: plain_value(item) for key, item in at.entries("").items()}
-    text = str(at.node.value)
-    if at.is_null:
+        return {key: plain_value(item) for key, item in at.entries(cure).items()}
+    text = None if at.is_null else at.text(cure)
+    if text is None:
         return None
     if at.node.tag == _YAML_TAG + "bool":
         return _TRUTH.get(text.lower(), text)
@@ -873,8 +889,9 @@ def read_secret_name(kind: str, kinds: Mapping[str, str | None]) -> Reader:
         name = at.text(cure)
         if name is None or kinds.get(name, "") in {kind, None}:
             return name
-        problem = "is of another type" if name in kinds else "is not under secrets"
-        return at.bad(f"{quoted(name)} {problem}", cure)
+        if name in kinds:
+            return at.bad(f"{quoted(name)} is a secret of another type", cure)
+        return at.bad("is not the name of a secret", cure)  # not echoed: it may be a token itself
 
     return read
 
@@ -1079,35 +1096,46 @@ class RefusedError(Exception):
         self.place, self.what, self.cure = place, what, cure
 
 
-def guard_aliases(events: Iterable[yaml.Event]) -> None:
-    """Refuse nesting over MAX_DEPTH and aliases that add more than MAX_ALIAS_NODES nodes.
+class SizeGuard:
+    """Counts the nodes that a file will have once its aliases stand for what they name.
 
-    The size of what an alias stands for counts the aliases inside it, so that a bomb is seen
-    before it goes off.
+    The size of what an alias names counts the aliases inside it, so that a bomb is seen before it
+    goes off.
     """
-    sizes: dict[str, int] = {}
-    open_nodes: list[tuple[str | None, int]] = []  # the anchor, and the count when it was opened
-    count = added = 0
-    for event in events:
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}  # of what has an anchor
+        self._open: list[tuple[str | None, int]] = []  # anchor, and the count when it was opened
+        self._count = 0
+        self._added = 0
+
+    def see(self, event: yaml.Event) -> None:
+        """Take the next event of the YAML parser. Raises RefusedError."""
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = self._open.pop()
+            if anchor:
+                self._sizes[anchor] = self._count - before
+        if not isinstance(event, yaml.NodeEvent):
+            return
         place = place_of(event.start_mark)
         if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, count))
-            if len(open_nodes) > MAX_DEPTH:
+            self._open.append((event.anchor, self._count))
+            if len(self._open) > MAX_DEPTH:
                 raise RefusedError(place, f"nests deeper than {MAX_DEPTH}", "flatten it")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor:
-                sizes[anchor] = count - before + 1
-        elif isinstance(event, yaml.AliasEvent):
-            if any(anchor == event.anchor for anchor, _ in open_nodes):
-                raise RefusedError(place, "an alias stands inside what it names", "take it out")
-            size = sizes.get(str(event.anchor), 1)
-            added += size
-            count += size
-            if added > MAX_ALIAS_NODES:
-                raise RefusedError(place, "aliases repeat too much", "write fewer of them")
-        if isinstance(event, yaml.NodeEvent):
-            count += 1
+        if isinstance(event, yaml.AliasEvent):
+            self._see_alias(str(event.anchor), place)
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise RefusedError(place, f"has over {MAX_NODES:,} values", "split it up")
+
+    def _see_alias(self, anchor: str, place: Place) -> None:
+        if any(anchor == name for name, _ in self._open):
+            raise RefusedError(place, "an alias stands inside what it names", "take it out")
+        size = self._sizes.get(anchor, 1)
+        self._added += size
+        self._count += size
+        if self._added > MAX_ALIAS_NODES:
+            raise RefusedError(place, "aliases repeat too much", "write fewer of them")
 
 
 def guard(text: str) -> None:
@@ -1120,12 +1148,15 @@ def guard(text: str) -> None:
         column = unprintable.start() - (text.rfind("\n", 0, unprintable.start()) + 1) + 1
         what = f"has the control character {ord(unprintable[0]):#04x}"
         raise RefusedError(Place(line, column), what, "a config is plain text: take it out")
-    guard_aliases(yaml.parse(text, Loader=_YAML_LOADER))
+    sizes = SizeGuard()
+    for event in yaml.parse(text, Loader=_YAML_LOADER):
+        sizes.see(event)
 
 
 def compose(text: str, path: Path, problems: list[Problem]) -> Cursor | None:
     """Return a cursor at the root of the YAML tree, or None and a problem."""
     try:
+        text = text.removeprefix(BYTE_ORDER_MARK)  # libyaml would not count it in its marks
         guard(text)
         node = yaml.compose(text, Loader=_YAML_LOADER)
     except RefusedError as refused:
@@ -1137,11 +1168,11 @@ def compose(text: str, path: Path, problems: list[Problem]) -> Cursor | None:
             filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))
         )
         place = place_of(mark) if mark else Place()
-        cure = "mend the YAML here or just above: indentation, quotes, brackets"
+        cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
         problems.append(Problem(str(path), place, "", f"is not YAML: {what or 'unreadable'}", cure))
         return None
     if not isinstance(node, yaml.MappingNode):
-        where = place_of(node.start_mark) if node else Place()
+        where = place_of(node.start_mark) if node else Place()  # None: nothing but comments
         cure = "write secrets:, jobs: and so on; see config.example.yaml"
         problems.append(Problem(str(path), where, "", "is not a mapping of keys", cure))
         return None
@@ -1164,13 +1195,15 @@ def parse_config(text: str, path: Path) -> Draft:
     return Draft(read_config(root, path, sha256), problems)
 
 
-def secret_values(text: str, path: Path, problems: list[Problem]) -> list[Cursor]:
+def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, Cursor]:
     """Return where each `secrets.NAME.value` stands, whatever else is wrong with the config."""
+
+    def entries(at: Cursor | None) -> dict[str, Cursor]:
+        return at.entries("") if at and isinstance(at.node, yaml.MappingNode) else {}
+
     root = compose(text, path, problems)
-    found = root.entries("") if root else {}
-    secrets = found["secrets"].entries("write names") if "secrets" in found else {}
-    inside = [at.entries("write type, value and so on") for at in secrets.values()]
-    return [entries["value"] for entries in inside if "value" in entries]
+    inside = {name: entries(at) for name, at in entries(entries(root).get("secrets")).items()}
+    return {name: found["value"] for name, found in inside.items() if "value" in found}
 
 
 # ==================================================================================================
@@ -1231,28 +1264,29 @@ class Redactor:
     MASK: Final = "***"
 
     def __init__(self) -> None:
-        self._known: set[str] = set()
-        self._pattern: re.Pattern[str] | None = None
+        self._longest_first: list[str] = []
+        self._pattern = re.compile("(?!)")  # matches nothing
 
     def learn(self, secrets: Iterable[Secret]) -> None:
-        """Add values, each also in the forms in which JSON and URLs write it."""
+        """Add values, each also in the forms in which JSON, Python and URLs write it."""
+        known = set(self._longest_first)
         for secret in secrets:
             value = secret.reveal()
-            quoted_forms = {json.dumps(value)[1:-1], urllib.parse.quote(value, safe="")}
-            self._known |= {form for form in {value} | quoted_forms if form}
-        longest_first = sorted(self._known, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if self._known else None
+            known |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
+            known.add(urllib.parse.quote(value, safe=""))
+        self._longest_first = sorted(known - {""}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, self._longest_first)) or "(?!)")
 
     def text(self, text: str) -> str:
         """Return `text` without any secret."""
-        return self._pattern.sub(self.MASK, text) if self._pattern else text
+        return self._pattern.sub(self.MASK, text)
 
     def body(self, body: bytes, *, is_data: bool) -> bytes:
         """Return a server's answer without the tokens that it may echo.
 
         In data only long ones are looked for: a short one could be part of an honest id.
         """
-        for form in self._known:
+        for form in self._longest_first:
             if (len(form) >= 16 or not is_data) and form.encode() in body:
                 body = body.replace(form.encode(), self.MASK.encode())
         return body
@@ -2151,6 +2185,7 @@ class Store:
             db = sqlite3.connect(path, timeout=cls.ACTING_TIMEOUT_S, isolation_level=None)
             if path.stat().st_size:
                 check_database(db, path)
+                check_version(db, path)
             mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
                 raise StateError(
@@ -2397,12 +2432,23 @@ def check_database(db: sqlite3.Connection, path: Path) -> None:
         raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
 
 
+def check_version(db: sqlite3.Connection, path: Path) -> int:
+    """Return the schema's version; a newer one is refused, and so is another program's file."""
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        known = len(MIGRATIONS)
+        message = f"the state file {path} has schema {version}; this program knows {known}"
+        raise StateError(message, "run the newer teckochecker that wrote it")
+    if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
+        raise StateError(f"{path} is the database of another program", "correct state:")
+    return version
+
+
 def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema to this version, all of it or nothing. Raises StateError for a newer one."""
-    check_version(db, path)
+    """Bring the schema to this version, all of it or nothing."""
     db.execute("BEGIN IMMEDIATE")
     try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        version = check_version(db, path)
         for statements in MIGRATIONS[version:]:
             for statement in statements:
                 db.execute(statement)
@@ -2411,17 +2457,6 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")
-
-
-def check_version(db: sqlite3.Connection, path: Path) -> int:
-    """Return the schema's version; a newer one is refused."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version > len(MIGRATIONS):
-        message = (
-            f"the state file {path} has schema {version}; this program knows {len(MIGRATIONS)}"
-        )
-        raise StateError(message, "run the newer teckochecker that wrote it")
-    return version
 
 
 @contextlib.contextmanager
@@ -2503,6 +2538,8 @@ MAX_ATTEMPTS: Final = 4
 SEARCH_LIMIT: Final = 500
 MAX_SEARCH_PAGES: Final = 40
 USER_AGENT: Final = f"teckochecker/{__version__}"
+
+_HEADERS_READ: Final = ("content-type", "date", "retry-after", "retry-after-ms", "x-request-id")
 
 # httpx: nothing of the request can have reached the server.
 _NOT_SENT: Final = (
@@ -2652,6 +2689,7 @@ class Http:
             headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             mounts={f"all://{host}": None for host in loopback},  # a proxy is not for these
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
         )
 
     async def close(self) -> None:
@@ -2714,21 +2752,30 @@ class Http:
         except TimeoutError:
             message = f"no whole answer within {show_duration(timeout_s)}"
             raise ApiError(message, retryable=True) from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error) as error:
             text = self.redactor.text(one_line(str(error), 200))
             message = f"{type(error).__name__}{': ' + text if text else ''}"
             sent = not isinstance(error, _NOT_SENT)
             raise ApiError(message, retryable=True, sent=sent) from None
         body = self.redactor.body(body, is_data=response.is_success)
-        return Answer(response.status_code, response.headers, body)
+        told = {name: response.headers[name] for name in _HEADERS_READ if name in response.headers}
+        headers = {name: self.redactor.text(value) for name, value in told.items()}
+        return Answer(response.status_code, headers, body)
 
     @staticmethod
     async def _read(response: httpx.Response) -> bytes:
-        """Return the body, capped while it streams."""
+        """Return the body, capped while it streams, and while it is expanded.
+
+        Nobody asked for compression; httpx would expand whatever comes without a limit.
+        """
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        expander = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None
+        if expander is None and encoding != "identity":
+            raise ApiError("the answer has an encoding that was not asked for", retryable=True)
         body = bytearray()
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
+        async for chunk in response.aiter_raw():
+            body += expander.decompress(chunk, MAX_BODY_BYTES) if expander else chunk
+            if len(body) > MAX_BODY_BYTES or (expander and expander.unconsumed_tail):
                 raise ApiError("the answer is over 16 MiB", retryable=True)
         return bytes(body)
 
@@ -2864,8 +2911,9 @@ def parse_keboola_job(row: object) -> KeboolaJob:
         raise ValueError("has no id")
     try:
         created = datetime.fromisoformat(str(row.get("createdTime")))
-        created = created if created.tzinfo else created.replace(tzinfo=UTC)
-    except ValueError:
+        created = created.replace(tzinfo=created.tzinfo or UTC).astimezone(UTC)
+        created += timedelta(seconds=0) if created.year < 9999 else timedelta.max
+    except (ValueError, OverflowError):
         created = None
     url = text_or_none(row.get("url"), 2000)
     return KeboolaJob(
@@ -3043,8 +3091,7 @@ class KeboolaClient:
         for service in services if isinstance(services, list) else ():
             if isinstance(service, dict) and service.get("id") == "queue":
                 url = str(service.get("url"))
-                away = is_loopback(url) and not is_loopback(self._stack_url)
-                if url_problem(url) or away:
+                if url_problem(url) or is_loopback(url) > is_loopback(self._stack_url):
                     break
                 return url.rstrip("/")
         raise ApiError(f"{self._stack_url}/v2/storage names no queue that is https", retryable=True)
@@ -3147,7 +3194,7 @@ class KeboolaClient:
 # ==================================================================================================
 
 DRAIN_S: Final = 20.0  # what triggers in flight get to be recorded in, after SIGTERM
-RELOAD_LOOK_S: Final = 2.0  # how often files are compared that no event tells of
+RELOAD_LOOK_S: Final = 1.5  # how often files are compared that no event tells of
 REQUESTS_LOOK_S: Final = 1.0
 TOUCH_S: Final = 2.0
 
@@ -3886,20 +3933,22 @@ class Reloader:
         self._one_at_a_time = asyncio.Lock()
         self.hangup = asyncio.Event()
 
-    async def watch_hangup(self) -> None:
-        """Reload on SIGHUP, whatever the files say."""
+    async def watch_clock(self) -> None:
+        """Compare the files every now and then, and reload on SIGHUP whatever they say.
+
+        Events tell nothing of what lies elsewhere, of network file systems, and of what changed
+        before the watch began.
+        """
         while True:
-            await self.hangup.wait()
+            force = await wait_for_event(self.hangup, RELOAD_LOOK_S)
             self.hangup.clear()
-            await self.check(force=True)
+            await self.check(force=force)
 
     async def watch_files(self) -> None:
-        """Compare the files on every event in the config's directory, and every now and then.
+        """Compare the files on every event in the config's directory.
 
-        The directory is watched, not the file: editors replace it, Kubernetes swaps a link. What
-        lies elsewhere, and file systems without events, are seen when the watch times out.
+        The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
         """
-        self._engine.spawn(self._check_soon())
         # Here, because importing it costs the other commands a third of their start.
         import watchfiles  # noqa: PLC0415
 
@@ -3911,20 +3960,12 @@ class Reloader:
                     self._path.parent,
                     watch_filter=lambda _, path: Path(path).name not in ours,
                     step=200,  # a file still being written is left alone that long
-                    rust_timeout=int(RELOAD_LOOK_S * 1000),
-                    yield_on_timeout=True,
                     recursive=False,
                 ):
                     await self.check()
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError) as error:  # the clock sees what this does not
                 say(Event("watch_failed", "warning", None, {"error": one_line(str(error))}))
-            await asyncio.sleep(RELOAD_LOOK_S)  # no events to be had now: look by the clock
-            await self.check()
-
-    async def _check_soon(self) -> None:
-        """See what changed between the reading of the files and the beginning of the watch."""
-        await asyncio.sleep(0.5)
-        await self.check()
+            await asyncio.sleep(MINUTE_S)
 
     async def check(self, *, force: bool = False) -> None:
         """Take the files if they differ from those last tried, good or bad."""
@@ -4051,7 +4092,7 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         reloader = Reloader(engine, files, env, redactor, notifier)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.hangup.set)
         alive = functools.partial(keep_alive, engine, notifier)
-        helpers = [alive, reloader.watch_files, reloader.watch_hangup]
+        helpers = [alive, reloader.watch_clock, reloader.watch_files]
     try:
         note_loaded(engine, setup)
         code = await run_engine(engine, signals, helpers, notifier)
@@ -4117,26 +4158,31 @@ def counted(n: int, noun: str) -> str:
 
 
 def encrypted_text(
-    text: str, path: Path, keyring: Keyring, *, rotate: bool
+    text: str, values: Mapping[str, Cursor], keyring: Keyring, *, rotate: bool
 ) -> tuple[str, list[str]]:
     """Return the config's text with its plain values encrypted, and the names of their secrets.
 
     With `rotate`, tokens are closed again with the first key too. Raises ConfigError.
     """
-    problems: list[Problem] = []
     changes: dict[tuple[int, int], str] = {}
-    names = []
-    for at in secret_values(text, path, problems):
-        old = at.text("write the token") or at.bad("is empty", "write the token")
-        span = (at.node.start_mark.index, at.node.end_mark.index)
-        new = old and encrypted_value(at, old, keyring, rotate=rotate)
+    names: list[str] = []
+    problems: list[Problem] = []
+    secrets: list[Secret] = []
+    for name, at in values.items():
+        old = at.text("write the token")
+        secrets.append(keyring.decrypt(old or "") or Secret(old or ""))
+        new = None if old is None else encrypted_value(at, old, keyring, rotate=rotate)
+        problems = at.problems
         if new and new != old:
-            changes[span] = new
-            names.append(at.path.split(".")[1])
+            changes[at.node.start_mark.index, at.node.end_mark.index] = new
+            names.append(name)
     if problems:
         raise ConfigError(problems)
     for (start, end), token in sorted(changes.items(), reverse=True):
         text = text[:start] + spliced(text[start:end], token) + text[end:]
+    again = secret_values(text, Path(), problems)
+    if [keyring.decrypt(str(at.node.value)) for at in again.values()] != secrets:
+        raise TeckoError("cannot write a value back as it was", "write it in quotes, on one line")
     return text, names
 
 
@@ -4147,17 +4193,20 @@ def encrypted_value(at: Cursor, old: str, keyring: Keyring, *, rotate: bool) -> 
     if looks_encrypted(old):
         return at.bad("is encrypted with another key", "add that key after the first one")
     problem = check_secret_value(old)
-    return at.bad(problem, "write the token, alone") if problem else keyring.encrypt(Secret(old))
+    return at.bad(problem, "write the token") if problem else keyring.encrypt(Secret(old))
 
 
 def spliced(node_text: str, token: str) -> str:
-    """Return a scalar's source text with its value replaced: anchor, comment and newline stay."""
-    anchor = re.match(r"(?:[&!]\S*\s+)*", node_text)
+    """Return a scalar's source text with its value replaced.
+
+    An anchor stays, a comment behind it or behind a block's `|`, and what ends a block.
+    """
+    anchor = re.match(r"(?:[&!]\S*\s+|#[^\n]*\n\s*)*", node_text)
     prefix = anchor[0] if anchor else ""
-    block = re.match(r"[|>][^\n#]*(#[^\n]*)?\n", node_text[len(prefix) :])
+    block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)?\r?\n", node_text[len(prefix) :])
     comment = f"  {block[1].rstrip()}" if block and block[1] else ""
-    newline = "\n" if node_text.endswith("\n") else ""
-    return f"{prefix}{token}{comment}{newline}"
+    end = node_text[len(node_text.rstrip()) :]
+    return f"{prefix}{token}{comment}{end}"
 
 
 def replace_file(path: Path, old: bytes, new: bytes) -> None:
@@ -4189,15 +4238,23 @@ def run_encrypt(args: argparse.Namespace) -> int:
     draft = read_draft(path, files)
     if not draft.config.sha256:
         raise ConfigError(draft.problems)
-    opener = Opener(draft.config, files, os.environ)
-    keyring = opener.keyring()
-    if keyring is None:
-        raise ConfigError(opener.problems)
     data = files.read(path).data
-    text, names = encrypted_text(data.decode(), path, keyring, rotate=args.rotate)
+    text = data.decode().removeprefix(BYTE_ORDER_MARK)
+    problems: list[Problem] = []
+    values = secret_values(text, path, problems)
+    if problems:
+        raise ConfigError(problems)
+    names: list[str] = []
+    if values:
+        opener = Opener(draft.config, files, os.environ)
+        keyring = opener.keyring()
+        if keyring is None:
+            raise ConfigError(opener.problems)
+        text, names = encrypted_text(text, values, keyring, rotate=args.rotate)
     try:
         if names:
-            replace_file(path, data, text.encode())
+            mark = data[: len(data) - len(data.decode().removeprefix(BYTE_ORDER_MARK).encode())]
+            replace_file(path, data, mark + text.encode())
     except OSError as error:
         hint = "run this as the file's owner, with room on the disk"
         raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
