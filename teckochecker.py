@@ -1819,8 +1819,9 @@ def as_of_now(trigger: Trigger, now: float) -> Trigger:
     """
     stamps = (trigger.created_at, trigger.sending_at, trigger.unknown_at)
     is_ahead = any(at is not None and at > now for at in stamps)
+    longest_s = DAY_S if trigger.state == TriggerState.UNKNOWN else MAX_BACKOFF_S  # the grace's
     next_try_at = trigger.next_try_at
-    if next_try_at is not None and (is_ahead or next_try_at > now + max(MAX_BACKOFF_S, DAY_S)):
+    if next_try_at is not None and (is_ahead or next_try_at > now + longest_s):
         next_try_at = now
     unknown_at = None if trigger.unknown_at is None else min(trigger.unknown_at, now)
     return replace(trigger, next_try_at=next_try_at, unknown_at=unknown_at)
@@ -1933,9 +1934,16 @@ def look_events(before: Work, after: Work, errors: Mapping[str, ApiError]) -> li
     ]
 
 
-def after_retry(work: Work, *, force: bool, now: float) -> tuple[Work, str | None]:
-    """Return the work after `retry`, and why nothing could be done, if so."""
+def after_retry(
+    work: Work, *, force: bool, now: float, is_posting: bool = False
+) -> tuple[Work, str | None]:
+    """Return the work after `retry`, and why nothing could be done, if so.
+
+    A `sending` without `is_posting` is what an earlier process has left behind: as `unknown`.
+    """
     trigger = work.trigger
+    if is_posting:
+        return work, "its Keboola job is being started now"
     if trigger is None:
         return replace(work, failures=0, next_check_at=now), None
     again = replace(trigger, failures=0, next_try_at=now)
@@ -1944,9 +1952,7 @@ def after_retry(work: Work, *, force: bool, now: float) -> tuple[Work, str | Non
             return replace(work, rerun=work.rerun + 1, completed_at=None, trigger=None), None
         case TriggerState.SENT:
             return work, "it is triggered; --force starts the Keboola job once more"
-        case TriggerState.SENDING:
-            return work, "its Keboola job is being started now"
-        case TriggerState.UNKNOWN | TriggerState.INTENT if force:
+        case TriggerState.UNKNOWN | TriggerState.SENDING | TriggerState.INTENT if force:
             again = replace(again, state=TriggerState.INTENT, forced=True)
         case _:
             pass
@@ -2156,7 +2162,9 @@ class StateLock:
         return inode_of(self.path) == self._inode
 
     def close(self) -> None:
-        """Let the lock go."""
+        """Let the lock go, and with it the label that says who has it."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, 0)
         os.close(self._fd)
 
 
@@ -2446,6 +2454,8 @@ def check_version(db: sqlite3.Connection, path: Path) -> int:
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
     """Bring the schema to this version, all of it or nothing."""
+    if check_version(db, path) == len(MIGRATIONS):
+        return
     db.execute("BEGIN IMMEDIATE")
     try:
         version = check_version(db, path)
@@ -2547,6 +2557,8 @@ _NOT_SENT: Final = (
     httpx.ConnectTimeout,
     httpx.PoolTimeout,
     httpx.UnsupportedProtocol,
+    httpx.InvalidURL,
+    UnicodeError,  # from idna, for a host name that is none
 )
 
 
@@ -2708,10 +2720,11 @@ class Http:
         """Return the answer to a GET; raises ApiError where none came in time."""
         if self._client is None:
             self._client = self.new_client()
-        request = self._client.build_request("GET", url, headers=dict(headers), params=params)
         async with self.gate:
             timeout_s = min(self.limits.request_timeout_s, budget.left_s())
-            return await self._fetch(self._client, request, timeout_s)
+            return await self._fetch(
+                self._client, timeout_s, "GET", url, headers=headers, params=params
+            )
 
     async def post(self, url: str, headers: Mapping[str, str], body: str) -> Answer:
         """Return the answer to one POST over a fresh connection; an ApiError tells if it was sent.
@@ -2725,25 +2738,32 @@ class Http:
             started = started or event.endswith("send_request_headers.started")
 
         async with self.gate, self.new_client() as client:
-            request = client.build_request(
-                "POST",
-                url,
-                headers=dict(headers),
-                content=body.encode(),
-                extensions={"trace": trace},
-            )
             try:
-                return await self._fetch(client, request, self.limits.request_timeout_s)
+                return await self._fetch(
+                    client,
+                    self.limits.request_timeout_s,
+                    "POST",
+                    url,
+                    headers=headers,
+                    content=body.encode(),
+                    extensions={"trace": trace},
+                )
             except ApiError as error:
                 error.sent = started
                 raise
 
     async def _fetch(
-        self, client: httpx.AsyncClient, request: httpx.Request, timeout_s: float
+        self,
+        client: httpx.AsyncClient,
+        timeout_s: float,
+        method: str,
+        url: str,
+        **parts: Any,  # noqa: ANN401 - as httpx.AsyncClient.build_request takes them
     ) -> Answer:
         """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
         try:
             async with asyncio.timeout(timeout_s):
+                request = client.build_request(method, url, **parts)
                 response = await client.send(request, stream=True)
                 try:
                     body = await self._read(response)
@@ -2827,7 +2847,7 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     status = text_or_none(data.get("status"), 64)
     if status is None:
         raise ValueError("has no status")
-    if data.get("id", batch_id) != batch_id:
+    if data.get("id") is not None and data["id"] != batch_id:
         raise ValueError("has another id")
     status = status.lower()
     counts = data.get("request_counts")
@@ -2858,19 +2878,22 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
 
     A date is compared with the server's own clock where it tells it; nonsense is None.
     """
-    try:
-        if "retry-after-ms" in headers:
-            wait_s = float(headers["retry-after-ms"]) / 1000
-        elif re.fullmatch(r"\s*[0-9.]+\s*", headers.get("retry-after", "")):
-            wait_s = float(headers["retry-after"])
-        else:
-            until = email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp()
-            with contextlib.suppress(KeyError, ValueError, TypeError):
-                now = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
-            wait_s = until - now
-    except (KeyError, ValueError, TypeError, OverflowError):
+    asked = headers.get("retry-after", "")
+    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (asked, 1)):
+        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text.strip()):
+            return float(text) / unit
+    until = http_date(asked)
+    if until is None:
         return None
-    return max(0.0, wait_s) if math.isfinite(wait_s) else None
+    return max(0.0, until - (http_date(headers.get("date", "")) or now))
+
+
+def http_date(text: str) -> float | None:
+    """Return a date of an HTTP header as Unix seconds, or None."""
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def http_error(server: str, answer: Answer, now: float) -> ApiError:
@@ -2986,7 +3009,8 @@ class OpenAIClient:
         self._in_flight = 0
         self._silences = 0
         self._held_until = -math.inf
-        self._last_error: ApiError | None = None
+        self._held_for = ""
+        self._silent_for = ""
 
     async def batch(self, batch_id: str) -> Batch:
         """Return a batch (`GET /batches/{id}`); raises ApiError after the retries."""
@@ -3030,25 +3054,24 @@ class OpenAIClient:
         """Wait while the account is held; raise what stands in the way where that takes long."""
         while (left_s := self._held_until - self._clock.mono()) > 0:
             if left_s > PATIENCE_S:
-                raise self._same_again(left_s)
+                raise ApiError(self._held_for, status=429, retry_after_s=left_s)
             await asyncio.sleep(left_s)
         # A dead server holds each request to its deadline: one at a time finds out when it is back,
         # and the places are left to other accounts.
         if self._silences >= self.SILENT_AFTER and self._in_flight:
-            raise self._same_again(None)
-
-    def _same_again(self, retry_after: float | None) -> ApiError:
-        error = self._last_error
-        status = error.status if error else None
-        return ApiError(str(error), status=status, retry_after_s=retry_after)
+            raise ApiError(self._silent_for)
 
     def _note(self, error: ApiError) -> None:
         """Remember what a failure says about the account as a whole."""
-        self._silences = self._silences + 1 if error.status is None else 0
-        self._last_error = error
+        if error.status is None:
+            self._silences += 1
+            self._silent_for = str(error)
+        else:
+            self._silences = 0
         if error.status == 429 and error.retry_after_s:
-            hold_s = min(error.retry_after_s, MAX_BACKOFF_S)
-            self._held_until = max(self._held_until, self._clock.mono() + hold_s)
+            until = self._clock.mono() + min(error.retry_after_s, MAX_BACKOFF_S)
+            if until > self._held_until:
+                self._held_until, self._held_for = until, str(error)
 
 
 class KeboolaClient:
@@ -3137,7 +3160,11 @@ class KeboolaClient:
         for _ in range(MAX_SEARCH_PAGES):
             page = await self._search_page(target, since, before)
             fresh = [job for job in page if job.id not in seen]
-            seen.update({job.id: job for job in await self._tell_all(fresh)})
+            told = await asyncio.gather(*map(self._tell, fresh), return_exceptions=True)
+            seen |= {job.id: job for job in told if isinstance(job, KeboolaJob)}
+            for failure in told:
+                if isinstance(failure, BaseException):
+                    raise failure
             is_full = len(page) >= SEARCH_LIMIT
             if not fresh and not is_full:
                 return
@@ -3173,11 +3200,8 @@ class KeboolaClient:
         except ValueError as error:
             raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
 
-    async def _tell_all(self, jobs: Sequence[KeboolaJob]) -> list[KeboolaJob]:
-        """Return jobs that all tell their trigger id; those whose row did not are read."""
-        return list(await asyncio.gather(*(self._tell(job) for job in jobs)))
-
     async def _tell(self, job: KeboolaJob) -> KeboolaJob:
+        """Return the job with its trigger id told; where its row did not, it is read."""
         if job.trigger_id is not None:
             return job
         quoted_id = urllib.parse.quote(job.id, safe="")
@@ -3886,7 +3910,7 @@ class Engine:
             self._say([event])
             return
         watch = current[0]
-        after, why_not = after_retry(watch.work, force=force, now=now)
+        after, why_not = after_retry(watch.work, force=force, now=now, is_posting=watch.is_posting)
         event = Event("retry_refused", "warning", name, {"why": why_not})
         if why_not is None:
             event = Event("retry_taken", "info", name, {"force": force})
