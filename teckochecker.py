@@ -451,6 +451,17 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """A `retry` that someone asked for, and what the work was like when they did."""
+
+    id: int
+    job: str
+    force: bool
+    rerun: int
+    was_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One line of the log: a stable snake_case fact and its fields."""
 
@@ -576,7 +587,7 @@ class Cursor:
         return self.node.tag == _YAML_TAG + "null"
 
     def bad(self, what: str, cure: str, place: Place | None = None) -> None:
-        """Note a problem here; returns None, as what could not be read."""
+        """Note a problem here; returns None, for `return at.bad(...)`."""
         self.problems.append(Problem(self.file, place or self.place, self.path, what, cure))
 
     def text(self, cure: str) -> str | None:
@@ -590,7 +601,7 @@ class Cursor:
         return str(self.node.value).strip()
 
     def _has_tag(self, tags: Iterable[str], cure: str) -> bool:
-        """Check the node's tag: one of someone's own asks for what this program does not do."""
+        """Check the node's tag: a custom one asks for what this program does not do."""
         if self.node.tag.removeprefix(_YAML_TAG) in tags:
             return True
         self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
@@ -1075,7 +1086,11 @@ def read_config(root: Cursor, path: Path, sha256: str) -> Config:
         key_place=(found.get("key_file") or found.get("secrets") or root).place,
         openai=openai,
         keboola=keboola,
-        jobs={name: job for name, job in jobs.items() if job},
+        jobs={
+            name: job
+            for name, job in jobs.items()
+            if job and job.openai_secret in openai and job.keboola_secret in keboola
+        },
     )
     if "log" in found:
         config = replace(config, log=read_log(found["log"]))
@@ -1187,12 +1202,17 @@ def parse_config(text: str, path: Path) -> Draft:
     """
     problems: list[Problem] = []
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
+    state_path = path.parent / (state[1].strip() if state else DEFAULT_STATE)
+    nothing = Config(path, sha256, state_path, path.parent / DEFAULT_KEY)
     root = compose(text, path, problems)
     if root is None:
-        state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
-        state_path = path.parent / (state[1].strip() if state else DEFAULT_STATE)
-        return Draft(Config(path, sha256, state_path, path.parent / DEFAULT_KEY), problems)
-    return Draft(read_config(root, path, sha256), problems)
+        return Draft(nothing, problems)
+    try:
+        return Draft(read_config(root, path, sha256), problems)
+    except RecursionError:  # aliases inside aliases go deeper than what is written
+        problems.append(Problem(str(path), Place(), "", "nests too deep", "write fewer aliases"))
+        return Draft(nothing, problems)
 
 
 def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, Cursor]:
@@ -1210,6 +1230,7 @@ def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, C
 # 4. Secrets: keys, opening, and keeping values out of sight
 # ==================================================================================================
 
+MIN_MASKED: Final = 4  # characters; real tokens have dozens, and "1" would mask half of the log
 KEY_VARIABLE: Final = "TECKOCHECKER_KEY"
 MAKE_KEY: Final = "head -c 32 /dev/urandom | base64 | tr +/ -_"
 
@@ -1259,7 +1280,7 @@ class Files:
 
 
 class Redactor:
-    """Replaces every secret value it knows; it never forgets one, also not after a reload."""
+    """Replaces every secret value it knows; it never forgets one, not even after a reload."""
 
     MASK: Final = "***"
 
@@ -1272,6 +1293,8 @@ class Redactor:
         known = set(self._longest_first)
         for secret in secrets:
             value = secret.reveal()
+            if len(value) < MIN_MASKED:
+                continue
             known |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
             known.add(urllib.parse.quote(value, safe=""))
         self._longest_first = sorted(known - {""}, key=len, reverse=True)
@@ -1359,7 +1382,7 @@ class Opener:
         self.has_credential = False  # the key is the service manager's copy, made at the start
 
     def bad(self, place: Place, path: str, what: str, cure: str) -> None:
-        """Note a problem; returns None, as what could not be opened."""
+        """Note a problem; returns None, for `return self.bad(...)`."""
         self.problems.append(Problem(str(self.config.path), place, path, what, cure))
 
     def open_all(self) -> dict[str, Secret]:
@@ -1414,11 +1437,12 @@ class Opener:
         keys = [Secret(key) for line in lines for key in line.replace(",", " ").split()]
         try:
             if keys:
+                keyring = Keyring(keys)
                 self.keys = tuple(keys)
-                return Keyring(keys)
+                return keyring
         except ValueError:
             pass
-        what = f"{where} holds {'something else than Fernet keys' if keys else 'no key'}"
+        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
         return self.bad(self.config.key_place, "key_file", what, f"make one: {MAKE_KEY}")
 
     def _open(self, name: str, source: SecretSource, keyring: Keyring | None) -> Secret | None:
@@ -1529,6 +1553,7 @@ MAX_BACKOFF_S: Final = HOUR_S
 FIRST_TRIGGER_BACKOFF_S: Final = 5
 FIRST_REJECTED_BACKOFF_S: Final = 5 * MINUTE_S
 CLEAR_SEARCHES_NEEDED: Final = 2
+NOT_FOUND_YET: Final = "it is not known whether Keboola took the job; a search did not find it"
 CURABLE_REJECTIONS: Final = frozenset({401, 402, 403, 404, 409, 423})
 RETRYABLE: Final = frozenset({408, 409, 429})
 
@@ -1722,12 +1747,17 @@ def after_clear_search(
     """
     if trigger.state != TriggerState.UNKNOWN:
         return trigger, Step.POST if may_post else Step.REST
-    clear = replace(trigger, clear_searches=trigger.clear_searches + 1, failures=0)
+    clear = replace(
+        trigger,
+        clear_searches=trigger.clear_searches + 1,
+        failures=0,
+        error=NOT_FOUND_YET,
+    )
     is_late = unknown_for_s >= grace_s
     if is_late and clear.clear_searches >= CLEAR_SEARCHES_NEEDED:
         if may_post:
             return clear, Step.POST
-        # Paused or removed: someone's else's job may still show up, so that the search goes on.
+        # Paused or removed: an earlier POST's job may still show up, so the search goes on.
         return replace(clear, next_try_at=now + HOUR_S), Step.WAIT
     wait_s = search_spacing_s(grace_s) if is_late else max(grace_s - unknown_for_s, 0.1)
     return replace(clear, next_try_at=now + wait_s), Step.WAIT
@@ -2047,6 +2077,8 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
             at      REAL NOT NULL,
             job     TEXT NOT NULL,
             force   INTEGER NOT NULL,
+            rerun   INTEGER NOT NULL,         -- what the person saw: the rerun,
+            was_finished INTEGER NOT NULL,    -- and whether it was finished
             done_at REAL
         ) STRICT""",
         """
@@ -2071,7 +2103,7 @@ _STATE_HINTS: Final = {
     sqlite3.SQLITE_BUSY: "see who else has the file open",
     sqlite3.SQLITE_READONLY: "give this user the right to write the file and its directory",
     sqlite3.SQLITE_CANTOPEN: "check the path, and this user's rights to the file and its directory",
-    sqlite3.SQLITE_IOERR: "see what the disk has to say",
+    sqlite3.SQLITE_IOERR: "look into the system's log for disk errors",
 }
 
 LIVE: Final = (
@@ -2089,7 +2121,7 @@ def is_there(path: Path) -> bool:
         return False
     except OSError as error:
         hint = "run this as root, or as the daemon's user"
-        raise StateError(f"cannot look at {path}: {error.strerror}", hint) from None
+        raise StateError(f"cannot access {path}: {error.strerror}", hint) from None
     return True
 
 
@@ -2151,8 +2183,11 @@ class StateLock:
                     holder = os.pread(self._fd, 100, 0).decode(errors="replace").strip()
                     os.close(self._fd)
                     message = f"another instance holds {self.path}: {holder or 'a reader'}"
-                    raise LockedError(message, "use it, or stop it first") from None
+                    raise LockedError(message, "wait for it, or stop it") from None
                 time.sleep(0.05)
+            except OSError as error:
+                message = f"cannot lock {self.path}: {error.strerror}"
+                raise StateError(message, "put state: on a local disk") from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"pid {os.getpid()} ({purpose})\n".encode(), 0)
@@ -2176,8 +2211,9 @@ def lock_path(state_path: Path) -> Path:
 class Store:
     """The state file. Every change is one transaction; what fails raises StorageError whole."""
 
-    BUSY_TIMEOUT_S: Final = 5.0  # for commands; the daemon's loop must not stand still that long
-    ACTING_TIMEOUT_S: Final = 1.0
+    COMMAND_TIMEOUT_S: Final = 5.0  # how long to wait for another writer
+    START_TIMEOUT_S: Final = 1.0
+    LOOP_TIMEOUT_S: Final = 0.05  # the loop stands still meanwhile; what fails is tried again
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
         self._db = db
@@ -2190,15 +2226,13 @@ class Store:
         """Open for acting, under the lock. Raises StateError for what is no state file."""
         os.close(open_own(path))
         try:
-            db = sqlite3.connect(path, timeout=cls.ACTING_TIMEOUT_S, isolation_level=None)
             if path.stat().st_size:
-                check_database(db, path)
-                check_version(db, path)
+                check_file(path)
+            db = sqlite3.connect(path, timeout=cls.START_TIMEOUT_S, isolation_level=None)
             mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
-                raise StateError(
-                    f"{path}: no WAL on this file system", "put state: on a local disk"
-                )
+                message = f"{path}: this file system cannot do SQLite's WAL mode"
+                raise StateError(message, "put state: on a local disk")
             # NORMAL does not sync commits: power loss could take back an intent that was acted on.
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
@@ -2226,6 +2260,10 @@ class Store:
     def is_in_place(self) -> bool:
         """Return whether the open file is still the one of its name."""
         return self._inode is not None and inode_of(self.path) == self._inode
+
+    def be_quick(self) -> None:
+        """Wait for another writer only as long as an event loop may stand still."""
+        self._db.execute(f"PRAGMA busy_timeout = {round(self.LOOP_TIMEOUT_S * 1000)}")
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has committed something."""
@@ -2376,19 +2414,20 @@ class Store:
             self._db.execute("DELETE FROM logs WHERE at < ?", (before,))
             self._db.execute("DELETE FROM requests WHERE done_at < ?", (before,))
 
-    def ask(self, job: str, *, force: bool, now: float) -> None:
-        """Store that a person asked for a retry."""
+    def ask(self, work: Work, *, force: bool, now: float) -> None:
+        """Store that a person asked for a retry, and of what."""
+        row = {"at": now, "job": work.name, "force": force}
         with self.transaction():
-            self._db.execute(
-                "INSERT INTO requests (at, job, force) VALUES (?, ?, ?)", (now, job, force)
-            )
+            seen = {"rerun": work.rerun, "was_finished": work.is_finished}
+            self._put("requests", row | seen, verb="INSERT")
 
-    def requests(self) -> list[tuple[int, str, bool]]:
-        """Return the open requests: id, job, force."""
-        rows = self._db.execute(
-            "SELECT id, job, force FROM requests WHERE done_at IS NULL ORDER BY id"
-        )
-        return [(row[0], row[1], bool(row[2])) for row in rows]
+    def requests(self) -> list[Request]:
+        """Return the open requests."""
+        rows = self._db.execute("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")
+        return [
+            Request(r["id"], r["job"], bool(r["force"]), r["rerun"], bool(r["was_finished"]))
+            for r in rows
+        ]
 
     def settle(
         self, request: int, before: Work, after: Work, events: Sequence[Event], now: float
@@ -2433,11 +2472,15 @@ def target_of(row: sqlite3.Row) -> Target:
     return Target(**picked(row, _TARGET_COLUMNS))
 
 
-def check_database(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse a damaged file before anything is written to it."""
-    result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if result != "ok":
-        raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
+def connect_readonly(uri: str) -> sqlite3.Connection:
+    """Return a connection that has proved that it can read."""
+    db = sqlite3.connect(uri, uri=True, timeout=Store.COMMAND_TIMEOUT_S, isolation_level=None)
+    try:
+        db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
 
 
 def check_version(db: sqlite3.Connection, path: Path) -> int:
@@ -2450,6 +2493,18 @@ def check_version(db: sqlite3.Connection, path: Path) -> int:
     if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
         raise StateError(f"{path} is the database of another program", "correct state:")
     return version
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that is damaged, newer or not ours, before anything is written to it.
+
+    Through a connection of its own: one that may write folds the WAL in when it is closed.
+    """
+    with contextlib.closing(connect_readonly(path.absolute().as_uri() + "?mode=ro")) as db:
+        check_version(db, path)
+        result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if result != "ok":
+        raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
@@ -2487,7 +2542,7 @@ def read_store(path: Path) -> Iterator[Store | None]:
                 # Without write permission, a WAL database opens only while someone else has it
                 # open. With nobody writing (the shared lock sees to that), it is just a file.
                 wal = path.with_name(path.name + "-wal")
-                if is_there(wal) or not stack.enter_context(shared_lock(path)):
+                if not stack.enter_context(shared_lock(path)) or is_there(wal):
                     raise
                 db = connect_readonly(uri + "?mode=ro&immutable=1")
             stack.callback(db.close)
@@ -2498,17 +2553,6 @@ def read_store(path: Path) -> Iterator[Store | None]:
             hint = "run this as the user of the daemon, or as root"
             raise StateError(f"cannot read the state file {path}: {error}", hint) from None
         yield Store(db, path)
-
-
-def connect_readonly(uri: str) -> sqlite3.Connection:
-    """Return a connection that has proved that it can read."""
-    db = sqlite3.connect(uri, uri=True, timeout=Store.BUSY_TIMEOUT_S, isolation_level=None)
-    try:
-        db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
 
 
 @contextlib.contextmanager
@@ -2659,7 +2703,7 @@ def settle_sniffio() -> None:
 
 
 class Budget:
-    """What is left of REQUEST_BUDGET_S, counted from the first use: the queue costs nothing."""
+    """What is left of REQUEST_BUDGET_S, counted from the first attempt, not from the queue."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -2691,6 +2735,13 @@ class Http:
 
     def new_client(self) -> httpx.AsyncClient:
         """Return a client with connections of its own; the TLS context is costly, and shared."""
+        try:
+            return self._new_client()
+        except (ValueError, ImportError, OSError) as error:  # a proxy or certificates set amiss
+            message = f"cannot set up connections: {one_line(str(error), 200)}"
+            raise ApiError(self.redactor.text(message), sent=False) from None
+
+    def _new_client(self) -> httpx.AsyncClient:
         if self._tls is None:
             self._tls = httpx.create_ssl_context()
         loopback = ("127.0.0.1", "localhost", "[::1]")
@@ -2721,7 +2772,7 @@ class Http:
         if self._client is None:
             self._client = self.new_client()
         async with self.gate:
-            timeout_s = min(self.limits.request_timeout_s, budget.left_s())
+            timeout_s = max(1.0, min(self.limits.request_timeout_s, budget.left_s()))
             return await self._fetch(
                 self._client, timeout_s, "GET", url, headers=headers, params=params
             )
@@ -2772,8 +2823,8 @@ class Http:
         except TimeoutError:
             message = f"no whole answer within {show_duration(timeout_s)}"
             raise ApiError(message, retryable=True) from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error) as error:
-            text = self.redactor.text(one_line(str(error), 200))
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, zlib.error) as error:
+            text = one_line(self.redactor.text(str(error)), 200)  # in this order: no half a secret
             message = f"{type(error).__name__}{': ' + text if text else ''}"
             sent = not isinstance(error, _NOT_SENT)
             raise ApiError(message, retryable=True, sent=sent) from None
@@ -2788,15 +2839,17 @@ class Http:
 
         Nobody asked for compression; httpx would expand whatever comes without a limit.
         """
-        encoding = response.headers.get("content-encoding", "identity").lower()
+        encoding = response.headers.get("content-encoding", "").lower() or "identity"
         expander = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None
         if expander is None and encoding != "identity":
-            raise ApiError("the answer has an encoding that was not asked for", retryable=True)
+            raise ApiError("the answer has an encoding that was not asked for")
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += expander.decompress(chunk, MAX_BODY_BYTES) if expander else chunk
             if len(body) > MAX_BODY_BYTES or (expander and expander.unconsumed_tail):
                 raise ApiError("the answer is over 16 MiB", retryable=True)
+            if expander and expander.eof:
+                break  # what follows would only be collected
         return bytes(body)
 
 
@@ -3040,7 +3093,7 @@ class OpenAIClient:
         try:
             return parse_batch(parse_json(answer), batch_id)
         except ValueError as error:
-            message = f"OpenAI's answer is no batch: it {error}"
+            message = f"OpenAI's answer is not a batch: it {error}"
             raise nonsense(message, answer) from None
 
     def _refusal(self, answer: Answer) -> ApiError:
@@ -3117,7 +3170,10 @@ class KeboolaClient:
                 if url_problem(url) or is_loopback(url) > is_loopback(self._stack_url):
                     break
                 return url.rstrip("/")
-        raise ApiError(f"{self._stack_url}/v2/storage names no queue that is https", retryable=True)
+        raise ApiError(
+            f"{self._stack_url}/v2/storage lists no usable https address of the queue",
+            retryable=True,
+        )
 
     async def create(self, payload: str) -> KeboolaJob:
         """Start a job, in one attempt; raises ApiError, which `after_failed_post` understands.
@@ -3136,7 +3192,7 @@ class KeboolaClient:
         try:
             return parse_keboola_job(parse_json(answer))
         except ValueError as error:
-            raise nonsense(f"Keboola's answer is no job: it {error}", answer) from None
+            raise nonsense(f"Keboola's answer is not a job: it {error}", answer) from None
 
     async def search(self, target: Target, since: float | None, trigger: str) -> list[KeboolaJob]:
         """Return the jobs that carry a trigger id, the oldest first.
@@ -3171,7 +3227,7 @@ class KeboolaClient:
             times = [job.created_time for job in page if job.created_time]
             is_sorted = len(times) == len(page) and times == sorted(times, reverse=True)
             if is_full and not (fresh and is_sorted):
-                raise ApiError("Keboola's job list does not go on in order of time")
+                raise ApiError("Keboola's job list is not sorted by time: the search is incomplete")
             if not times:
                 return
             # A second of overlap: rows of one second may stand on both sides of a page's end.
@@ -3349,11 +3405,13 @@ class Poller:
 
     async def _look(self, watch: Watch) -> None:
         """Look at every unfinished batch of one job. What fails stays with this job."""
-        job = watch.job
+        job, setup = watch.job, self._engine.setup
         try:
             pending = [batch.id for batch in watch.work.batches if not batch.is_terminal]
             results = await asyncio.gather(*(self._ask(batch_id) for batch_id in pending))
-            if watch.job == job:  # else the config has changed meanwhile, and a new look is due
+            now = self._engine.setup
+            if watch.job == job and secrets_of(setup, job) == secrets_of(now, job):
+                # Else the config has changed meanwhile, and a new look is due.
                 self._engine.record_look(watch, dict(zip(pending, results, strict=True)))
         except (StorageError, sqlite3.Error) as error:
             watch.due = self._engine.clock.mono() + FIRST_TRIGGER_BACKOFF_S
@@ -3378,9 +3436,10 @@ async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
     """Wait until an event is set or a time has passed; returns whether it was set."""
     try:
         async with asyncio.timeout(timeout_s if math.isfinite(timeout_s) else None):
-            return await event.wait()
+            await event.wait()
     except TimeoutError:
-        return False
+        pass
+    return event.is_set()
 
 
 class Carrier:
@@ -3398,7 +3457,7 @@ class Carrier:
     async def run(self) -> None:
         """Go on until nothing is left to do, or, with --once, until it would take long."""
         storage_failures = 0
-        while True:
+        while self._engine.is_carried(self._watch):
             try:
                 if not await self._advance():
                     return
@@ -3409,7 +3468,7 @@ class Carrier:
                 wait_s = backoff_s(storage_failures, 1, self._clock.jitter())
                 if self._engine.once or not await self._wait(min(wait_s, PATIENCE_S)):
                     return
-            except TeckoError:
+            except StateError:
                 raise
             except Exception as error:  # noqa: BLE001 - as in Poller
                 self._engine.note_bug(error, self._watch.work.name)
@@ -3419,6 +3478,9 @@ class Carrier:
     async def _advance(self) -> bool:
         """Do one step; returns whether there may be another one."""
         watch, trigger = self._watch, self._watch.work.trigger
+        if watch.changed.is_set():  # set by `retry` or a reload, perhaps during the last step
+            watch.changed.clear()
+            watch.trigger_due = self._clock.mono()
         may_post = self._engine.may_post(watch)
         if trigger is None:
             return may_post and watch.work.is_ready and self._intend()
@@ -3468,8 +3530,8 @@ class Carrier:
             jobs = await client.search(trigger.target, since, trigger.id)
         except ApiError as error:
             failure = error
-        if watch.work.trigger != trigger:
-            return  # `retry` has changed it meanwhile
+        if watch.work.trigger != trigger or not self._engine.is_carried(watch):
+            return  # `retry`, a reload or a signal has come meanwhile
         if jobs:
             self._adopt(trigger, jobs)
             return
@@ -3488,7 +3550,7 @@ class Carrier:
             )
         if step is Step.POST:
             await self._post(after)
-        elif after.error != trigger.error:
+        elif failure and after.error != trigger.error:
             self._commit(after, "trigger_search_failed", "warning", error=after.error)
         elif after != trigger:
             self._commit(after)
@@ -3579,7 +3641,6 @@ class Carrier:
         """Wait until the trigger is due or something changed; returns False for `not now`."""
         if self._engine.once and wait_s > PATIENCE_S:
             return False
-        self._watch.changed.clear()
         await wait_for_event(self._watch.changed, wait_s)
         return True
 
@@ -3625,6 +3686,7 @@ class Engine:
             async with asyncio.TaskGroup() as self._tasks:
                 self.apply(self.setup)
                 if not self.once:
+                    self.store.be_quick()
                     self.spawn(self._keep_house())
                 for helper in helpers:
                     self.spawn(helper())
@@ -3662,12 +3724,13 @@ class Engine:
             try:
                 self.take_requests()
                 self.flush()
-                self._prune()
+                self.prune()
             except (StorageError, sqlite3.Error) as error:
                 self.note_trouble(Event("state_write_failed", "error", None, {"error": str(error)}))
             await asyncio.sleep(REQUESTS_LOOK_S)
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Drop old log rows, once an hour."""
         if self.clock.mono() - self._pruned_at > HOUR_S:
             self.store.prune(self.clock.wall() - self.setup.config.log.retention_s)
             self._pruned_at = self.clock.mono()
@@ -3695,6 +3758,11 @@ class Engine:
                 watch.work = work
             watch.job = job
             watches[work.id] = watch
+        for gone in self.watches.keys() - watches.keys():
+            # Its row may come back, with a watch and a carrier of its own: never two at a time.
+            carrier = self.watches[gone].carrier
+            if carrier:
+                carrier.cancel()
         self.watches = watches
         self._rearm()
         self._arrange_pollers()
@@ -3719,7 +3787,7 @@ class Engine:
 
     def _rouse(self, watch: Watch) -> None:
         """End the backoff of a work whose config has changed."""
-        watch.due = watch.trigger_due = self.clock.mono()
+        watch.due = self.clock.mono()
         watch.changed.set()
 
     def _rearm(self) -> None:
@@ -3785,13 +3853,19 @@ class Engine:
         ):
             watch.carrier = self.spawn(Carrier(self, watch).run())
 
+    def is_carried(self, watch: Watch) -> bool:
+        """Return whether a watch's carrier may go on: it is the row's only one, and has time."""
+        return self.watches.get(watch.work.id) is watch and not self.is_stopping
+
     def keboola(self, trigger: Trigger) -> KeboolaClient:
         """Return a client for a trigger's own stack. Raises ApiError if the config has no token."""
         stack_url = trigger.target.stack_url
         secrets = self.setup.config.keboola
         names = [name for name, secret in secrets.items() if secret.stack_url == stack_url]
         if not names:
-            message = f"the config has no secret for {stack_url} any more, where this job was begun"
+            message = (
+                f"the config no longer has a secret for {stack_url}, where this trigger was begun"
+            )
             raise ApiError(message, sent=False)
         name = trigger.secret if trigger.secret in names else names[0]
         return KeboolaClient(stack_url, self.setup.secrets[name], self._http, self._queue_urls)
@@ -3831,8 +3905,16 @@ class Engine:
         """Return how the jobs are, in one line."""
         statuses = [job_status(watch.work) for watch in self.watches.values() if watch.job]
         counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
-        warning = ["the config file has problems, an earlier one counts"] * self.is_config_rejected
+        warning = [
+            "the config file has problems, the previous one still counts"
+        ] * self.is_config_rejected
         return ", ".join([*counts, *warning]) or "no jobs"
+
+    def in_need(self) -> set[str]:
+        """Return the jobs of the config that have an error or need a person."""
+        jobs = self.setup.config.jobs
+        works = [watch.work for watch in self.watches.values()]
+        return {work.name for work in works if work.name in jobs and needs_person(work)}
 
     # --- writing ---
 
@@ -3844,7 +3926,7 @@ class Engine:
         self._say(told)
 
     def note(self, *events: Event) -> None:
-        """Tell events that go with no change of a job; a full disk must not stop the telling."""
+        """Tell events that go with no change of a job; a full disk must not silence the log."""
         told = [self._clean(event) for event in events]
         with contextlib.suppress(StorageError):
             self.store.log(told, self.clock.wall())
@@ -3895,26 +3977,31 @@ class Engine:
         version = self.store.data_version()
         if version == self._data_version and not at_once:
             return
-        for request, name, force in self.store.requests():
-            self._take_request(request, name, force=force)
+        for request in self.store.requests():
+            self._take_request(request)
         self._data_version = version
 
-    def _take_request(self, request: int, name: str, *, force: bool) -> None:
+    def _take_request(self, request: Request) -> None:
         now = self.clock.wall()
-        current = [w for w in self.watches.values() if w.work.name == name and w.job]
+        current = [w for w in self.watches.values() if w.work.name == request.job and w.job]
         if not current:
-            event = self._clean(
-                Event("retry_refused", "warning", name, {"why": "it is not in the config"})
+            event = Event(
+                "retry_refused", "warning", request.job, {"why": "it is not in the config"}
             )
-            self.store.dismiss(request, [event], now)
+            self.store.dismiss(request.id, [event], now)
             self._say([event])
             return
         watch = current[0]
-        after, why_not = after_retry(watch.work, force=force, now=now, is_posting=watch.is_posting)
-        event = Event("retry_refused", "warning", name, {"why": why_not})
-        if why_not is None:
-            event = Event("retry_taken", "info", name, {"force": force})
-        self.store.settle(request, watch.work, after, [event], now)
+        after, why_not = after_retry(
+            watch.work, force=request.force, now=now, is_posting=watch.is_posting
+        )
+        seen = (request.rerun, request.was_finished)
+        if request.force and seen != (watch.work.rerun, watch.work.is_finished):
+            after, why_not = watch.work, "its Keboola job was started or found meanwhile"
+        event = Event("retry_taken", "info", request.job, {"force": request.force})
+        if why_not is not None:
+            event = Event("retry_refused", "warning", request.job, {"why": why_not})
+        self.store.settle(request.id, watch.work, after, [event], now)
         self._say([event])
         watch.work = after
         if why_not is None:
@@ -4039,7 +4126,8 @@ def refuse_other_state(old: Config, new: Config) -> None:
 def note_loaded(engine: Engine, setup: Setup) -> None:
     """Tell that a config counts now, and what could be better about it."""
     known = engine.store.meta("config") or {}
-    if engine.once and known.get("sha256") == setup.config.sha256:
+    is_known = known.get("sha256") == setup.config.sha256 and not known.get("error")
+    if engine.once and is_known:
         return  # from cron, a pass without news says nothing
     jobs = len(setup.config.jobs)
     events = [Event("config_loaded", "info", None, {"jobs": jobs, "sha256": setup.config.sha256})]
@@ -4091,6 +4179,7 @@ async def run_engine(
         await running
     with contextlib.suppress(StorageError):
         engine.flush(at_once=True)
+        engine.prune()
     if signals.now.is_set() or (interrupted and engine.once):
         return 130
     return 0
@@ -4125,7 +4214,7 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         store.close()
         lock.close()
     if code == 0 and once:
-        names = sorted(w.work.name for w in engine.watches.values() if needs_person(w.work))
+        names = sorted(engine.in_need())
         if names:  # said in every such pass: an exit code alone explains nothing
             say(Event("jobs_need_attention", "warning", None, {"jobs": names}))
         code = 1 if names or engine.has_failed else 0
@@ -4206,7 +4295,9 @@ def encrypted_text(
         text = text[:start] + spliced(text[start:end], token) + text[end:]
     again = secret_values(text, Path(), problems)
     if [keyring.decrypt(str(at.node.value)) for at in again.values()] != secrets:
-        raise TeckoError("cannot write a value back as it was", "write it in quotes, on one line")
+        raise TeckoError(
+            "an encrypted value would not read back the same", "write it in quotes, on one line"
+        )
     return text, names
 
 
@@ -4379,7 +4470,8 @@ def run_status(args: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
         return 0
     if known["error"]:
-        print(f"The config has problems, and an earlier one counts:\n{known['error']}\n")
+        print("The config file has problems; a running daemon goes on with the previous one:")
+        print(known["error"], end="\n\n")
     print(job_details(works[0]) if args.job is not None else job_table(works))
     return 0
 
@@ -4466,10 +4558,10 @@ def run_retry(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.job}: {why_not}")
     uri = path.absolute().as_uri() + "?mode=rw"
     with contextlib.closing(
-        sqlite3.connect(uri, uri=True, timeout=Store.BUSY_TIMEOUT_S, isolation_level=None)
+        sqlite3.connect(uri, uri=True, timeout=Store.COMMAND_TIMEOUT_S, isolation_level=None)
     ) as db:
         check_version(db, path)
-        Store(db, path).ask(args.job, force=args.force, now=now)
+        Store(db, path).ask(works[args.job], force=args.force, now=now)
     acting = is_acting(path)
     print(
         "asked: the running daemon does it within two seconds"

@@ -38,6 +38,8 @@ import teckochecker
 
 JsonObject = dict[str, Any]
 
+_ONE_AT_A_TIME = threading.Lock()
+
 PROGRAM = Path(__file__).resolve().parent.parent / "teckochecker.py"
 OPENAI_KEY = "sk-test-6f0c2d9e4b7a1853"
 KEBOOLA_TOKEN = "1234-567890-kbc5e2a9d7f31c"
@@ -298,7 +300,7 @@ class Workspace:
 
     def status(self) -> JsonObject:
         """What `status --json` prints; in this process, for it is asked for all the time."""
-        with redirect_stdout(io.StringIO()) as out:
+        with _ONE_AT_A_TIME, redirect_stdout(io.StringIO()) as out:  # which is the process's
             assert teckochecker.main(["--config", str(self.path), "status", "--json"]) == 0
         document: JsonObject = json.loads(out.getvalue())
         return document

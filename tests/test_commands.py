@@ -185,7 +185,7 @@ def test_status_with_a_bad_config(workspace: Workspace) -> None:
     assert_status_shape(document)
     assert str(workspace.path) in document["config"]["error"]
     assert [job["status"] for job in document["jobs"]] == ["completed"]
-    assert "The config has problems" in workspace.run("status").stdout
+    assert "The config file has problems" in workspace.run("status").stdout
 
 
 @pytest.fixture

@@ -464,7 +464,7 @@ def test_a_clear_search_of_an_unknown_trigger(
         one, unknown_for_s=unknown_for_s, grace_s=GRACE, may_post=may_post, now=NOW
     )
     assert step is expected
-    assert (after.state, after.error) == (S.UNKNOWN, "?")
+    assert (after.state, after.error) == (S.UNKNOWN, tc.NOT_FOUND_YET)
     assert (after.clear_searches, after.failures) == (searches + 1, 0)
     if wait_s is not None:
         assert after.next_try_at == pytest.approx(NOW + wait_s, abs=0.001)

@@ -856,7 +856,7 @@ def test_a_queue_that_is_refused(web: respx.Router, http: Http, url: object) -> 
     web.get(f"{OWN_STACK}/v2/storage").mock(return_value=index({"id": "queue", "url": url}))
     known: dict[str, str] = {}
     error = failing(keboola(http, OWN_STACK, known).queue_url())
-    assert str(error) == f"{OWN_STACK}/v2/storage names no queue that is https"
+    assert str(error) == f"{OWN_STACK}/v2/storage lists no usable https address of the queue"
     assert known == {}
 
 
@@ -864,7 +864,7 @@ def test_a_queue_that_is_no_address(web: respx.Router, http: Http) -> None:
     """An address that cannot even be parsed is refused like any other bad one."""
     bad = index({"id": "queue", "url": "https://[x"})
     web.get(f"{OWN_STACK}/v2/storage").mock(return_value=bad)
-    assert "names no queue" in str(failing(keboola(http, OWN_STACK).queue_url()))
+    assert "no usable https address" in str(failing(keboola(http, OWN_STACK).queue_url()))
 
 
 @pytest.mark.parametrize("verb", ["search", "create"])
@@ -883,7 +883,7 @@ def test_an_address_that_httpx_refuses(web: respx.Router, http: Http, verb: str)
 def test_an_index_that_is_none(web: respx.Router, http: Http, body: object) -> None:
     """An index without a list of services names no queue."""
     web.get(f"{OWN_STACK}/v2/storage").mock(return_value=httpx.Response(200, text=json.dumps(body)))
-    assert "names no queue" in str(failing(keboola(http, OWN_STACK).queue_url()))
+    assert "no usable https address" in str(failing(keboola(http, OWN_STACK).queue_url()))
 
 
 def test_a_local_stack_may_have_a_local_queue(web: respx.Router, http: Http) -> None:
@@ -1243,7 +1243,7 @@ def test_a_server_that_ignores_the_bound(http: Http, rows: Rows) -> None:
     assert search(http) == []
     rows.add(1)
     error = failing(keboola(http).search(TARGET, None, "ours"))
-    assert str(error) == "Keboola's job list does not go on in order of time"
+    assert str(error) == "Keboola's job list is not sorted by time: the search is incomplete"
     rows.add(1, "ours")
     assert search(http) == ["1005"]
 
@@ -1252,7 +1252,7 @@ def test_rows_out_of_order_are_no_complete_search(http: Http, rows: Rows) -> Non
     """Without the order by time, the end of a full page says nothing about the next one."""
     rows.is_shuffled = True
     rows.add(20)
-    assert "order of time" in str(failing(keboola(http).search(TARGET, None, "ours")))
+    assert "not sorted by time" in str(failing(keboola(http).search(TARGET, None, "ours")))
 
 
 def test_too_many_pages_are_no_complete_search(

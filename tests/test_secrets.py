@@ -466,10 +466,10 @@ def test_unreadable_key_file(kind: str, place: Place) -> None:
     [
         ("", "no key"),
         ("# only a comment\n", "no key"),
-        ("my password\n", "something else than Fernet keys"),
-        (KEY[:-2], "something else than Fernet keys"),
-        (f"{KEY}\nS3CR3T", "something else than Fernet keys"),
-        ("klíč", "something else than Fernet keys"),
+        ("my password\n", "something other than Fernet keys"),
+        (KEY[:-2], "something other than Fernet keys"),
+        (f"{KEY}\nS3CR3T", "something other than Fernet keys"),
+        ("klíč", "something other than Fernet keys"),
     ],
 )
 def test_key_file_without_a_key(text: str, what: str, place: Place) -> None:
@@ -487,7 +487,7 @@ def test_bad_key_in_the_environment_names_the_variable(place: Place) -> None:
     place.env["TECKOCHECKER_KEY"] = "S3CR3T"
     place.write_config(f"value: {token('v')}")
     assert place.refusal() == (
-        "2:3: key_file: $TECKOCHECKER_KEY holds something else than Fernet keys; "
+        "2:3: key_file: $TECKOCHECKER_KEY holds something other than Fernet keys; "
         f"make one: {CURE_KEY}"
     )
 

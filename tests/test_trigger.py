@@ -393,7 +393,7 @@ def test_other_addresses(workspace: Workspace) -> None:
     workspace.add_job("job", "batch_a")
     daemon = workspace.daemon()
     event = daemon.wait_for_event("trigger_search_failed", job="job")
-    assert "names no queue that is https" in event["error"]
+    assert "lists no usable https address of the queue" in event["error"]
     assert workspace.job("job")["trigger"]["state"] == "intent"
 
 
