@@ -481,12 +481,16 @@ INDEXES = {
     "html": Case("body", {}, f"{NOT_JSON} (text/html)"),
     "deep": body("[" * DEEP),
     "nulls": Case("json", {"transform": nulls}, "lists no usable https address"),
-    "numbers": obj({"services": [1, {"id": 5}, {"id": "queue", "url": 7}]}, "lists no usable https address"),
+    "numbers": obj(
+        {"services": [1, {"id": 5}, {"id": "queue", "url": 7}]}, "lists no usable https address"
+    ),
     "plain-http": obj(
-        {"services": [{"id": "queue", "url": "http://queue.example.com"}]}, "lists no usable https address"
+        {"services": [{"id": "queue", "url": "http://queue.example.com"}]},
+        "lists no usable https address",
     ),
     "strange-url": obj(
-        {"services": [{"id": "queue", "url": "https://" + STRANGE}]}, "lists no usable https address"
+        {"services": [{"id": "queue", "url": "https://" + STRANGE}]},
+        "lists no usable https address",
     ),
     "huge": Case("huge", {"size": HUGE}, "the answer is over 16 MiB"),
     "silent": Case("hang_before", {}, LATE),
