@@ -1661,7 +1661,7 @@ def search_from(batches: Sequence[Batch], now: float) -> float | None:
     return bound if bound < now else None
 
 
-def oldest_of(jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJob]:
+def ours_oldest_first(jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJob]:
     """Return the Keboola jobs that carry a trigger id, the oldest first: that one is ours."""
     never = datetime.max.replace(tzinfo=UTC)
     ours = [job for job in jobs if job.trigger_id == trigger]
@@ -1778,7 +1778,7 @@ def after_failed_search(
     return replace(trigger, failures=failures, error=text, next_try_at=now + wait_s), Step.WAIT
 
 
-def found(trigger: Trigger, job: KeboolaJob, now: float) -> Trigger:
+def as_sent(trigger: Trigger, job: KeboolaJob, now: float) -> Trigger:
     """Return the trigger once its Keboola job is known."""
     return replace(
         trigger,
@@ -2097,6 +2097,8 @@ _WORK_COLUMNS: Final = tuple(
     f.name for f in fields(Work) if f.name not in {"batches", "target", "trigger"}
 )
 
+COMMAND_TIMEOUT_S: Final = 5.0  # how long a command waits for another writer
+
 STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
 _STATE_HINTS: Final = {
     sqlite3.SQLITE_FULL: "free the disk",
@@ -2106,6 +2108,8 @@ _STATE_HINTS: Final = {
     sqlite3.SQLITE_IOERR: "look into the system's log for disk errors",
 }
 
+# What a process works on: the config's jobs, and whatever may still be at Keboola unseen. A
+# rejected trigger is not: Keboola said no; if its job comes back, it is one of the config's again.
 LIVE: Final = (
     "(position IS NOT NULL OR id IN"
     " (SELECT job_id FROM triggers WHERE state IN ('intent', 'sending', 'unknown')))"
@@ -2159,6 +2163,11 @@ def inode_of(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def lock_path(state_path: Path) -> Path:
+    """Return the lock file of a state file."""
+    return state_path.with_name(state_path.name + ".lock")
+
+
 class StateLock:
     """The exclusive lock of the one process that acts on a state file; the kernel lets it go."""
 
@@ -2203,16 +2212,78 @@ class StateLock:
         os.close(self._fd)
 
 
-def lock_path(state_path: Path) -> Path:
-    """Return the lock file of a state file."""
-    return state_path.with_name(state_path.name + ".lock")
+def state_hint(error: sqlite3.Error) -> str:
+    """Return what to do about an error of SQLite's, by its primary result code."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return _STATE_HINTS.get(code, STATE_HINT)
+
+
+def picked(row: sqlite3.Row, columns: Sequence[str]) -> dict[str, Any]:
+    """Return some of a row's values by column."""
+    return {column: row[column] for column in columns}
+
+
+def target_of(row: sqlite3.Row) -> Target:
+    """Return the target that stands in a row."""
+    return Target(**picked(row, _TARGET_COLUMNS))
+
+
+def connect_readonly(uri: str) -> sqlite3.Connection:
+    """Return a connection that has proved that it can read."""
+    db = sqlite3.connect(uri, uri=True, timeout=COMMAND_TIMEOUT_S, isolation_level=None)
+    try:
+        db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> int:
+    """Return the schema's version; a newer one is refused, and so is another program's file."""
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        known = len(MIGRATIONS)
+        message = f"the state file {path} has schema {version}; this program knows {known}"
+        raise StateError(message, "run the newer teckochecker that wrote it")
+    if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
+        raise StateError(f"{path} is the database of another program", "correct state:")
+    return version
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that is damaged, newer or not ours, before anything is written to it.
+
+    Through a connection of its own: one that may write folds the WAL in when it is closed.
+    """
+    with contextlib.closing(connect_readonly(path.absolute().as_uri() + "?mode=ro")) as db:
+        check_version(db, path)
+        result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if result != "ok":
+        raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the schema to this version, all of it or nothing."""
+    if check_version(db, path) == len(MIGRATIONS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = check_version(db, path)
+        for statements in MIGRATIONS[version:]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 class Store:
     """The state file. Every change is one transaction; what fails raises StorageError whole."""
 
-    COMMAND_TIMEOUT_S: Final = 5.0  # how long to wait for another writer
-    START_TIMEOUT_S: Final = 1.0
+    START_TIMEOUT_S: Final = 1.0  # how long to wait for another writer
     LOOP_TIMEOUT_S: Final = 0.05  # the loop stands still meanwhile; what fails is tried again
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
@@ -2454,74 +2525,6 @@ class Store:
         """Return a stored fact, or None."""
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
-
-
-def state_hint(error: sqlite3.Error) -> str:
-    """Return what to do about an error of SQLite's, by its primary result code."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return _STATE_HINTS.get(code, STATE_HINT)
-
-
-def picked(row: sqlite3.Row, columns: Sequence[str]) -> dict[str, Any]:
-    """Return some of a row's values by column."""
-    return {column: row[column] for column in columns}
-
-
-def target_of(row: sqlite3.Row) -> Target:
-    """Return the target that stands in a row."""
-    return Target(**picked(row, _TARGET_COLUMNS))
-
-
-def connect_readonly(uri: str) -> sqlite3.Connection:
-    """Return a connection that has proved that it can read."""
-    db = sqlite3.connect(uri, uri=True, timeout=Store.COMMAND_TIMEOUT_S, isolation_level=None)
-    try:
-        db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
-
-
-def check_version(db: sqlite3.Connection, path: Path) -> int:
-    """Return the schema's version; a newer one is refused, and so is another program's file."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version > len(MIGRATIONS):
-        known = len(MIGRATIONS)
-        message = f"the state file {path} has schema {version}; this program knows {known}"
-        raise StateError(message, "run the newer teckochecker that wrote it")
-    if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
-        raise StateError(f"{path} is the database of another program", "correct state:")
-    return version
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that is damaged, newer or not ours, before anything is written to it.
-
-    Through a connection of its own: one that may write folds the WAL in when it is closed.
-    """
-    with contextlib.closing(connect_readonly(path.absolute().as_uri() + "?mode=ro")) as db:
-        check_version(db, path)
-        result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if result != "ok":
-        raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
-
-
-def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema to this version, all of it or nothing."""
-    if check_version(db, path) == len(MIGRATIONS):
-        return
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        version = check_version(db, path)
-        for statements in MIGRATIONS[version:]:
-            for statement in statements:
-                db.execute(statement)
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
 
 
 @contextlib.contextmanager
@@ -2988,7 +2991,6 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     try:
         created = datetime.fromisoformat(str(row.get("createdTime")))
         created = created.replace(tzinfo=created.tzinfo or UTC).astimezone(UTC)
-        created += timedelta(seconds=0) if created.year < 9999 else timedelta.max
     except (ValueError, OverflowError):
         created = None
     url = text_or_none(row.get("url"), 2000)
@@ -2996,7 +2998,7 @@ def parse_keboola_job(row: object) -> KeboolaJob:
         id=one_line(str(job_id), 64),
         status=text_or_none(row.get("status"), 64),
         url=url if url and url.startswith(("https://", "http://")) else None,
-        created_time=created,
+        created_time=created if created and created.year < 9999 else None,
         trigger_id=carried_trigger_id(row.get("variableValuesData")),
     )
 
@@ -3204,9 +3206,9 @@ class KeboolaClient:
         try:
             await self._read_pages(target, since, seen)
         except ApiError:
-            if not oldest_of(seen.values(), trigger):
+            if not ours_oldest_first(seen.values(), trigger):
                 raise
-        return oldest_of(seen.values(), trigger)
+        return ours_oldest_first(seen.values(), trigger)
 
     async def _read_pages(
         self, target: Target, since: float | None, seen: dict[str, KeboolaJob]
@@ -3216,14 +3218,14 @@ class KeboolaClient:
         for _ in range(MAX_SEARCH_PAGES):
             page = await self._search_page(target, since, before)
             fresh = [job for job in page if job.id not in seen]
-            told = await asyncio.gather(*map(self._tell, fresh), return_exceptions=True)
+            told = await asyncio.gather(*map(self._with_trigger_id, fresh), return_exceptions=True)
             seen |= {job.id: job for job in told if isinstance(job, KeboolaJob)}
             for failure in told:
                 if isinstance(failure, BaseException):
                     raise failure
             is_full = len(page) >= SEARCH_LIMIT
             if not fresh and not is_full:
-                return
+                return  # not before: a server may cap `limit` lower than it was asked for
             times = [job.created_time for job in page if job.created_time]
             is_sorted = len(times) == len(page) and times == sorted(times, reverse=True)
             if is_full and not (fresh and is_sorted):
@@ -3256,7 +3258,7 @@ class KeboolaClient:
         except ValueError as error:
             raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
 
-    async def _tell(self, job: KeboolaJob) -> KeboolaJob:
+    async def _with_trigger_id(self, job: KeboolaJob) -> KeboolaJob:
         """Return the job with its trigger id told; where its row did not, it is read."""
         if job.trigger_id is not None:
             return job
@@ -3357,6 +3359,20 @@ class Notifier:
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
+def secrets_of(setup: Setup, job: Job | None) -> tuple[object, ...]:
+    """Return all of a setup's secrets that matter to a job, to tell whether they have changed."""
+    if job is None:
+        return ()
+    target = setup.config.target(job)
+    return account_of(setup, job), target, setup.secrets[job.keboola_secret]
+
+
+def first_leaf(group: BaseExceptionGroup[TeckoError]) -> TeckoError:
+    """Return the first exception inside nested groups."""
+    first = group.exceptions[0]
+    return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
+
+
 @dataclass(slots=True, eq=False)
 class Watch:
     """A piece of work while the process runs: its row, its job in the config, its deadlines.
@@ -3373,6 +3389,16 @@ class Watch:
     is_posting: bool = False
     carrier: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # ends a carrier's wait
+
+
+async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until an event is set or a time has passed; returns whether it was set."""
+    try:
+        async with asyncio.timeout(timeout_s if math.isfinite(timeout_s) else None):
+            await event.wait()
+    except TimeoutError:
+        pass
+    return event.is_set()
 
 
 class Poller:
@@ -3415,9 +3441,7 @@ class Poller:
                 self._engine.record_look(watch, dict(zip(pending, results, strict=True)))
         except (StorageError, sqlite3.Error) as error:
             watch.due = self._engine.clock.mono() + FIRST_TRIGGER_BACKOFF_S
-            self._engine.note_trouble(
-                Event("state_write_failed", "error", watch.work.name, {"error": str(error)})
-            )
+            self._engine.note_trouble(error, watch.work.name)
         except Exception as error:  # noqa: BLE001 - a bug that one job meets is not the others'
             watch.due = self._engine.clock.mono() + MINUTE_S
             self._engine.note_bug(error, watch.work.name)
@@ -3430,16 +3454,6 @@ class Poller:
             return await self._client.batch(batch_id)
         except ApiError as error:
             return error
-
-
-async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait until an event is set or a time has passed; returns whether it was set."""
-    try:
-        async with asyncio.timeout(timeout_s if math.isfinite(timeout_s) else None):
-            await event.wait()
-    except TimeoutError:
-        pass
-    return event.is_set()
 
 
 class Carrier:
@@ -3464,7 +3478,7 @@ class Carrier:
                 storage_failures = 0
             except (StorageError, sqlite3.Error) as error:
                 storage_failures += 1
-                self._tell_trouble(error)
+                self._engine.note_trouble(error, self._watch.work.name)
                 wait_s = backoff_s(storage_failures, 1, self._clock.jitter())
                 if self._engine.once or not await self._wait(min(wait_s, PATIENCE_S)):
                     return
@@ -3548,6 +3562,8 @@ class Carrier:
                 may_post=may_post,
                 now=clock.wall(),
             )
+        # Nothing is awaited between this decision and the commit of `sending` in `_post`: what was
+        # found out and what is sent belong together.
         if step is Step.POST:
             await self._post(after)
         elif failure and after.error != trigger.error:
@@ -3559,7 +3575,7 @@ class Carrier:
         """Take the Keboola job that an earlier POST has started; the oldest of several."""
         ours = jobs[0]
         others = [job.id for job in jobs[1:]]
-        after = found(trigger, ours, self._clock.wall())
+        after = as_sent(trigger, ours, self._clock.wall())
         level = "warning" if others else "info"
         more = {"other_keboola_job_ids": others} if others else {}
         self._commit(after, "trigger_found", level, keboola_job_id=ours.id, **more)
@@ -3581,7 +3597,7 @@ class Carrier:
         except ApiError as error:
             await self._settle(sending, error)
         else:
-            sent = found(sending, job, self._clock.wall())
+            sent = as_sent(sending, job, self._clock.wall())
             await self._commit_surely(sent, "trigger_sent", "info", keboola_job_id=job.id)
         finally:
             watch.is_posting = False
@@ -3615,7 +3631,7 @@ class Carrier:
             except StorageError as error:
                 if self._clock.mono() > give_up_at:
                     raise
-                self._tell_trouble(error)
+                self._engine.note_trouble(error, self._watch.work.name)
                 await asyncio.sleep(1)
             else:
                 return
@@ -3644,10 +3660,6 @@ class Carrier:
         await wait_for_event(self._watch.changed, wait_s)
         return True
 
-    def _tell_trouble(self, error: Exception) -> None:
-        event = Event("state_write_failed", "error", self._watch.work.name, {"error": str(error)})
-        self._engine.note_trouble(event)
-
 
 class Engine:
     """Everything that runs: which jobs there are, who looks at them, who carries their triggers.
@@ -3674,7 +3686,7 @@ class Engine:
         self._touched_at = -math.inf
         self._pruned_at = -math.inf
         self._data_version = -1
-        self._trouble: dict[str | None, Event] = {}
+        self._trouble: dict[str | None, str] = {}
         self.is_config_rejected = False
         self.has_failed = False  # something could not be written, or a bug was met
 
@@ -3726,7 +3738,7 @@ class Engine:
                 self.flush()
                 self.prune()
             except (StorageError, sqlite3.Error) as error:
-                self.note_trouble(Event("state_write_failed", "error", None, {"error": str(error)}))
+                self.note_trouble(error)
             await asyncio.sleep(REQUESTS_LOOK_S)
 
     def prune(self) -> None:
@@ -3905,10 +3917,10 @@ class Engine:
         """Return how the jobs are, in one line."""
         statuses = [job_status(watch.work) for watch in self.watches.values() if watch.job]
         counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
-        warning = [
-            "the config file has problems, the previous one still counts"
-        ] * self.is_config_rejected
-        return ", ".join([*counts, *warning]) or "no jobs"
+        summary = ", ".join(counts) or "no jobs"
+        if self.is_config_rejected:
+            summary += "; the config file has problems, the previous one still counts"
+        return summary
 
     def in_need(self) -> set[str]:
         """Return the jobs of the config that have an error or need a person."""
@@ -3932,12 +3944,12 @@ class Engine:
             self.store.log(told, self.clock.wall())
         self._say(told)
 
-    def note_trouble(self, event: Event) -> None:
+    def note_trouble(self, error: Exception, job: str | None = None) -> None:
         """Tell once of trouble with the state file, until something could be written again."""
         self.has_failed = True
-        if self._trouble.get(event.job) != event:
-            self._trouble[event.job] = event
-            say(event)
+        if self._trouble.get(job) != str(error):
+            self._trouble[job] = str(error)
+            say(Event("state_write_failed", "error", job, {"error": str(error)}))
 
     def note_bug(self, error: Exception, job: str) -> None:
         """Tell of an exception that nobody has thought of, with its traceback."""
@@ -4010,20 +4022,6 @@ class Engine:
             self.wake_pollers()
 
 
-def secrets_of(setup: Setup, job: Job | None) -> tuple[object, ...]:
-    """Return all of a setup's secrets that matter to a job, to tell whether they have changed."""
-    if job is None:
-        return ()
-    target = setup.config.target(job)
-    return account_of(setup, job), target, setup.secrets[job.keboola_secret]
-
-
-def first_leaf(group: BaseExceptionGroup[TeckoError]) -> TeckoError:
-    """Return the first exception inside nested groups."""
-    first = group.exceptions[0]
-    return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
-
-
 class Reloader:
     """Sees that the config, its key file or a secret's file has changed, and has it taken."""
 
@@ -4091,9 +4089,7 @@ class Reloader:
                 await self._take(files)
                 self._seen = files.fingerprint()
             except (StorageError, sqlite3.Error) as error:  # tried again at the next look
-                self._engine.note_trouble(
-                    Event("state_write_failed", "error", None, {"error": str(error)})
-                )
+                self._engine.note_trouble(error)
             finally:
                 self._notifier.send("READY=1", f"STATUS={self._engine.summary()}")
 
@@ -4248,6 +4244,12 @@ def draft_for_reading(args: argparse.Namespace) -> Draft:
     return draft
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{n} {noun if n == 1 else plural}"
+
+
 def run_check(args: argparse.Namespace) -> int:
     """Validate the config just as the start does, without asking any server."""
     path = config_path(args)
@@ -4259,12 +4261,6 @@ def run_check(args: argparse.Namespace) -> int:
     counts = ((len(jobs), "job"), (batches, "batch"), (len(setup.secrets), "secret"))
     print(f"{path}: fine: {', '.join(counted(n, noun) for n, noun in counts)}")
     return 0
-
-
-def counted(n: int, noun: str) -> str:
-    """Return a number with its noun."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{n} {noun if n == 1 else plural}"
 
 
 # --- encrypt --------------------------------------------------------------------------------------
@@ -4558,7 +4554,7 @@ def run_retry(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.job}: {why_not}")
     uri = path.absolute().as_uri() + "?mode=rw"
     with contextlib.closing(
-        sqlite3.connect(uri, uri=True, timeout=Store.COMMAND_TIMEOUT_S, isolation_level=None)
+        sqlite3.connect(uri, uri=True, timeout=COMMAND_TIMEOUT_S, isolation_level=None)
     ) as db:
         check_version(db, path)
         Store(db, path).ask(works[args.job], force=args.force, now=now)

@@ -386,16 +386,19 @@ def test_the_oldest_of_several_jobs_comes_first() -> None:
         found_job("3", 0, None),
     ]
     expected = ["8", "20", "100", "7", "900"]
-    assert [found.id for found in tc.oldest_of(rows, "ours")] == expected
-    assert [found.id for found in tc.oldest_of(reversed(rows), "ours")] == expected
-    assert tc.oldest_of(rows, "nobody's") == []
+    assert [found.id for found in tc.ours_oldest_first(rows, "ours")] == expected
+    assert [found.id for found in tc.ours_oldest_first(reversed(rows), "ours")] == expected
+    assert tc.ours_oldest_first(rows, "nobody's") == []
 
 
 def test_the_oldest_is_told_across_time_zones() -> None:
     """Times are compared as moments, not as they are written."""
     east = timezone(timedelta(hours=2))
     early = replace(found_job("2", 0), created_time=datetime(2026, 11, 23, 13, 59, tzinfo=east))
-    assert [found.id for found in tc.oldest_of([found_job("1", 0), early], "ours")] == ["2", "1"]
+    assert [found.id for found in tc.ours_oldest_first([found_job("1", 0), early], "ours")] == [
+        "2",
+        "1",
+    ]
 
 
 # ---- the trigger, step by step ----
@@ -519,7 +522,7 @@ def test_a_found_job_settles_everything() -> None:
     link = "https://connection.keboola.com/jobs/5"
     one = trigger(S.UNKNOWN, error="?", failures=4, forced=True, next_try_at=NOW + 5)
     known = tc.KeboolaJob("5", "processing", link, None, one.id)
-    assert changed(one, tc.found(one, known, NOW)) == {
+    assert changed(one, tc.as_sent(one, known, NOW)) == {
         "state": S.SENT,
         "sent_at": NOW,
         "keboola_job_id": "5",

@@ -1297,7 +1297,7 @@ def test_what_counts_as_not_telling(http: Http, rows: Rows, hidden: object) -> N
     shown = {**rows.jobs[0], "variableValuesData": hidden}
     job = tc.parse_keboola_job(shown)
     assert job.trigger_id is None
-    assert run(keboola(http)._tell(job)).trigger_id == "ours"
+    assert run(keboola(http)._with_trigger_id(job)).trigger_id == "ours"
 
 
 @pytest.mark.parametrize("told", [{"values": []}, [], {"values": [{"name": "a"}, 5, None]}])

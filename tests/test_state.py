@@ -26,6 +26,7 @@ from teckochecker import (
     Event,
     Job,
     LockedError,
+    Request,
     StateError,
     StateLock,
     StorageError,
@@ -163,7 +164,7 @@ def test_every_table_is_strict(store: Store) -> None:
     ours = {name: strict for name, strict in tables if not name.startswith("sqlite_")}
     assert ours == dict.fromkeys(("jobs", "batches", "triggers", "logs", "requests", "meta"), 1)
     with pytest.raises(StorageError, match="cannot store TEXT value in REAL column"):
-        store.ask("a", force=False, now="yesterday")  # type: ignore[arg-type]
+        store.log([Event("fact")], "yesterday")  # type: ignore[arg-type]
 
 
 def test_opening_again_changes_nothing(path: Path) -> None:
@@ -540,19 +541,21 @@ def test_a_request_is_done_once(path: Path, store: Store) -> None:
     """Its effect and that it is settled are one transaction, in the order of asking."""
     [work] = sync(store, job("a"))
     with closing(Store.open(path)) as person:
-        person.ask("a", force=True, now=NOW)
-        person.ask("b", force=False, now=NOW)
-    assert store.requests() == [(1, "a", True), (2, "b", False)]
+        person.ask(work, force=True, now=NOW)
+        person.ask(replace(work, rerun=2), force=False, now=NOW)
+    first = Request(1, "a", force=True, rerun=0, was_finished=False)
+    asked = [first, Request(2, "a", force=False, rerun=2, was_finished=False)]
+    assert store.requests() == asked
     after = replace(work, rerun=1)
     body = "BEGIN SELECT RAISE(ABORT, 'no'); END"
     store._db.execute(f"CREATE TRIGGER fire BEFORE INSERT ON logs {body}")
     with pytest.raises(StorageError):
         store.settle(1, work, after, [Event("retry_taken")], NOW)
-    assert store.requests() == [(1, "a", True), (2, "b", False)]
+    assert store.requests() == asked
     assert store.works() == [work]
     store._db.execute("DROP TRIGGER fire")
     store.settle(1, work, after, [Event("retry_taken")], NOW)
-    assert store.requests() == [(2, "b", False)]
+    assert store.requests() == asked[1:]
     assert store.works() == [after]
     store.dismiss(2, [Event("retry_refused")], NOW)
     assert store.requests() == []
@@ -564,13 +567,13 @@ def test_pruning_keeps_what_is_young_or_open(path: Path, store: Store) -> None:
     [work] = sync(store, job("a"))
     for at in (NOW - 100, NOW, NOW + 100):
         store.log([Event(f"at_{at - NOW:.0f}")], at)
-        store.ask("a", force=False, now=at)
+        store.ask(work, force=False, now=at)
     store.dismiss(1, [], NOW - 100)
     store.dismiss(2, [], NOW)
     store.prune(NOW)
     assert logged(path) == ["at_0", "at_100"]
     assert [row[0] for row in rows(path, "SELECT id FROM requests ORDER BY id")] == [2, 3]
-    assert [request[0] for request in store.requests()] == [3]
+    assert [request.id for request in store.requests()] == [3]
     assert store.works() == [work]
 
 
@@ -584,15 +587,16 @@ def test_facts_about_the_process(store: Store) -> None:
 
 def test_the_data_version_shows_what_others_commit(path: Path, store: Store) -> None:
     """It changes when another connection commits, and not by what this one does."""
+    [work] = sync(store, job("a"))
     first = store.data_version()
     store.log([Event("own")], NOW)
     assert store.data_version() == first
     with closing(Store.open(path)) as other:
-        other.ask("a", force=False, now=NOW)
+        other.ask(work, force=False, now=NOW)
         second = store.data_version()
         assert second != first
         assert store.data_version() == second
-        other.ask("a", force=False, now=NOW)
+        other.ask(work, force=False, now=NOW)
         assert store.data_version() != second
 
 
