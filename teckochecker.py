@@ -2169,7 +2169,11 @@ def lock_path(state_path: Path) -> Path:
 
 
 class StateLock:
-    """The exclusive lock of the one process that acts on a state file; the kernel lets it go."""
+    """The exclusive lock of the one process that acts on a state file; the kernel lets it go.
+
+    The lock file says who has it, and when something was last posted: should the state file be
+    lost or replaced by an older one, this tells that Keboola's search may not show everything yet.
+    """
 
     PATIENCE_S: Final = 1.0  # a reader holds it for moments: see `read_store`
 
@@ -2177,11 +2181,32 @@ class StateLock:
         """Take the lock. Raises LockedError, or StateError where there is no place for it."""
         self.path = lock_path(state_path)
         self._fd = open_own(self.path)
-        self._take(purpose)
+        self._take()
         status = os.fstat(self._fd)
         self._inode = (status.st_dev, status.st_ino)
+        self._holder = f"pid {os.getpid()} ({purpose})"
+        match = re.search(r"last POST at ([0-9.]{1,20})", self._label())
+        self.last_post_at = float(match[1]) if match and match[1].count(".") == 1 else None
+        self._write_label()
 
-    def _take(self, purpose: str) -> None:
+    def note_post(self, now: float) -> None:
+        """Remember the time of a POST outside of the state file."""
+        self.last_post_at = now
+        self._write_label()
+
+    def _label(self) -> str:
+        return os.pread(self._fd, 200, 0).decode(errors="replace")
+
+    def _write_label(self, *, is_held: bool = True) -> None:
+        lines = [self._holder] if is_held else []
+        if self.last_post_at is not None:
+            lines.append(f"last POST at {self.last_post_at:.6f}")
+        text = "".join(f"{line}\n" for line in lines).encode()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
+            os.pwrite(self._fd, text, 0)
+            os.ftruncate(self._fd, len(text))
+
+    def _take(self) -> None:
         deadline = time.monotonic() + self.PATIENCE_S
         while True:
             try:
@@ -2189,17 +2214,15 @@ class StateLock:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    holder = os.pread(self._fd, 100, 0).decode(errors="replace").strip()
+                    label = self._label()
+                    holder = label.splitlines()[0] if label.startswith("pid") else "a reader"
                     os.close(self._fd)
-                    message = f"another instance holds {self.path}: {holder or 'a reader'}"
+                    message = f"another instance holds {self.path}: {holder}"
                     raise LockedError(message, "wait for it, or stop it") from None
                 time.sleep(0.05)
             except OSError as error:
                 message = f"cannot lock {self.path}: {error.strerror}"
                 raise StateError(message, "put state: on a local disk") from None
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"pid {os.getpid()} ({purpose})\n".encode(), 0)
 
     def is_in_place(self) -> bool:
         """Return whether the file that is locked is still the one of its name."""
@@ -2207,8 +2230,7 @@ class StateLock:
 
     def close(self) -> None:
         """Let the lock go, and with it the label that says who has it."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, 0)
+        self._write_label(is_held=False)
         os.close(self._fd)
 
 
@@ -2395,6 +2417,10 @@ class Store:
                 f"SELECT * FROM jobs WHERE {where} ORDER BY position, id", wanted
             )
         ]
+
+    def last_sending_at(self) -> float:
+        """Return when the last POST was begun, so far as this file knows; 0 for never."""
+        return float(self._db.execute("SELECT max(sending_at) FROM triggers").fetchone()[0] or 0)
 
     def sync(self, jobs: Mapping[str, Job], targets: Mapping[str, Target]) -> list[Work]:
         """Make the rows follow the config, writing only what differs; return all live works."""
@@ -3535,7 +3561,7 @@ class Carrier:
     async def _search(self, trigger: Trigger) -> None:
         """Ask Keboola for a job with this trigger id; POST only if there is certainly none."""
         watch, clock = self._watch, self._clock
-        unknown_for_s = clock.mono() - watch.unknown_since
+        begun_at = clock.mono()
         jobs: list[KeboolaJob] = []
         failure: ApiError | None = None
         try:
@@ -3557,11 +3583,14 @@ class Carrier:
         else:
             after, step = after_clear_search(
                 trigger,
-                unknown_for_s=unknown_for_s,
+                unknown_for_s=begun_at - watch.unknown_since,
                 grace_s=self._engine.setup.config.limits.trigger_grace_s,
                 may_post=may_post,
                 now=clock.wall(),
             )
+        if step is Step.POST and not failure and begun_at < self._engine.clear_from:
+            watch.trigger_due = self._engine.clear_from
+            return
         # Nothing is awaited between this decision and the commit of `sending` in `_post`: what was
         # found out and what is sent belong together.
         if step is Step.POST:
@@ -3591,6 +3620,7 @@ class Carrier:
         engine.check_in_place()
         sending = as_sending(trigger, self._clock.wall())
         self._commit(sending, "trigger_sending")
+        engine.note_post(sending)
         watch.is_posting = True
         try:
             job = await client.create(sending.payload)
@@ -3687,6 +3717,7 @@ class Engine:
         self._pruned_at = -math.inf
         self._data_version = -1
         self._trouble: dict[str | None, str] = {}
+        self.clear_from = -math.inf  # a search before that, with nothing found, says nothing
         self.is_config_rejected = False
         self.has_failed = False  # something could not be written, or a bug was met
 
@@ -3696,6 +3727,7 @@ class Engine:
         """Work, with `helpers` beside. Raises StateError where going on could start a job twice."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._see_if_state_is_older()
                 self.apply(self.setup)
                 if not self.once:
                     self.store.be_quick()
@@ -3707,6 +3739,20 @@ class Engine:
             if errors:
                 raise first_leaf(errors) from None
             raise
+
+    def _see_if_state_is_older(self) -> None:
+        """Take no search for an answer yet where the state file does not know of the last POST.
+
+        It was lost or restored; what was posted shows in Keboola's search within the grace.
+        """
+        posted_at, wall = self._lock.last_post_at, self.clock.wall()
+        if posted_at is None or posted_at < self.store.last_sending_at() + 0.01:
+            return
+        grace_s = self.setup.config.limits.trigger_grace_s
+        wait_s = grace_s - max(0.0, wall - posted_at)
+        if wait_s > 0:
+            self.clear_from = self.clock.mono() + wait_s
+            self.note(Event("state_is_older", "warning", None, {"wait_s": round(wait_s, 1)}))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task that `run` waits for, and whose exception ends it."""
@@ -3890,6 +3936,10 @@ class Engine:
         if not (self.store.is_in_place() and self._lock.is_in_place()):
             message = f"the state file {self.store.path} or its lock was deleted or replaced"
             raise StateError(message, "nothing was sent; start again")
+
+    def note_post(self, sending: Trigger) -> None:
+        """Remember beside the state file, too, that something is posted now."""
+        self._lock.note_post(sending.sending_at or self.clock.wall())
 
     def record_look(self, watch: Watch, seen: Mapping[str, Batch | ApiError]) -> None:
         """Store what a look has shown, and start the trigger if that was the last of it."""

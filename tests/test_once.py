@@ -201,3 +201,30 @@ def test_no_jobs(workspace: Workspace, sim: Simulator) -> None:
     """A config without jobs is fine, and nobody is asked anything."""
     assert workspace.once().code == 0
     assert sim.requests == []
+
+
+def test_state_lost_within_the_grace(workspace: Workspace, sim: Simulator) -> None:
+    """What was posted just before the state file was lost is not posted again before it shows."""
+    sim.search_lag = 1.5
+    workspace.config["limits"]["trigger_grace"] = "2s"
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    for leftover in workspace.directory.glob("teckochecker.db*"):
+        if leftover.suffix != ".lock":
+            leftover.unlink()
+    again = workspace.once()
+    assert "state_is_older" in {event["event"] for event in again.events}
+    assert again.code == 0
+    workspace.assert_one_job("job")
+
+
+def test_state_lost_long_ago_holds_nothing_back(workspace: Workspace, sim: Simulator) -> None:
+    """After the grace, a search that finds nothing counts, whatever the lock file remembers."""
+    workspace.config["limits"]["trigger_grace"] = "0s"
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    workspace.state.unlink()
+    workspace.add_job("other", "batch_b")
+    again = workspace.once()
+    assert "state_is_older" not in {event["event"] for event in again.events}
+    assert len(sim.jobs) == 2
