@@ -1869,6 +1869,12 @@ class Known:
     batch_ids: frozenset[str]
     target: Target
     is_finished: bool
+    position: int | None = None  # in the config so far
+
+
+def claim_order(row: Known) -> tuple[bool, bool, int, int]:
+    """Return what sorts rows that may be taken over: finished ones, then the config's order."""
+    return (not row.is_finished, row.position is None, row.position or 0, row.id)
 
 
 def assign(
@@ -1881,7 +1887,7 @@ def assign(
     """
     by_work = {(row.name, row.batch_ids): row.id for row in rows}
     absent: dict[tuple[frozenset[str], Target], list[Known]] = {}
-    for row in sorted(rows, key=lambda row: (not row.is_finished, row.id), reverse=True):
+    for row in sorted(rows, key=claim_order, reverse=True):
         if row.name not in jobs:
             absent.setdefault((row.batch_ids, row.target), []).append(row)
     assigned = {}
@@ -2382,6 +2388,7 @@ class Store:
                 batch_ids=frozenset(json.loads(row["batch_key"])),
                 target=target_of(row),
                 is_finished=bool(row["is_finished"]),
+                position=row["position"],
             )
             for row in rows
         ]

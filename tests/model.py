@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import hashlib
 import json
 import random
 import selectors
@@ -403,12 +404,12 @@ class ModelStore(Store):
             kept = old[0] not in TERMINAL or old[0] == batch.status or batch in before.batches
             claim(kept, f"{batch.id} was {old[0]} and becomes {batch.status}")
         if after.trigger and after.trigger != before.trigger:
-            self._check_trigger(after.id, after.trigger)
+            self._check_trigger(after, after.trigger)
         super()._write(before, after)
 
-    def _check_trigger(self, work_id: int, new: Trigger) -> None:
+    def _check_trigger(self, work: Work, new: Trigger) -> None:
         claim = self.process.world.claim
-        key = work_id, new.rerun
+        key = work.id, new.rerun
         old = self._db.execute(
             "SELECT id, state, keboola_job_id FROM triggers WHERE job_id = ? AND rerun = ?", key
         ).fetchone()
@@ -416,6 +417,11 @@ class ModelStore(Store):
             claim(old[0] == new.id, f"the trigger id {old[0][:6]} becomes {new.id[:6]}")
             same = (new.state, new.keboola_job_id) == ("sent", old[2])
             claim(old[1] != "sent" or same, f"{old[2]} was sent, and its row becomes {new.state}")
+        else:
+            ids = sorted(batch.id for batch in work.batches)
+            identity = json.dumps([1, work.name, ids, new.rerun], separators=(",", ":"))
+            own_id = hashlib.sha256(identity.encode()).hexdigest()
+            claim(new.id == own_id, f"a new trigger has the id {new.id[:6]}, not {own_id[:6]}")
         twins = self._db.execute(
             "SELECT count(*) FROM triggers WHERE job_id = ? AND rerun <> ? AND id = ?",
             (*key, new.id),

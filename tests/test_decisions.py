@@ -905,3 +905,25 @@ def test_retry_before_the_trigger_looks_at_once() -> None:
     after, reason = tc.after_retry(one, force=False, now=NOW)
     assert reason is None
     assert after == replace(one, failures=0, next_check_at=NOW)
+
+
+def test_rows_to_take_over_come_in_the_order_of_the_config_so_far() -> None:
+    """Of several that fit, finished ones go first, then those that were in the config, in order."""
+    target, ids = TARGET, frozenset(("batch_a", "batch_b"))
+    rows = [
+        Known(1, "long gone", ids, target, is_finished=False),
+        Known(2, "second", ids, target, is_finished=False, position=1),
+        Known(3, "first", ids, target, is_finished=False, position=0),
+        Known(4, "done", ids, target, is_finished=True),
+    ]
+    names = ["a", "b", "c", "d"]
+    assert assigned([job(name) for name in names], rows) == dict(
+        zip(names, (4, 3, 2, 1), strict=True)
+    )
+
+
+def test_a_stored_time_in_the_future_counts_as_now() -> None:
+    """A clock that was set back holds nothing until it has caught up, and cuts no grace short."""
+    ahead = trigger(S.UNKNOWN, unknown_at=NOW + 900, next_try_at=NOW + 960)
+    again = tc.as_of_now(ahead, NOW)
+    assert (again.unknown_at, again.next_try_at) == (NOW, NOW)
