@@ -3698,6 +3698,9 @@ class Carrier:
         return True
 
 
+Helper = Callable[[], Coroutine[Any, Any, None]]  # what runs beside the engine, until it ends
+
+
 class Engine:
     """Everything that runs: which jobs there are, who looks at them, who carries their triggers.
 
@@ -3730,7 +3733,7 @@ class Engine:
 
     # --- running ---
 
-    async def run(self, helpers: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()) -> None:
+    async def run(self, helpers: Sequence[Helper] = ()) -> None:
         """Work, with `helpers` beside. Raises StateError where going on could start a job twice."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -4215,7 +4218,7 @@ async def keep_alive(engine: Engine, notifier: Notifier) -> None:
 async def run_engine(
     engine: Engine,
     signals: Signals,
-    helpers: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+    helpers: Sequence[Helper],
     notifier: Notifier,
 ) -> int:
     """Let the engine work until it is done or a signal ends it; returns the exit code."""
@@ -4253,7 +4256,7 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
     http = Http(setup.config.limits, redactor, clock)
     engine = Engine(setup, store, lock, http, once=once)
     signals = Signals()
-    helpers: list[Callable[[], Coroutine[Any, Any, None]]] = []
+    helpers: list[Helper] = []
     if not once:
         reloader = Reloader(engine, files, env, redactor, notifier)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.hangup.set)
