@@ -237,6 +237,13 @@ class Place:
     column: int = 1
 
 
+def one_line(text: str, limit: int = 500) -> str:
+    """Return `text` as one printable line of valid Unicode, at most `limit` characters long."""
+    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
+    line = " ".join(printable.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with a config: where, what, and what to write instead."""
@@ -482,13 +489,6 @@ class KeboolaJob:
     trigger_id: str | None
 
 
-def one_line(text: str, limit: int = 500) -> str:
-    """Return `text` as one printable line of valid Unicode, at most `limit` characters long."""
-    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
-    line = " ".join(printable.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def quoted(text: str) -> str:
     """Return a user's text in quotes, on one line, not too long for a message."""
     return f'"{one_line(text, 60)}"'
@@ -553,6 +553,11 @@ OWN_VARIABLES: Final = (
     "teckochecker_job",
     TRIGGER_ID_VARIABLE,
 )
+
+
+def place_of(mark: Any) -> Place:  # noqa: ANN401 - the two YAML loaders have marks of their own
+    """Return the place of a YAML mark, which counts from 0."""
+    return Place(mark.line + 1, mark.column + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -673,11 +678,6 @@ class Cursor:
 
 Reader = Callable[[Cursor], Any]
 T = TypeVar("T")
-
-
-def place_of(mark: Any) -> Place:  # noqa: ANN401 - the two YAML loaders have marks of their own
-    """Return the place of a YAML mark, which counts from 0."""
-    return Place(mark.line + 1, mark.column + 1)
 
 
 def parse_duration(text: str) -> int | None:
@@ -852,24 +852,6 @@ def read_row_ids(at: Cursor) -> tuple[str, ...] | None:
     return None if None in ids else tuple(str(row_id) for row_id in ids)
 
 
-def read_variables(at: Cursor) -> tuple[tuple[str, str], ...] | None:
-    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
-    values = {}
-    for name, item in at.entries("write names and values").items():
-        if name in OWN_VARIABLES:
-            item.bad("the name is taken by teckochecker", "choose another name")
-        elif not re.fullmatch(_VARIABLE_NAME, name):
-            item.bad("the name is not one", "use letters, digits, _ . and -")
-        elif isinstance(item.node, yaml.ScalarNode):
-            values[name] = item.text("write a value")
-            if values[name] == "":
-                item.bad("is empty", "write a value: Keboola takes no empty ones")
-        else:
-            values[name] = compact_json(plain_value(item))
-    good = isinstance(at.node, yaml.MappingNode) and None not in values.values()
-    return tuple((name, str(value)) for name, value in values.items()) if good else None
-
-
 def plain_value(at: Cursor) -> object:
     """Return a node as a JSON value; what is no JSON number stays the text that was written."""
     cure = "write what JSON knows: text, numbers, lists, and mappings with plain keys"
@@ -886,6 +868,24 @@ def plain_value(at: Cursor) -> object:
     if is_number and re.fullmatch(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?", text):
         return json.loads(text)
     return text
+
+
+def read_variables(at: Cursor) -> tuple[tuple[str, str], ...] | None:
+    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
+    values = {}
+    for name, item in at.entries("write names and values").items():
+        if name in OWN_VARIABLES:
+            item.bad("the name is taken by teckochecker", "choose another name")
+        elif not re.fullmatch(_VARIABLE_NAME, name):
+            item.bad("the name is not one", "use letters, digits, _ . and -")
+        elif isinstance(item.node, yaml.ScalarNode):
+            values[name] = item.text("write a value")
+            if values[name] == "":
+                item.bad("is empty", "write a value: Keboola takes no empty ones")
+        else:
+            values[name] = compact_json(plain_value(item))
+    good = isinstance(at.node, yaml.MappingNode) and None not in values.values()
+    return tuple((name, str(value)) for name, value in values.items()) if good else None
 
 
 def read_secret_name(kind: str, kinds: Mapping[str, str | None]) -> Reader:
@@ -1903,42 +1903,6 @@ def assign(
 # --- what a look and a person's request make of a piece of work -----------------------------------
 
 
-def after_look(
-    work: Work,
-    seen: Mapping[str, Batch | ApiError],
-    *,
-    interval_s: float,
-    now: float,
-    jitter: float,
-) -> tuple[Work, list[Event]]:
-    """Return the work after a look at its unfinished batches, and what is worth telling of it.
-
-    One failed look never fails a job: it shows the error and is looked at again, each time later.
-    """
-    found_batches = {key: value for key, value in seen.items() if isinstance(value, Batch)}
-    batches = tuple(seen_again(b, found_batches.get(b.id, b)) for b in work.batches)
-    errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
-    failures = work.failures + 1 if errors else 0
-    wait_s = interval_s
-    if errors:
-        asked_s = max((error.retry_after_s or 0.0 for error in errors.values()), default=0.0)
-        wait_s = backoff_s(failures, interval_s, jitter, asked_s)
-    after = replace(
-        work,
-        batches=batches,
-        error=look_error(errors),
-        failures=failures,
-        last_check_at=now,
-        next_check_at=None if all(b.is_terminal for b in batches) else now + wait_s,
-    )
-    events = [
-        batch_event(work, b)
-        for b, old in zip(batches, work.batches, strict=True)
-        if b.status != old.status
-    ]
-    return after, events + look_events(work, after, errors)
-
-
 def look_error(errors: Mapping[str, ApiError]) -> str | None:
     """Return what is wrong with the last look at a job, or None."""
     if not errors:
@@ -1968,6 +1932,42 @@ def look_events(before: Work, after: Work, errors: Mapping[str, ApiError]) -> li
     return [
         Event("look_failed", "warning", after.name, {**fields_, "request_id": error.request_id})
     ]
+
+
+def after_look(
+    work: Work,
+    seen: Mapping[str, Batch | ApiError],
+    *,
+    interval_s: float,
+    now: float,
+    jitter: float,
+) -> tuple[Work, list[Event]]:
+    """Return the work after a look at its unfinished batches, and what is worth telling of it.
+
+    One failed look never fails a job: it shows the error and is looked at again, each time later.
+    """
+    found_batches = {key: value for key, value in seen.items() if isinstance(value, Batch)}
+    batches = tuple(seen_again(b, found_batches.get(b.id, b)) for b in work.batches)
+    errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
+    failures = work.failures + 1 if errors else 0
+    wait_s = interval_s
+    if errors:
+        asked_s = max(error.retry_after_s or 0.0 for error in errors.values())
+        wait_s = backoff_s(failures, interval_s, jitter, asked_s)
+    after = replace(
+        work,
+        batches=batches,
+        error=look_error(errors),
+        failures=failures,
+        last_check_at=now,
+        next_check_at=None if all(b.is_terminal for b in batches) else now + wait_s,
+    )
+    events = [
+        batch_event(work, b)
+        for b, old in zip(batches, work.batches, strict=True)
+        if b.status != old.status
+    ]
+    return after, events + look_events(work, after, errors)
 
 
 def after_retry(
@@ -2925,6 +2925,13 @@ def time_or_none(value: object) -> float | None:
     return float(count) if count and count < 4e9 else None
 
 
+def first_error(errors: object) -> str | None:
+    """Return the first message of a batch's `errors`, in either of the forms seen."""
+    items = errors.get("data") if isinstance(errors, dict) else errors
+    first = items[0] if isinstance(items, list) and items else None
+    return text_or_none(first.get("message")) if isinstance(first, dict) else None
+
+
 def parse_batch(data: object, batch_id: str) -> Batch:
     """Return a batch as OpenAI describes it; raises ValueError for what is none.
 
@@ -2955,11 +2962,12 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     )
 
 
-def first_error(errors: object) -> str | None:
-    """Return the first message of a batch's `errors`, in either of the forms seen."""
-    items = errors.get("data") if isinstance(errors, dict) else errors
-    first = items[0] if isinstance(items, list) and items else None
-    return text_or_none(first.get("message")) if isinstance(first, dict) else None
+def http_date(text: str) -> float | None:
+    """Return a date of an HTTP header as Unix seconds, or None."""
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
@@ -2977,12 +2985,18 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
     return max(0.0, until - (http_date(headers.get("date", "")) or now))
 
 
-def http_date(text: str) -> float | None:
-    """Return a date of an HTTP header as Unix seconds, or None."""
+def server_words(answer: Answer) -> str:
+    """Return the message in an error's body: `{"error": {"message"}}` or Keboola's `{"error"}`."""
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
+        data = parse_json(answer)
+    except ApiError:
+        return ""
+    error = data.get("error") if isinstance(data, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    words = text_or_none(message)
+    exception_id = text_or_none(data.get("exceptionId"), 100) if isinstance(data, dict) else None
+    support = f" (exceptionId {exception_id})" if exception_id else ""
+    return f": {words}{support}" if words else support
 
 
 def http_error(server: str, answer: Answer, now: float) -> ApiError:
@@ -2996,18 +3010,15 @@ def http_error(server: str, answer: Answer, now: float) -> ApiError:
     )
 
 
-def server_words(answer: Answer) -> str:
-    """Return the message in an error's body: `{"error": {"message"}}` or Keboola's `{"error"}`."""
-    try:
-        data = parse_json(answer)
-    except ApiError:
-        return ""
-    error = data.get("error") if isinstance(data, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    words = text_or_none(message)
-    exception_id = text_or_none(data.get("exceptionId"), 100) if isinstance(data, dict) else None
-    support = f" (exceptionId {exception_id})" if exception_id else ""
-    return f": {words}{support}" if words else support
+def carried_trigger_id(data: object) -> str | None:
+    """Return the trigger id among a job's variables; "" is none, None is not told."""
+    values = data.get("values") if isinstance(data, dict) else data
+    if not isinstance(values, list):
+        return None
+    for item in values:
+        if isinstance(item, dict) and item.get("name") == TRIGGER_ID_VARIABLE:
+            return str(item.get("value"))
+    return ""
 
 
 def parse_keboola_job(row: object) -> KeboolaJob:
@@ -3034,17 +3045,6 @@ def parse_keboola_job(row: object) -> KeboolaJob:
         created_time=created if created and created.year < 9999 else None,
         trigger_id=carried_trigger_id(row.get("variableValuesData")),
     )
-
-
-def carried_trigger_id(data: object) -> str | None:
-    """Return the trigger id among a job's variables; "" is none, None is not told."""
-    values = data.get("values") if isinstance(data, dict) else data
-    if not isinstance(values, list):
-        return None
-    for item in values:
-        if isinstance(item, dict) and item.get("name") == TRIGGER_ID_VARIABLE:
-            return str(item.get("value"))
-    return ""
 
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -4082,6 +4082,26 @@ class Engine:
             self.wake_pollers()
 
 
+def refuse_other_state(old: Config, new: Config) -> None:
+    """Raise ConfigError if a running process is asked to remember in another file."""
+    if old.state_path != new.state_path:
+        what = f"the running process has {old.state_path} open"
+        cure = "restart it to use another state file"
+        raise ConfigError([Problem(str(new.path), Place(), "state", what, cure)])
+
+
+def note_loaded(engine: Engine, setup: Setup) -> None:
+    """Tell that a config counts now, and what could be better about it."""
+    known = engine.store.meta("config") or {}
+    is_known = known.get("sha256") == setup.config.sha256 and not known.get("error")
+    if engine.once and is_known:
+        return  # from cron, a pass without news says nothing
+    jobs = len(setup.config.jobs)
+    events = [Event("config_loaded", "info", None, {"jobs": jobs, "sha256": setup.config.sha256})]
+    events += [Event("config_warning", "warning", None, {"warning": w}) for w in setup.warnings]
+    engine.note_config(setup.config, None, *events)
+
+
 class Reloader:
     """Sees that the config, its key file or a secret's file has changed, and has it taken."""
 
@@ -4169,26 +4189,6 @@ class Reloader:
         engine.apply(setup)
         configure_logging(setup.config.log, self._redactor)
         note_loaded(engine, setup)
-
-
-def refuse_other_state(old: Config, new: Config) -> None:
-    """Raise ConfigError if a running process is asked to remember in another file."""
-    if old.state_path != new.state_path:
-        what = f"the running process has {old.state_path} open"
-        cure = "restart it to use another state file"
-        raise ConfigError([Problem(str(new.path), Place(), "state", what, cure)])
-
-
-def note_loaded(engine: Engine, setup: Setup) -> None:
-    """Tell that a config counts now, and what could be better about it."""
-    known = engine.store.meta("config") or {}
-    is_known = known.get("sha256") == setup.config.sha256 and not known.get("error")
-    if engine.once and is_known:
-        return  # from cron, a pass without news says nothing
-    jobs = len(setup.config.jobs)
-    events = [Event("config_loaded", "info", None, {"jobs": jobs, "sha256": setup.config.sha256})]
-    events += [Event("config_warning", "warning", None, {"warning": w}) for w in setup.warnings]
-    engine.note_config(setup.config, None, *events)
 
 
 class Signals:
@@ -4326,6 +4326,29 @@ def run_check(args: argparse.Namespace) -> int:
 # --- encrypt --------------------------------------------------------------------------------------
 
 
+def encrypted_value(at: Cursor, old: str, keyring: Keyring, *, rotate: bool) -> str | None:
+    """Return what to write instead of a value, or None and a problem."""
+    if keyring.decrypt(old) is not None:
+        return keyring.rotate(old) if rotate else old
+    if looks_encrypted(old):
+        return at.bad("is encrypted with another key", "add that key after the first one")
+    problem = check_secret_value(old)
+    return at.bad(problem, "write the token") if problem else keyring.encrypt(Secret(old))
+
+
+def spliced(node_text: str, token: str) -> str:
+    """Return a scalar's source text with its value replaced.
+
+    An anchor stays, a comment behind it or behind a block's `|`, and what ends a block.
+    """
+    anchor = re.match(r"(?:[&!]\S*\s+|#[^\n]*\n\s*)*", node_text)
+    prefix = anchor[0] if anchor else ""
+    block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)?\r?\n", node_text[len(prefix) :])
+    comment = f"  {block[1].rstrip()}" if block and block[1] else ""
+    end = node_text[len(node_text.rstrip()) :]
+    return f"{prefix}{token}{comment}{end}"
+
+
 def encrypted_text(
     text: str, values: Mapping[str, Cursor], keyring: Keyring, *, rotate: bool
 ) -> tuple[str, list[str]]:
@@ -4355,29 +4378,6 @@ def encrypted_text(
             "an encrypted value would not read back the same", "write it in quotes, on one line"
         )
     return text, names
-
-
-def encrypted_value(at: Cursor, old: str, keyring: Keyring, *, rotate: bool) -> str | None:
-    """Return what to write instead of a value, or None and a problem."""
-    if keyring.decrypt(old) is not None:
-        return keyring.rotate(old) if rotate else old
-    if looks_encrypted(old):
-        return at.bad("is encrypted with another key", "add that key after the first one")
-    problem = check_secret_value(old)
-    return at.bad(problem, "write the token") if problem else keyring.encrypt(Secret(old))
-
-
-def spliced(node_text: str, token: str) -> str:
-    """Return a scalar's source text with its value replaced.
-
-    An anchor stays, a comment behind it or behind a block's `|`, and what ends a block.
-    """
-    anchor = re.match(r"(?:[&!]\S*\s+|#[^\n]*\n\s*)*", node_text)
-    prefix = anchor[0] if anchor else ""
-    block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)?\r?\n", node_text[len(prefix) :])
-    comment = f"  {block[1].rstrip()}" if block and block[1] else ""
-    end = node_text[len(node_text.rstrip()) :]
-    return f"{prefix}{token}{comment}{end}"
 
 
 def replace_file(path: Path, old: bytes, new: bytes) -> None:
@@ -4500,6 +4500,41 @@ def state_of(config: Config) -> tuple[list[Work], dict[str, Any]]:
         return store.works(IN_CONFIG), store.meta("config") or {}
 
 
+def job_table(works: Sequence[Work]) -> str:
+    """Return the jobs as a table; on a terminal, as wide as it is."""
+    if not works:
+        return "no jobs"
+    rows = [("JOB", "STATUS", "BATCHES", "LAST LOOK", "NOTE")]
+    rows += [(w.name, job_status(w), ratio(w), ago(w.last_check_at), note_of(w)) for w in works]
+    return table(rows)
+
+
+def job_details(work: Work) -> str:
+    """Return everything about one job, with every batch."""
+    target, trigger = work.target, work.trigger
+    branch = f", branch {target.branch_id}" if target.branch_id else ""
+    facts = [
+        ("job", work.name),
+        ("status", job_status(work)),
+        ("error", error_of(work)),
+        ("batches", f"{ratio(work)} ended"),
+        ("target", f"{target.component_id} {target.config_id}{branch} on {target.stack_url}"),
+        ("last look", rfc3339(work.last_check_at)),
+        ("next look", job_view(work)["next_check_at"]),
+        ("trigger", f"{trigger.state} {trigger.id}" if trigger else None),
+        ("Keboola job", trigger.keboola_job_id if trigger else None),
+        ("started", rfc3339(work.completed_at)),
+    ]
+    lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
+    rows = [("BATCH", "STATUS", "REQUESTS", "OUTPUT", "NOTE")]
+    for b in work.batches:
+        requests = f"{b.completed or 0}/{b.total}" if b.total is not None else ""
+        rows.append(
+            (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
+        )
+    return "\n".join([*lines, "", table(rows)])
+
+
 def run_status(args: argparse.Namespace) -> int:
     """Show what is known of the jobs."""
     draft = draft_for_reading(args)
@@ -4532,15 +4567,6 @@ def run_status(args: argparse.Namespace) -> int:
     return 0
 
 
-def job_table(works: Sequence[Work]) -> str:
-    """Return the jobs as a table; on a terminal, as wide as it is."""
-    if not works:
-        return "no jobs"
-    rows = [("JOB", "STATUS", "BATCHES", "LAST LOOK", "NOTE")]
-    rows += [(w.name, job_status(w), ratio(w), ago(w.last_check_at), note_of(w)) for w in works]
-    return table(rows)
-
-
 def ratio(work: Work) -> str:
     """Return how many batches have ended: `1/2`."""
     ended = sum(batch.is_terminal for batch in work.batches)
@@ -4568,32 +4594,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     return "\n".join(line[:most] for line in lines)
-
-
-def job_details(work: Work) -> str:
-    """Return everything about one job, with every batch."""
-    target, trigger = work.target, work.trigger
-    branch = f", branch {target.branch_id}" if target.branch_id else ""
-    facts = [
-        ("job", work.name),
-        ("status", job_status(work)),
-        ("error", error_of(work)),
-        ("batches", f"{ratio(work)} ended"),
-        ("target", f"{target.component_id} {target.config_id}{branch} on {target.stack_url}"),
-        ("last look", rfc3339(work.last_check_at)),
-        ("next look", job_view(work)["next_check_at"]),
-        ("trigger", f"{trigger.state} {trigger.id}" if trigger else None),
-        ("Keboola job", trigger.keboola_job_id if trigger else None),
-        ("started", rfc3339(work.completed_at)),
-    ]
-    lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
-    rows = [("BATCH", "STATUS", "REQUESTS", "OUTPUT", "NOTE")]
-    for b in work.batches:
-        requests = f"{b.completed or 0}/{b.total}" if b.total is not None else ""
-        rows.append(
-            (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
-        )
-    return "\n".join([*lines, "", table(rows)])
 
 
 # --- retry ----------------------------------------------------------------------------------------
@@ -4668,35 +4668,6 @@ otherwise the next start or --once.""",
 }
 
 
-def new_parser() -> argparse.ArgumentParser:
-    """Return the command line's grammar."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--config",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help="the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)",
-    )
-    parser = argparse.ArgumentParser(
-        prog="teckochecker",
-        parents=[shared],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Start a Keboola job, once, when OpenAI has finished a team's batches.\n"
-        "Without a command: run as the daemon, in the foreground, until SIGTERM; the config is\n"
-        "read again whenever it changes, and on SIGHUP.",
-        epilog=f"example: teckochecker --config /etc/teckochecker/config.yaml\n\n{EXIT_CODES}",
-    )
-    parser.add_argument("--version", action="version", version=f"teckochecker {__version__}")
-    parser.add_argument(
-        "--once",
-        action="store_true",
-        help="make one pass over every unfinished job, start what is ready, and exit (for cron)",
-    )
-    parser.set_defaults(run=run_daemon)
-    add_commands(parser.add_subparsers(title="commands", metavar="COMMAND"), shared)
-    return parser
-
-
 def add_commands(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser
 ) -> None:
@@ -4729,6 +4700,35 @@ def add_commands(
         help="start the Keboola job of a finished job once more, or send an unknown trigger again "
         "although the first one may have arrived",
     )
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--config",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help="the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)",
+    )
+    parser = argparse.ArgumentParser(
+        prog="teckochecker",
+        parents=[shared],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Start a Keboola job, once, when OpenAI has finished a team's batches.\n"
+        "Without a command: run as the daemon, in the foreground, until SIGTERM; the config is\n"
+        "read again whenever it changes, and on SIGHUP.",
+        epilog=f"example: teckochecker --config /etc/teckochecker/config.yaml\n\n{EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"teckochecker {__version__}")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="make one pass over every unfinished job, start what is ready, and exit (for cron)",
+    )
+    parser.set_defaults(run=run_daemon)
+    add_commands(parser.add_subparsers(title="commands", metavar="COMMAND"), shared)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -357,3 +359,24 @@ def test_no_secret_needed(workspace: Workspace) -> None:
     assert done.code == 0
     assert OPENAI_KEY not in done.stdout + done.stderr
     assert KEBOOLA_TOKEN not in done.stdout + done.stderr
+
+
+def test_retry_force_repeats_only_what_was_seen(workspace: Workspace, sim: Simulator) -> None:
+    """Two people who both ask for a finished job once more get one more Keboola job, not two."""
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    assert [workspace.run("retry", "job", "--force").code for _ in range(2)] == [0, 0]
+    events = [event["event"] for event in workspace.once().events]
+    assert (events.count("retry_taken"), events.count("retry_refused")) == (1, 1)
+    assert len(sim.jobs) == 2
+
+
+def test_a_pass_prunes_the_log(workspace: Workspace) -> None:
+    """Under cron, too, the log does not grow for ever."""
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    with closing(sqlite3.connect(workspace.state)) as db, db:
+        db.execute("UPDATE logs SET at = 1")
+    assert workspace.once().code == 0
+    with closing(sqlite3.connect(workspace.state)) as db:
+        assert db.execute("SELECT count(*) FROM logs WHERE at = 1").fetchone() == (0,)
