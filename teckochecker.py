@@ -60,7 +60,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
@@ -401,6 +401,19 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """A time that can be measured from after a restart, whatever the clock was set to meanwhile.
+
+    `uptime_s` counts since the machine's boot, and `boot` tells one boot from another; where the
+    system does not say, `boot` is empty, and only the wall clock is left.
+    """
+
+    wall: float
+    boot: str = ""
+    uptime_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Trigger:
     """One start of a Keboola job, from the decision to the job's id. Times are Unix seconds.
 
@@ -418,6 +431,8 @@ class Trigger:
     created_at: float
     sending_at: float | None = None
     unknown_at: float | None = None
+    unknown_boot: str = ""
+    unknown_uptime_s: float = 0.0
     clear_searches: int = 0
     forced: bool = False
     failures: int = 0
@@ -427,6 +442,13 @@ class Trigger:
     keboola_status: str | None = None
     url: str | None = None
     error: str | None = None
+
+    @property
+    def unknown_since(self) -> Moment | None:
+        """When the outcome of the POST was recorded as unknown."""
+        if self.unknown_at is None:
+            return None
+        return Moment(self.unknown_at, self.unknown_boot, self.unknown_uptime_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1733,6 +1755,18 @@ def next_step(trigger: Trigger, *, may_post: bool, is_due: bool) -> Step:
             return Step.SEARCH if is_due else Step.WAIT
 
 
+def elapsed_s(since: Moment, now: Moment) -> float:
+    """Return how many seconds have certainly passed between two moments.
+
+    Within one boot, the machine's uptime tells. Over a reboot, no more than it has been up for:
+    the wall clock alone may have been set forward.
+    """
+    if since.boot and since.boot == now.boot:
+        return max(0.0, now.uptime_s - since.uptime_s)
+    by_clock_s = max(0.0, now.wall - since.wall)
+    return min(by_clock_s, now.uptime_s) if now.boot else by_clock_s
+
+
 def search_spacing_s(grace_s: float) -> float:
     """Return how far apart the searches for an unknown trigger are, apart from the grace itself."""
     return min(10.0, max(0.1, grace_s / 4))
@@ -1807,34 +1841,36 @@ def as_sending(trigger: Trigger, now: float) -> Trigger:
     )
 
 
-def as_unknown(trigger: Trigger, error: str, *, grace_s: float, now: float) -> Trigger:
+def as_unknown(trigger: Trigger, error: str, *, grace_s: float, now: Moment) -> Trigger:
     """Return the trigger when the outcome of its POST cannot be told."""
     return replace(
         trigger,
         state=TriggerState.UNKNOWN,
-        unknown_at=now,
+        unknown_at=now.wall,
+        unknown_boot=now.boot,
+        unknown_uptime_s=now.uptime_s,
         clear_searches=0,
         failures=0,
         error=f"it is not known whether Keboola took the job: {error}",
-        next_try_at=now + search_spacing_s(grace_s),
+        next_try_at=now.wall + search_spacing_s(grace_s),
     )
 
 
 def after_failed_post(
-    trigger: Trigger, error: ApiError, *, grace_s: float, now: float, jitter: float
+    trigger: Trigger, error: ApiError, *, grace_s: float, now: Moment, jitter: float
 ) -> Trigger:
     """Return the trigger after a POST that brought no job id: not sent, rejected or unknown."""
     failures = trigger.failures + 1
     next_try_at: float | None
     if not error.sent or error.status == 429:
         wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
-        next_try_at = now + wait_s
+        next_try_at = now.wall + wait_s
         text = f"Keboola was not reached: {error}" if not error.sent else str(error)
         state = TriggerState.INTENT
     elif error.status is not None and 400 <= error.status < 500 and error.status != 408:
         curable = error.status in CURABLE_REJECTIONS
         wait_s = backoff_s(failures, FIRST_REJECTED_BACKOFF_S, jitter, error.retry_after_s)
-        next_try_at = now + wait_s if curable else None
+        next_try_at = now.wall + wait_s if curable else None
         text, state = str(error), TriggerState.REJECTED
     else:
         return as_unknown(trigger, str(error), grace_s=grace_s, now=now)
@@ -2093,6 +2129,12 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
             value TEXT NOT NULL
         ) STRICT, WITHOUT ROWID""",
     ),
+    (
+        # Beside unknown_at: the boot it was in, and how long the machine had been up.
+        "ALTER TABLE triggers ADD COLUMN unknown_boot TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE triggers ADD COLUMN unknown_uptime_s REAL NOT NULL DEFAULT 0",
+        "CREATE INDEX jobs_by_batches ON jobs (batch_key)",  # a renamed job is found by its ids
+    ),
 )
 
 # The columns are the model's own names; a target has four, wherever it stands.
@@ -2191,22 +2233,28 @@ class StateLock:
         status = os.fstat(self._fd)
         self._inode = (status.st_dev, status.st_ino)
         self._holder = f"pid {os.getpid()} ({purpose})"
-        match = re.search(r"last POST at ([0-9.]{1,20})", self._label())
-        self.last_post_at = float(match[1]) if match and match[1].count(".") == 1 else None
+        self.last_post = self._read_last_post()
         self._write_label()
 
-    def note_post(self, now: float) -> None:
+    def note_post(self, now: Moment) -> None:
         """Remember the time of a POST outside of the state file."""
-        self.last_post_at = now
+        self.last_post = now
         self._write_label()
+
+    def _read_last_post(self) -> Moment | None:
+        number = r"([0-9]{1,15}\.[0-9]{1,9})"
+        pattern = rf"last POST at {number} \(boot ([!-~]{{0,64}}) up {number}\)"
+        match = re.search(pattern, self._label())
+        return Moment(float(match[1]), match[2], float(match[3])) if match else None
 
     def _label(self) -> str:
         return os.pread(self._fd, 200, 0).decode(errors="replace")
 
     def _write_label(self, *, is_held: bool = True) -> None:
         lines = [self._holder] if is_held else []
-        if self.last_post_at is not None:
-            lines.append(f"last POST at {self.last_post_at:.6f}")
+        if self.last_post:
+            wall, boot, uptime_s = astuple(self.last_post)
+            lines.append(f"last POST at {wall:.6f} (boot {boot} up {uptime_s:.3f})")
         text = "".join(f"{line}\n" for line in lines).encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
             os.pwrite(self._fd, text, 0)
@@ -2284,9 +2332,14 @@ def check_file(path: Path) -> None:
 
     Through a connection of its own: one that may write folds the WAL in when it is closed.
     """
-    with contextlib.closing(connect_readonly(path.absolute().as_uri() + "?mode=ro")) as db:
-        check_version(db, path)
-        result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    try:
+        with contextlib.closing(connect_readonly(path.absolute().as_uri() + "?mode=ro")) as db:
+            check_version(db, path)
+            result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:  # some damage it reports, over some it stumbles
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+            raise
+        result = str(error)
     if result != "ok":
         raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
 
@@ -2711,6 +2764,9 @@ class Clock(Protocol):
     def mono(self) -> float:
         """Return seconds that only ever grow, for what is waited for."""
 
+    def moment(self) -> Moment:
+        """Return the time as it can be measured from later, after a restart too."""
+
     def jitter(self) -> float:
         """Return a random number from 0 to 1."""
 
@@ -2718,8 +2774,17 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clock."""
 
+    def __init__(self) -> None:
+        self._boot = ""
+        with contextlib.suppress(OSError):  # not Linux: the wall clock has to do
+            self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        self._uptime = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
     def wall(self) -> float:
         return time.time()
+
+    def moment(self) -> Moment:
+        return Moment(time.time(), self._boot, time.clock_gettime(self._uptime))
 
     def mono(self) -> float:
         return time.monotonic()
@@ -3561,7 +3626,7 @@ class Carrier:
         """Record as unknown a POST that an earlier process was about to send, or had sent."""
         grace_s = self._engine.setup.config.limits.trigger_grace_s
         error = "the process ended before the answer was recorded"
-        unknown = as_unknown(trigger, error, grace_s=grace_s, now=self._clock.wall())
+        unknown = as_unknown(trigger, error, grace_s=grace_s, now=self._clock.moment())
         self._commit(unknown, "trigger_unknown", "warning", error=error)
         return True
 
@@ -3645,7 +3710,7 @@ class Carrier:
             sending,
             error,
             grace_s=self._engine.setup.config.limits.trigger_grace_s,
-            now=self._clock.wall(),
+            now=self._clock.moment(),
             jitter=self._clock.jitter(),
         )
         name, level = {
@@ -3755,11 +3820,11 @@ class Engine:
 
         It was lost or restored; what was posted shows in Keboola's search within the grace.
         """
-        posted_at, wall = self._lock.last_post_at, self.clock.wall()
-        if posted_at is None or posted_at < self.store.last_sending_at() + 0.01:
+        posted = self._lock.last_post
+        if posted is None or posted.wall < self.store.last_sending_at() + 0.01:
             return
         grace_s = self.setup.config.limits.trigger_grace_s
-        wait_s = grace_s - max(0.0, wall - posted_at)
+        wait_s = grace_s - elapsed_s(posted, self.clock.moment())
         if wait_s > 0:
             self.clear_from = self.clock.mono() + wait_s
             self.note(Event("state_is_older", "warning", None, {"wait_s": round(wait_s, 1)}))
@@ -3789,6 +3854,7 @@ class Engine:
     async def _keep_house(self) -> None:
         """See what people asked for, and write down what may wait."""
         while True:
+            self.check_in_place()
             try:
                 self.take_requests()
                 self.flush()
@@ -3849,8 +3915,10 @@ class Engine:
             trigger = as_of_now(work.trigger, wall)
             watch.work = replace(work, trigger=trigger)
             watch.trigger_due = mono + max(0.0, (trigger.next_try_at or wall) - wall)
-            # Only --once, which is a new process each time, has to trust the recorded time.
-            watch.unknown_since = mono - (wall - (trigger.unknown_at or wall) if self.once else 0)
+            unknown_for_s = 0.0
+            if trigger.unknown_since:
+                unknown_for_s = elapsed_s(trigger.unknown_since, self.clock.moment())
+            watch.unknown_since = mono - unknown_for_s
         return watch
 
     def _rouse(self, watch: Watch) -> None:
@@ -3945,11 +4013,11 @@ class Engine:
         """
         if not (self.store.is_in_place() and self._lock.is_in_place()):
             message = f"the state file {self.store.path} or its lock was deleted or replaced"
-            raise StateError(message, "nothing was sent; start again")
+            raise StateError(message, "nothing more is sent; start again")
 
     def note_post(self, sending: Trigger) -> None:
         """Remember beside the state file, too, that something is posted now."""
-        self._lock.note_post(sending.sending_at or self.clock.wall())
+        self._lock.note_post(replace(self.clock.moment(), wall=sending.sending_at or 0.0))
 
     def record_look(self, watch: Watch, seen: Mapping[str, Batch | ApiError]) -> None:
         """Store what a look has shown, and start the trigger if that was the last of it."""

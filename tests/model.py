@@ -37,6 +37,7 @@ from teckochecker import (
     KeboolaJob,
     KeboolaSecret,
     Limits,
+    Moment,
     Notifier,
     OpenAIClient,
     OpenAISecret,
@@ -353,6 +354,9 @@ class ProcessClock:
 
     def mono(self) -> float:
         return self.process.world.now
+
+    def moment(self) -> Moment:
+        return Moment(self.wall(), "this-boot", self.process.world.now)
 
     def jitter(self) -> float:
         return self.process.world.random.random()

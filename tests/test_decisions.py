@@ -473,6 +473,28 @@ def test_a_clear_search_of_an_unknown_trigger(
         assert after.next_try_at == pytest.approx(NOW + wait_s, abs=0.001)
 
 
+@pytest.mark.parametrize(
+    ("since", "now", "expected"),
+    [
+        # One boot: the clock may have been set forward or back.
+        (tc.Moment(NOW, "b", 100), tc.Moment(NOW + 9000, "b", 105), 5),
+        (tc.Moment(NOW, "b", 100), tc.Moment(NOW - 9000, "b", 105), 5),
+        (tc.Moment(NOW, "b", 100), tc.Moment(NOW, "b", 99), 0),
+        # Another boot, or another machine that has been up for years.
+        (tc.Moment(NOW, "b", 100), tc.Moment(NOW + 9000, "c", 30), 30),
+        (tc.Moment(NOW, "b", 100), tc.Moment(NOW + 7, "c", 1e8), 7),
+        (tc.Moment(NOW, "b", 100), tc.Moment(NOW - 7, "c", 30), 0),
+        (tc.Moment(NOW), tc.Moment(NOW + 7, "c", 1e8), 7),
+        # A system that does not tell its boots.
+        (tc.Moment(NOW), tc.Moment(NOW + 7), 7),
+        (tc.Moment(NOW), tc.Moment(NOW - 7), 0),
+    ],
+)
+def test_what_has_certainly_passed(since: tc.Moment, now: tc.Moment, expected: float) -> None:
+    """A clock that was set forward makes no time pass, and one set back takes none away."""
+    assert tc.elapsed_s(since, now) == expected
+
+
 @pytest.mark.parametrize(("grace_s", "expected"), [(0.1, 0.1), (2, 0.5), (60, 10), (86_400, 10)])
 def test_searches_for_an_unknown_trigger_are_apart(grace_s: float, expected: float) -> None:
     """A quarter of the grace, ten seconds at most, and never at once."""
@@ -573,7 +595,7 @@ OUTCOMES: list[tuple[str, ApiError, S, float | None]] = [
 def test_what_a_failed_post_comes_to(error: ApiError, state: S, wait_s: float | None) -> None:
     """Each kind of error is not sent, rejected or unknown, with its wait."""
     sending = tc.as_sending(trigger(), NOW)
-    after = tc.after_failed_post(sending, error, grace_s=GRACE, now=NOW, jitter=1.0)
+    after = tc.after_failed_post(sending, error, grace_s=GRACE, now=tc.Moment(NOW), jitter=1.0)
     assert after.state is state
     assert after.next_try_at == (None if wait_s is None else NOW + wait_s)
     assert after.unknown_at == (NOW if state is S.UNKNOWN else None)
@@ -588,7 +610,7 @@ def test_what_is_not_sent_is_tried_with_growing_waits_without_end() -> None:
     for _ in range(30):
         error = ApiError("refused", sent=False)
         one = tc.after_failed_post(
-            tc.as_sending(one, NOW), error, grace_s=GRACE, now=NOW, jitter=1.0
+            tc.as_sending(one, NOW), error, grace_s=GRACE, now=tc.Moment(NOW), jitter=1.0
         )
         assert one.state is S.INTENT
         waits.append((one.next_try_at or 0) - NOW)

@@ -46,6 +46,9 @@ class FakeClock:
     def mono(self) -> float:
         return 1000 + self.now
 
+    def moment(self) -> tc.Moment:
+        return tc.Moment(self.wall(), "a-boot", self.mono())
+
     def jitter(self) -> float:
         return 0.5
 
@@ -913,7 +916,7 @@ def test_what_keboola_is_sent(web: respx.Router, http: Http) -> None:
 
 def state_after(error: ApiError) -> TriggerState:
     sending = tc.Trigger("t", 0, TriggerState.SENDING, TARGET, "k", "{}", "b", 0.0)
-    return tc.after_failed_post(sending, error, grace_s=60, now=0, jitter=0).state
+    return tc.after_failed_post(sending, error, grace_s=60, now=tc.Moment(0), jitter=0).state
 
 
 INTENT, REJECTED, UNKNOWN = TriggerState.INTENT, TriggerState.REJECTED, TriggerState.UNKNOWN

@@ -82,6 +82,8 @@ def full_trigger() -> Trigger:
         created_at=NOW + 0.125,
         sending_at=NOW + 1.5,
         unknown_at=NOW + 2.5,
+        unknown_boot="a-boot",
+        unknown_uptime_s=77.5,
         clear_searches=3,
         forced=True,
         failures=4,
@@ -181,13 +183,37 @@ def test_an_interrupted_migration_leaves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A schema is brought to its version as a whole, and what is left can be migrated later."""
-    broken = (*tc.MIGRATIONS[0], "CREATE NONSENSE")
+    broken = (*tc.MIGRATIONS[-1], "CREATE NONSENSE")
     with monkeypatch.context() as patch:
-        patch.setattr(tc, "MIGRATIONS", (broken,))
+        patch.setattr(tc, "MIGRATIONS", (*tc.MIGRATIONS[:-1], broken))
         with pytest.raises(StateError, match="NONSENSE"):
             Store.open(path)
     assert rows(path, "SELECT name FROM sqlite_schema") == []
     Store.open(path).close()
+
+
+def test_a_file_of_the_first_schema_is_brought_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier version has stored is there after the migrations, none of it changed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tc, "MIGRATIONS", tc.MIGRATIONS[:1])
+        store = Store.open(path)
+        store._db.executescript(
+            """
+            INSERT INTO jobs (id, name, batch_key, stack_url, component_id, config_id)
+            VALUES (7, 'old', '["batch_a"]', 'https://s', 'c', '1');
+            INSERT INTO triggers (job_id, rerun, id, state, stack_url, component_id, config_id,
+                secret, payload, basis, created_at, unknown_at)
+            VALUES (7, 0, 'id', 'unknown', 'https://s', 'c', '1', 'k', '{}', 'b', 5, 6);
+            """
+        )
+        store.close()
+    store = Store.open(path)
+    trigger = store.works()[0].trigger
+    store.close()
+    assert trigger
+    assert (trigger.state, trigger.unknown_since) == (TriggerState.UNKNOWN, tc.Moment(6))
 
 
 def test_a_newer_schema_is_refused_and_not_touched(path: Path) -> None:

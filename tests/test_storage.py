@@ -306,7 +306,7 @@ SPOILS = [
     pytest.param(cut_in_a_page, ("malformed", "restore it from a backup")),
     pytest.param(cut_in_the_head, ("restore it from a backup",)),
     pytest.param(no_database, ("file is not a database", "restore it")),
-    pytest.param(newer, ("has schema 99; this program knows 1", "run the newer")),
+    pytest.param(newer, ("has schema 99; this program knows 2", "run the newer")),
     pytest.param(newer_without_wal, ("has schema 99", "run the newer")),
 ]
 
@@ -410,7 +410,7 @@ def test_deleted_while_running(spaces: list[Workspace], sim: Simulator) -> None:
         search.release()
     for space, daemon, name in zip(spaces, daemons, names, strict=True):
         assert daemon.wait(PATIENCE_S) == 1
-        assert "was deleted or replaced; nothing was sent; start again" in daemon.lines[-1]
+        assert "was deleted or replaced; nothing more is sent; start again" in daemon.lines[-1]
         assert space.posts(name) == 0
     daemons = [space.start() for space in spaces]
     for space, daemon, name in zip(spaces, daemons, names, strict=True):
