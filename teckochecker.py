@@ -32,6 +32,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import email.utils
@@ -59,7 +60,7 @@ import tempfile
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -398,6 +399,21 @@ class Batch:
     @property
     def is_terminal(self) -> bool:
         return self.status in TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of an account's list of batches, which is newest first.
+
+    `ids` are those of all rows, `batches` the watched ones among them. The times are when the first
+    and the last row were created, in Unix seconds.
+    """
+
+    ids: Sequence[str]
+    batches: Mapping[str, Batch]
+    newest_at: float | None
+    oldest_at: float | None
+    has_more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -1592,8 +1608,11 @@ def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | Non
 
 
 def seen_again(known: Batch, seen: Batch) -> Batch:
-    """Return what to remember of a batch after a look: a terminal status is never overwritten."""
-    return known if known.is_terminal else seen
+    """Return what to remember of a batch after a look: a terminal status is never overwritten.
+
+    What has not changed stays the same object, which is quickly compared.
+    """
+    return known if known.is_terminal or seen == known else seen
 
 
 def trigger_id(name: str, batch_ids: Iterable[str], rerun: int) -> str:
@@ -1908,6 +1927,36 @@ class Known:
     position: int | None = None  # in the config so far
 
 
+def known_of(work: Work) -> Known:
+    """Return what matters of a piece of work for whose it is."""
+    ids = frozenset(batch.id for batch in work.batches)
+    return Known(work.id, work.name, ids, work.target, work.is_finished, work.position)
+
+
+def is_live(work: Work) -> bool:
+    """Return whether a process works on it: it is in the config, or may be at Keboola unseen.
+
+    A rejected trigger is not: Keboola said no; if its job comes back, it is in the config again.
+    """
+    settled = (TriggerState.SENT, TriggerState.REJECTED)
+    is_open = work.trigger is not None and work.trigger.state not in settled
+    return work.position is not None or is_open
+
+
+def as_in_config(work: Work, job: Job, target: Target, position: int) -> Work:
+    """Return a piece of work as the config has it now."""
+    batches = work.batches
+    if tuple(batch.id for batch in batches) != job.batch_ids:
+        by_id = {batch.id: batch for batch in batches}
+        batches = tuple(by_id[batch_id] for batch_id in job.batch_ids)
+    now = (job.name, batches, target, position, job.paused)
+    if now == (work.name, work.batches, work.target, work.position, work.paused):
+        return work
+    return replace(
+        work, name=job.name, batches=batches, target=target, position=position, paused=job.paused
+    )
+
+
 def claim_order(row: Known) -> tuple[bool, bool, int, int]:
     """Return what sorts rows that may be taken over: finished ones, then the config's order."""
     return (not row.is_finished, row.position is None, row.position or 0, row.id)
@@ -1936,7 +1985,222 @@ def assign(
     return assigned
 
 
+# --- where batches stand in their account's list --------------------------------------------------
+
+LIST_MIN: Final = 20  # due batches; fewer are asked for one by one, and no page is risked
+PAGE_ROWS: Final = 100  # of a page; OpenAI gives no more
+NEAR: Final = 5  # batches created close together, which are worth a page that may show them
+ONE_PAGE_S: Final = 180.0  # in which OpenAI's limit, 2,000 an hour, lets a page of batches be made
+BARREN_PAGES: Final = 3  # in a row, after which a walk along the list is given up
+UNCHARTED: Final = 1_000_000_000  # rows between parts of the list that no page has connected
+MAX_MARKS: Final = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a batch stands: `row` counts from anywhere, `after` is the id of the row before it."""
+
+    row: int
+    after: str | None  # None: it is the first one of the list
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A way along the list, page by page from a cursor, to a batch; or to any that are due."""
+
+    cursor: str | None
+    goal: Batch | None = None
+
+    def ends_at(self, page: Page) -> bool:
+        """Return whether to go no further than a page: the goal is there, or cannot follow."""
+        if not page.ids or not page.has_more:
+            return True
+        if self.goal is None:
+            return False
+        created_at = self.goal.created_at or 0.0
+        return self.goal.id in page.batches or (page.oldest_at or 0.0) < created_at
+
+
+class Chart:
+    """Where an account's batches stand in its list, so far as pages have shown it.
+
+    The list has no filter, only a cursor: the id of the row before. New batches push all rows down
+    alike and deleted ones let them up, so that what lasts is each batch's neighbour, and about how
+    many rows lie between two batches. What is wrong here costs a request, never a result: whatever
+    no page shows is asked for by itself.
+    """
+
+    def __init__(self) -> None:
+        self._spots: dict[str, Spot] = {}
+        self._ends: list[tuple[float, str]] = []  # the last rows of pages, by creation
+        self._misses: collections.Counter[str] = collections.Counter()
+        self._parts = 0
+        self._page_s = ONE_PAGE_S
+        self._looks = 0
+        self._rest_until = 0
+        self._fruitless = 0
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any page has shown anything yet."""
+        return self._parts > 0
+
+    def begin_look(self, watched: Mapping[str, object]) -> None:
+        """Count a look, and forget what is no longer watched."""
+        self._looks += 1
+        if len(self._spots) > 2 * len(watched):
+            self._spots = {key: spot for key, spot in self._spots.items() if key in watched}
+        if len(self._misses) > 2 * len(watched):
+            self._misses = collections.Counter(
+                {key: count for key, count in self._misses.items() if key in watched}
+            )
+
+    def pages(self, wanted: Iterable[str]) -> list[tuple[str | None, str]]:
+        """Return the fewest pages that show at least two of `wanted` each.
+
+        A page is the cursor that it starts after, and the batch that has to be its first row.
+        """
+        placed = sorted((self._spots[key].row, key) for key in wanted if key in self._spots)
+        pages = []
+        start = 0
+        while start < len(placed):
+            row, key = placed[start]
+            end = bisect.bisect_left(placed, (row + PAGE_ROWS,))
+            if end - start > 1:
+                pages.append((self._spots[key].after, key))
+            start = end
+        return pages
+
+    def learn(self, cursor: str | None, page: Page) -> None:
+        """Remember where a page has shown the watched batches."""
+        first = self._first_row(cursor, page)
+        before = cursor
+        for offset, key in enumerate(page.ids):
+            if key in page.batches:
+                self._spots[key] = Spot(first + offset, before)
+                self._misses.pop(key, None)
+            before = key
+        if page.oldest_at is not None and page.newest_at is not None:
+            self._page_s = max(1.0, page.newest_at - page.oldest_at)
+            end = (page.oldest_at, page.ids[-1])
+            place = bisect.bisect_left(self._ends, end)
+            if self._ends[place : place + 1] != [end]:
+                self._ends.insert(place, end)
+                if len(self._ends) > MAX_MARKS:  # the oldest are the least likely to be wanted
+                    del self._ends[: MAX_MARKS // 2]
+
+    def _first_row(self, cursor: str | None, page: Page) -> int:
+        """Return the row of a page's beginning, by what it shows and where it was asked for."""
+        for offset, key in enumerate(page.ids):
+            if key in self._spots and key in page.batches:
+                return self._spots[key].row - offset
+        if cursor in self._spots:
+            return self._spots[cursor].row + 1
+        self._parts += 1
+        return self._parts * UNCHARTED
+
+    def lose(self, batch_id: str) -> None:
+        """Forget where a batch stands: it was not there."""
+        self._spots.pop(batch_id, None)
+
+    def lose_cursor(self, cursor: str) -> None:
+        """Forget a row that is no longer in the list."""
+        self._ends = [end for end in self._ends if end[1] != cursor]
+        for key in [key for key, spot in self._spots.items() if spot.after == cursor]:
+            del self._spots[key]
+
+    def allowance(self, due_count: int) -> int:
+        """Return how many pages may be risked for which no savings have been made yet.
+
+        Some in a hundred, and after a look that risked them in vain none for a while.
+        """
+        return 0 if self._looks < self._rest_until else max(1, min(3, due_count // 100))
+
+    def note_risk(self, *, paid_off: bool) -> None:
+        """Remember whether the risk that a look has taken was worth it."""
+        self._fruitless = 0 if paid_off else self._fruitless + 1
+        rest = 0 if paid_off else 2 ** min(self._fruitless, 10)
+        self._rest_until = self._looks + rest
+
+    def unplaced(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Return the batches to look for: those of unknown age first, then the newest."""
+        found = [
+            batch
+            for batch in batches
+            if batch.id not in self._spots
+            and not self._looks % 2 ** min(self._misses[batch.id], 10)
+        ]
+        return sorted(found, key=lambda batch: -(batch.created_at or math.inf))
+
+    def note_miss(self, batch_id: str) -> None:
+        """Remember that a batch was looked for in vain: it is the longer not looked for again."""
+        self._misses[batch_id] += 1
+
+    def guesses(
+        self, unplaced: Sequence[Batch], ages: Sequence[tuple[float, str]], most: int
+    ) -> list[Walk]:
+        """Return pages that, by the times of creation, show several of `unplaced` each.
+
+        `ages` are the times of creation and ids of all that is watched, the oldest first.
+        """
+        walks: list[Walk] = []
+        known = sorted((batch for batch in unplaced if batch.created_at), key=_age)
+        end = len(known)
+        while end and len(walks) < most:
+            goal = known[end - 1]
+            mark = self._mark_before(goal, ages)
+            reach = goal.created_at or 0.0
+            if mark and mark[0] - reach <= self._page_s:
+                start = bisect.bisect_left(known, mark[0] - self._page_s, key=_age)
+                if end - start >= NEAR:
+                    walks.append(Walk(mark[1], goal))
+                    end = min(start, end - 1)
+                    continue
+            end -= 1
+        return walks
+
+    def ways(
+        self, unplaced: Sequence[Batch], ages: Sequence[tuple[float, str]], most: int
+    ) -> list[Walk]:
+        """Return walks to batches that have neighbours, each from the nearest newer row known."""
+        walks: list[Walk] = []
+        for goal in unplaced:
+            if goal.created_at is None:
+                return [Walk(None)]
+            start = bisect.bisect_left(ages, (goal.created_at - self._page_s,))
+            end = bisect.bisect_left(ages, (goal.created_at + self._page_s,))
+            if end - start >= NEAR and goal.id not in self._spots and len(walks) < most:
+                mark = self._mark_before(goal, ages)
+                walks.append(Walk(mark[1] if mark else None, goal))
+        return walks
+
+    def _mark_before(
+        self, goal: Batch, ages: Sequence[tuple[float, str]]
+    ) -> tuple[float, str] | None:
+        """Return the row known to be newer than a batch, by as little as possible."""
+        sought = (goal.created_at or 0.0,)
+        marks = []
+        for rows in (self._ends, ages):
+            place = bisect.bisect_left(rows, sought)
+            marks += [row for row in rows[place : place + 2] if row[1] != goal.id][:1]
+        return min(marks, default=None)
+
+
+def _age(batch: Batch) -> float:
+    return batch.created_at or 0.0
+
+
 # --- what a look and a person's request make of a piece of work -----------------------------------
+
+
+def is_whole_look(work: Work, seen: Container[str]) -> bool:
+    """Return whether all that was unfinished of a work has been seen."""
+    return all(batch.is_terminal or batch.id in seen for batch in work.batches)
+
+
+def what_counts(work: Work) -> tuple[object, ...]:
+    """Return what a look may change of a work, but for the times."""
+    return work.batches, work.error, work.failures
 
 
 def look_error(errors: Mapping[str, ApiError]) -> str | None:
@@ -1981,9 +2245,17 @@ def after_look(
     """Return the work after a look at its unfinished batches, and what is worth telling of it.
 
     One failed look never fails a job: it shows the error and is looked at again, each time later.
+    Where only some of the batches were seen, it is a glimpse: the look itself is still due.
     """
-    found_batches = {key: value for key, value in seen.items() if isinstance(value, Batch)}
-    batches = tuple(seen_again(b, found_batches.get(b.id, b)) for b in work.batches)
+    found = {key: value for key, value in seen.items() if isinstance(value, Batch)}
+    batches = tuple(seen_again(b, found.get(b.id, b)) for b in work.batches)
+    events = [
+        batch_event(work, b)
+        for b, old in zip(batches, work.batches, strict=True)
+        if b.status != old.status
+    ]
+    if not is_whole_look(work, seen):
+        return replace(work, batches=batches), events
     errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
     failures = work.failures + 1 if errors else 0
     wait_s = interval_s
@@ -1998,11 +2270,6 @@ def after_look(
         last_check_at=now,
         next_check_at=None if all(b.is_terminal for b in batches) else now + wait_s,
     )
-    events = [
-        batch_event(work, b)
-        for b, old in zip(batches, work.batches, strict=True)
-        if b.status != old.status
-    ]
     return after, events + look_events(work, after, errors)
 
 
@@ -2156,13 +2423,11 @@ _STATE_HINTS: Final = {
     sqlite3.SQLITE_IOERR: "look into the system's log for disk errors",
 }
 
-# What a process works on: the config's jobs, and whatever may still be at Keboola unseen. A
-# rejected trigger is not: Keboola said no; if its job comes back, it is one of the config's again.
+# What a process works on, see `is_live`, as SQL.
 LIVE: Final = (
     "(position IS NOT NULL OR id IN"
     " (SELECT job_id FROM triggers WHERE state IN ('intent', 'sending', 'unknown')))"
 )
-IN_CONFIG: Final = "position IS NOT NULL"
 
 
 def is_there(path: Path) -> bool:
@@ -2200,6 +2465,11 @@ def open_own(path: Path) -> int:
         hint = hints.get(error.errno or 0, "correct state:, or this user's rights to the directory")
         raise StateError(f"cannot open {path}: {error.strerror}", hint) from None
     return fd
+
+
+def batch_key(batch_ids: Iterable[str]) -> str:
+    """Return a set of batch ids as the state file has it."""
+    return compact_json(sorted(batch_ids))
 
 
 def inode_of(path: Path) -> tuple[int, int] | None:
@@ -2428,11 +2698,13 @@ class Store:
 
     # --- pieces of work ---
 
-    def known(self) -> list[Known]:
-        """Return every piece of work there ever was, as far as `assign` needs it."""
+    def known(self, batch_keys: Iterable[str]) -> list[Known]:
+        """Return every piece of work there ever was with these batches, for `assign`."""
         rows = self._db.execute(
             "SELECT *, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = jobs.id"
             " AND t.rerun = jobs.rerun AND t.state = 'sent') AS is_finished FROM jobs"
+            " WHERE batch_key IN (SELECT value FROM json_each(?))",
+            (compact_json(list(batch_keys)),),
         )
         return [
             Known(
@@ -2482,43 +2754,55 @@ class Store:
         """Return when the last POST was begun, so far as this file knows; 0 for never."""
         return float(self._db.execute("SELECT max(sending_at) FROM triggers").fetchone()[0] or 0)
 
-    def sync(self, jobs: Mapping[str, Job], targets: Mapping[str, Target]) -> list[Work]:
-        """Make the rows follow the config, writing only what differs; return all live works."""
+    def sync(
+        self, jobs: Mapping[str, Job], targets: Mapping[str, Target], works: Iterable[Work]
+    ) -> list[Work]:
+        """Make the rows follow the config, writing only what differs; return all live works.
+
+        `works` are those that are live so far: they are not read again.
+        """
         with self.transaction():
-            assigned = assign(jobs, targets, self.known())
-            before = {work.id: work for work in self.works(IN_CONFIG, assigned.values())}
-            self._leave_out(before.keys() - set(assigned.values()))
+            before = {work.id: work for work in works}
+            rows = [known_of(work) for work in before.values()]
+            settled = {(row.name, row.batch_ids) for row in rows}
+            keys = [
+                batch_key(job.batch_ids)
+                for name, job in jobs.items()
+                if (name, frozenset(job.batch_ids)) not in settled
+            ]
+            rows += [row for row in self.known(keys) if row.id not in before]
+            assigned = assign(jobs, targets, rows)
+            returning = [row_id for row_id in assigned.values() if row_id not in before]
+            before |= {work.id: work for work in self.works("FALSE", returning)}
+            kept = set(assigned.values())
+            after = {
+                work.id: replace(work, position=None)
+                for work in before.values()
+                if work.id not in kept
+            }
             for position, (name, job) in enumerate(jobs.items()):
                 old = before.get(assigned.get(name, -1)) or self._insert(job, targets[name])
-                known = {batch.id: batch for batch in old.batches}
-                new = replace(
-                    old,
-                    name=name,
-                    batches=tuple(known[batch_id] for batch_id in job.batch_ids),
-                    target=targets[name],
-                    position=position,
-                    paused=job.paused,
-                )
-                self._write(old, new)
-            return self.works()
-
-    def _leave_out(self, work_ids: Iterable[int]) -> None:
-        """Mark pieces of work as not in the config any more; they are kept for ever."""
-        statement = "UPDATE jobs SET position = NULL WHERE id = ?"
-        self._db.executemany(statement, [(work_id,) for work_id in work_ids])
+                before[old.id] = old
+                after[old.id] = as_in_config(old, job, targets[name], position)
+            for work_id, work in after.items():
+                self._write(before[work_id], work)
+        return [work for work in after.values() if is_live(work)]
 
     def _insert(self, job: Job, target: Target) -> Work:
-        row = {"name": job.name, "batch_key": compact_json(sorted(job.batch_ids))}
+        row = {"name": job.name, "batch_key": batch_key(job.batch_ids)}
         work_id = self._put("jobs", row | asdict(target), verb="INSERT")
         batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
         for place, batch in enumerate(batches):
             self._write_batch(work_id, place, batch)
         return Work(work_id, job.name, batches, target, position=None)
 
-    def save(self, before: Work, after: Work, events: Sequence[Event], now: float) -> None:
-        """Store how a work has changed, together with the log rows that tell of it."""
+    def save(
+        self, changes: Iterable[tuple[Work, Work]], events: Sequence[Event], now: float
+    ) -> None:
+        """Store how works have changed, together with the log rows that tell of it."""
         with self.transaction():
-            self._write(before, after)
+            for before, after in changes:
+                self._write(before, after)
             self._write_events(events, now)
 
     def touch(self, works: Iterable[Work]) -> None:
@@ -2531,6 +2815,8 @@ class Store:
 
     def _write(self, before: Work, after: Work) -> None:
         """Write what differs between two states of one piece of work."""
+        if after is before:
+            return
         if replace(after, batches=before.batches, trigger=before.trigger) != before:
             row = {column: getattr(after, column) for column in _WORK_COLUMNS}
             row |= asdict(after.target)
@@ -2678,6 +2964,7 @@ MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
 REQUEST_BUDGET_S: Final = 60.0  # a request with all of its retries
 MAX_ATTEMPTS: Final = 4
+PAGE_ATTEMPTS: Final = 2
 SEARCH_LIMIT: Final = 500
 MAX_SEARCH_PAGES: Final = 40
 USER_AGENT: Final = f"teckochecker/{__version__}"
@@ -3027,6 +3314,33 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     )
 
 
+def parse_page(data: object, watched: Container[str]) -> Page:
+    """Return a page of OpenAI's list of batches; raises ValueError for what is none.
+
+    A row that is no batch, or ends one without being a whole one, is not taken: the batch is then
+    asked for by itself.
+    """
+    rows = data.get("data") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(rows, list):
+        raise ValueError("has no list of data")
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    batches: dict[str, Batch] = {}
+    for row in rows:
+        batch_id = row["id"]
+        if batch_id in watched and batch_id not in batches:
+            with contextlib.suppress(ValueError):
+                batch = parse_batch(row, batch_id)
+                if not batch.is_terminal or "input_file_id" in row:
+                    batches[batch_id] = batch
+    return Page(
+        ids=[row["id"] for row in rows],
+        batches=batches,
+        newest_at=time_or_none(rows[0].get("created_at")) if rows else None,
+        oldest_at=time_or_none(rows[-1].get("created_at")) if rows else None,
+        has_more=data.get("has_more") is not False,
+    )
+
+
 def http_date(text: str) -> float | None:
     """Return a date of an HTTP header as Unix seconds, or None."""
     try:
@@ -3115,7 +3429,11 @@ def parse_keboola_job(row: object) -> KeboolaJob:
 # --- asking ---------------------------------------------------------------------------------------
 
 
-async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], clock: Clock) -> T:
+async def with_retries(
+    attempt: Callable[[Budget], Coroutine[Any, Any, T]],
+    clock: Clock,
+    attempts: int = MAX_ATTEMPTS,
+) -> T:
     """Return what `attempt(budget)` returns, repeated while that may help; else its ApiError.
 
     Waits as the server asks, or exponentially with jitter, but never longer than PATIENCE_S at a
@@ -3132,7 +3450,7 @@ async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], cloc
     def stop(state: tenacity.RetryCallState) -> bool:
         wait_s = state.upcoming_sleep
         is_long = wait_s > PATIENCE_S or wait_s > budget.left_s() - 1
-        return is_long or state.attempt_number >= MAX_ATTEMPTS
+        return is_long or state.attempt_number >= attempts
 
     retrying = tenacity.AsyncRetrying(
         # Only ApiError: cancellation must get through.
@@ -3152,7 +3470,7 @@ class OpenAIClient:
     def __init__(self, account: Account, http: Http) -> None:
         self._http = http
         self._clock = http.clock
-        self._base_url = account.base_url
+        self.base_url = account.base_url
         self._headers = {"Authorization": f"Bearer {account.key.reveal()}"}
         if account.organization:
             self._headers["OpenAI-Organization"] = account.organization
@@ -3169,39 +3487,64 @@ class OpenAIClient:
         """Return a batch (`GET /batches/{id}`); raises ApiError after the retries."""
 
         async def attempt(budget: Budget) -> Batch:
-            self._gate.set_limit(self._http.limits.max_concurrency)
-            async with self._gate:  # so that this account's queue is not in front of everyone else
-                await self._enter()
-                self._in_flight += 1
-                try:
-                    batch = await self._get(batch_id, budget)
-                except ApiError as error:
-                    self._note(error)
-                    raise
-                finally:
-                    self._in_flight -= 1
-                self._silences = 0
-                return batch
+            answer = await self._get(f"/batches/{batch_id}", None, budget)
+            if answer.status == 404:
+                raise self._not_found(answer)
+            try:
+                return parse_batch(self._json(answer), batch_id)
+            except ValueError as error:
+                raise nonsense(f"OpenAI's answer is not a batch: it {error}", answer) from None
 
-        return await with_retries(attempt, self._clock)
+        return await with_retries(functools.partial(self._in_turn, attempt), self._clock)
 
-    async def _get(self, batch_id: str, budget: Budget) -> Batch:
-        url = f"{self._base_url}/batches/{batch_id}"
-        answer = await self._http.get(url, self._headers, budget=budget)
+    async def page(self, cursor: str | None, watched: Container[str]) -> Page:
+        """Return the page of the account's batches after a row, or the newest; raises ApiError.
+
+        Source: OpenAI's API reference, `GET /batches`.
+        """
+        params = {"limit": str(PAGE_ROWS)} | ({"after": cursor} if cursor else {})
+
+        async def attempt(budget: Budget) -> Page:
+            answer = await self._get("/batches", params, budget)
+            try:
+                return parse_page(self._json(answer), watched)
+            except ValueError as error:
+                raise nonsense(f"OpenAI's answer is not a list: it {error}", answer) from None
+
+        # A page can be done without: what it would have shown is asked for one by one.
+        turn = functools.partial(self._in_turn, attempt)
+        return await with_retries(turn, self._clock, attempts=PAGE_ATTEMPTS)
+
+    async def _in_turn(
+        self, attempt: Callable[[Budget], Coroutine[Any, Any, T]], budget: Budget
+    ) -> T:
+        """Make one attempt when this account may, and note what it says about the account."""
+        self._gate.set_limit(self._http.limits.max_concurrency)
+        async with self._gate:  # so that this account's queue is not in front of everyone else
+            await self._enter()
+            self._in_flight += 1
+            try:
+                found = await attempt(budget)
+            except ApiError as error:
+                self._note(error)
+                raise
+            finally:
+                self._in_flight -= 1
+            self._silences = 0
+            return found
+
+    async def _get(self, path: str, params: Mapping[str, str] | None, budget: Budget) -> Answer:
+        return await self._http.get(self.base_url + path, self._headers, params, budget=budget)
+
+    def _json(self, answer: Answer) -> object:
         if not answer.is_success:
-            raise self._refusal(answer)
-        try:
-            return parse_batch(parse_json(answer), batch_id)
-        except ValueError as error:
-            message = f"OpenAI's answer is not a batch: it {error}"
-            raise nonsense(message, answer) from None
+            raise http_error("OpenAI", answer, self._clock.wall())
+        return parse_json(answer)
 
-    def _refusal(self, answer: Answer) -> ApiError:
+    def _not_found(self, answer: Answer) -> ApiError:
         error = http_error("OpenAI", answer, self._clock.wall())
-        if answer.status == 404:
-            text = f"{error}: the batch was deleted, or the key belongs to another OpenAI project"
-            return ApiError(text, status=404, request_id=error.request_id)
-        return error
+        text = f"{error}: the batch was deleted, or the key belongs to another OpenAI project"
+        return ApiError(text, status=404, request_id=error.request_id)
 
     async def _enter(self) -> None:
         """Wait while the account is held; raise what stands in the way where that takes long."""
@@ -3376,7 +3719,8 @@ class KeboolaClient:
 DRAIN_S: Final = 20.0  # what triggers in flight get to be recorded in, after SIGTERM
 RELOAD_LOOK_S: Final = 1.5  # how often files are compared that no event tells of
 REQUESTS_LOOK_S: Final = 1.0
-TOUCH_S: Final = 2.0
+TOUCH_S: Final = 2.0  # how often the times of looks are written,
+TOUCH_S_EACH: Final = 0.005  # and the more rarely, the more of them there are
 
 
 def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
@@ -3489,6 +3833,15 @@ class Watch:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # ends a carrier's wait
 
 
+def is_nearly_due(watch: Watch, now: float) -> bool:
+    """Return whether a work is looked at now, together with one that is due.
+
+    A tenth of its interval early does no harm, and looks that fall together share their pages.
+    """
+    interval_s = watch.job.poll_interval_s if watch.job else 0
+    return watch.due <= now + min(interval_s / 10, MINUTE_S)
+
+
 async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
     """Wait until an event is set or a time has passed; returns whether it was set."""
     try:
@@ -3499,59 +3852,302 @@ async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
     return event.is_set()
 
 
+@dataclass(slots=True, eq=False)
+class Look:
+    """One look at an account: what is due, what pages have shown of it, and what they cost."""
+
+    begun_at: float
+    due: Mapping[str, Batch]
+    watchers: Mapping[str, Sequence[Watch]]  # of each batch that is unfinished, due or not
+    risk: int = 0  # pages that may be asked for beyond what pages have saved
+    shown: dict[str, Batch] = field(default_factory=dict)
+    saved: int = 0  # requests that pages have saved, less the pages themselves
+
+    @property
+    def credit(self) -> int:
+        """How many more pages may be asked for."""
+        return self.saved + self.risk
+
+    def missing(self) -> list[Batch]:
+        """Return the due batches that no page has shown."""
+        return [batch for key, batch in self.due.items() if key not in self.shown]
+
+    def affordable(self, *, once: bool) -> list[Batch]:
+        """Return which of them to ask for one by one: all, or as many as pages have not cost.
+
+        Of what was risked in vain, as many wait for the next look, which --once does not have.
+        """
+        missing = self.missing()
+        return missing if once or self.saved >= 0 else missing[: self.saved]
+
+    def take(self, page: Page) -> int:
+        """Note what a page has shown; returns how many due batches that were missing."""
+        new = [key for key in page.batches if key not in self.shown]
+        self.shown |= {key: page.batches[key] for key in new}
+        gained = sum(key in self.due for key in new)
+        self.saved += gained
+        return gained
+
+    def seen_of(self, watch: Watch) -> dict[str, Batch | ApiError]:
+        """Return what pages have shown of a work that is unfinished."""
+        ids = [batch.id for batch in watch.work.batches if not batch.is_terminal]
+        return {key: self.shown[key] for key in ids if key in self.shown}
+
+
 class Poller:
-    """One OpenAI account: looks at the batches of all its jobs that are due, together."""
+    """One OpenAI account: looks at the batches of all its jobs that are due, together.
+
+    A look reads pages of the account's list where they show several of the due batches, and asks
+    for the others one by one: never with more requests than one by one for all of them.
+    """
 
     ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
+    KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
+    WALKS_AT_ONCE: Final = 10
 
     def __init__(self, engine: Engine, client: OpenAIClient) -> None:
         self._engine = engine
         self._client = client
-        self.watches: list[Watch] = []
+        self._chart = Chart()
+        self._watches: dict[int, Watch] = {}
+        self._until = math.inf
+        self._list_from = -math.inf  # when the list may be used
+        self._list_failures = 0
         self.wake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
+    def take(self, watches: Iterable[Watch]) -> None:
+        """Have these works looked at from now on."""
+        self._watches = {watch.work.id: watch for watch in watches}
+        self.wake.set()
+
     async def run(self) -> None:
         """Start looks when they are due; with --once, all of them, once."""
-        engine = self._engine
+        clock, once = self._engine.clock, self._engine.once
         while True:
             self.wake.clear()
-            now = engine.clock.mono()
-            for watch in self.watches:
-                if watch.due <= now and not watch.is_looking and engine.is_polled(watch):
-                    watch.is_looking = True
-                    engine.spawn(self._look(watch))
-            if engine.once:
+            now = clock.mono()
+            polled = [watch for watch in self._polled() if not watch.is_looking]
+            if any(watch.due <= now for watch in polled):
+                await self._look([watch for watch in polled if is_nearly_due(watch, now)])
+            if once:
                 return
-            waiting = (w.due for w in self.watches if not w.is_looking and engine.is_polled(w))
-            await wait_for_event(self.wake, min(waiting, default=math.inf) - now)
+            waiting = (watch.due for watch in self._polled() if not watch.is_looking)
+            self._until = min(waiting, default=math.inf)
+            await wait_for_event(self.wake, self._until - clock.mono())
             await asyncio.sleep(self.ROUND_S)
 
-    async def _look(self, watch: Watch) -> None:
-        """Look at every unfinished batch of one job. What fails stays with this job."""
-        job, setup = watch.job, self._engine.setup
+    def _polled(self) -> list[Watch]:
+        return [watch for watch in self._watches.values() if self._engine.is_polled(watch)]
+
+    def _is_mine(self, watch: Watch) -> bool:
+        """Return whether a work is still one of this account's, after something was awaited."""
+        return self._watches.get(watch.work.id) is watch and self._engine.is_polled(watch)
+
+    async def _look(self, watches: Sequence[Watch]) -> None:
+        """Look at every unfinished batch of these works. What fails stays with its job."""
+        for watch in watches:
+            watch.is_looking = True
+        due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
+        look = Look(self._engine.clock.mono(), due, {})
+        if len(due) >= LIST_MIN and self._list_from <= self._engine.clock.mono():
+            look.watchers = self._watchers()
+            await self._read_list(look)
+        asked = {
+            batch.id: self._engine.spawn(self._ask(batch.id))
+            for batch in look.affordable(once=self._engine.once)
+            if any(map(self._is_mine, look.watchers.get(batch.id, watches)))
+        }
+        for watch in watches:
+            if self._is_mine(watch) and not is_whole_look(watch.work, look.shown):
+                self._engine.spawn(self._finish(watch, look, asked))
+            else:
+                watch.is_looking = False
+
+    async def _finish(
+        self, watch: Watch, look: Look, asked: Mapping[str, asyncio.Task[Batch | ApiError]]
+    ) -> None:
+        """Record the look at one work, once the batches that no page has shown are answered."""
         try:
-            pending = [batch.id for batch in watch.work.batches if not batch.is_terminal]
-            results = await asyncio.gather(*(self._ask(batch_id) for batch_id in pending))
-            now = self._engine.setup
-            if watch.job == job and secrets_of(setup, job) == secrets_of(now, job):
-                # Else the config has changed meanwhile, and a new look is due.
-                self._engine.record_look(watch, dict(zip(pending, results, strict=True)))
-        except (StorageError, sqlite3.Error) as error:
-            watch.due = self._engine.clock.mono() + FIRST_TRIGGER_BACKOFF_S
-            self._engine.note_trouble(error, watch.work.name)
-        except Exception as error:  # noqa: BLE001 - a bug that one job meets is not the others'
-            watch.due = self._engine.clock.mono() + MINUTE_S
-            self._engine.note_bug(error, watch.work.name)
+            answers = {b.id: await asked[b.id] for b in watch.work.batches if b.id in asked}
+            if self._is_mine(watch):
+                self._record([watch], look, answers)
+            if watch.due <= look.begun_at and watch.job:  # not all were asked for
+                watch.due = look.begun_at + min(watch.job.poll_interval_s, MINUTE_S)
         finally:
             watch.is_looking = False
-            self._engine.wake_pollers()  # a reload may have given the job to another one
+            if not self._is_mine(watch):
+                self._engine.wake_pollers()  # a reload may have given the job to another one
+            elif watch.due < self._until:
+                self.wake.set()
 
     async def _ask(self, batch_id: str) -> Batch | ApiError:
+        """Return a batch, or why not."""
         try:
             return await self._client.batch(batch_id)
         except ApiError as error:
             return error
+        except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
+            self._engine.note_bug(error, batch_id)
+            return ApiError(f"internal error: {type(error).__name__}")
+
+    def _record(
+        self,
+        watches: Sequence[Watch],
+        look: Look,
+        answers: dict[str, Batch | ApiError] | None = None,
+    ) -> None:
+        """Store what a look has brought for some works."""
+        try:
+            looks = [(watch, look.seen_of(watch) | (answers or {})) for watch in watches]
+            self._engine.record(looks, look.begun_at)
+        except (StorageError, sqlite3.Error) as error:
+            wait_s = FIRST_TRIGGER_BACKOFF_S
+            self._engine.note_trouble(error, watches[0].work.name)
+        except Exception as error:  # noqa: BLE001 - as in `_ask`
+            wait_s = MINUTE_S
+            self._engine.note_bug(error, watches[0].work.name)
+        else:
+            return
+        for watch in watches:
+            watch.due = self._engine.clock.mono() + wait_s
+
+    # --- the list ---
+
+    def _watchers(self) -> dict[str, list[Watch]]:
+        """Return who watches which unfinished batch."""
+        watchers: dict[str, list[Watch]] = {}
+        for watch in self._polled():
+            for batch in watch.work.batches:
+                if not batch.is_terminal:
+                    watchers.setdefault(batch.id, []).append(watch)
+        return watchers
+
+    async def _read_list(self, look: Look) -> None:
+        """Read the pages that pay, and record what they show."""
+        self._chart.begin_look(look.watchers)
+        try:
+            await self._read_known(look)
+            await self._explore(look)
+        except ApiError as error:
+            self._note_failure(error)
+        except Exception as error:  # noqa: BLE001 - as in `_ask`
+            self._list_from = self._engine.clock.mono() + HOUR_S
+            self._engine.note_bug(error, self._client.base_url)
+        else:
+            if look.shown and self._list_failures:
+                self._list_failures = 0
+                self._engine.note(Event("list_usable", fields={"url": self._client.base_url}))
+
+    async def _read_known(self, look: Look) -> None:
+        """Read the pages that are known to show several of the due batches."""
+        for _ in range(self.KNOWN_ROUNDS):
+            starts = self._chart.pages(batch.id for batch in look.missing())
+            if not starts:
+                return
+            await self._read(look, [cursor for cursor, _ in starts])
+            for _, batch_id in starts:
+                if batch_id not in look.shown:
+                    self._chart.lose(batch_id)
+
+    async def _explore(self, look: Look) -> None:
+        """Find out where the others stand, as far as the savings of this look allow."""
+        chart = self._chart
+        look.risk = chart.allowance(len(look.due))
+        unplaced = chart.unplaced(look.missing())
+        if not unplaced:
+            return
+        ages = sorted(
+            (batch.created_at, batch.id)
+            for watch in self._polled()
+            for batch in watch.work.batches
+            if batch.created_at
+        )
+        tried: set[str] = set()
+        while goals := self._goals(look, unplaced, tried):
+            walks = chart.guesses(goals, ages, look.credit)
+            if not walks:
+                break
+            tried |= {walk.goal.id for walk in walks if walk.goal}
+            await self._read(look, [walk.cursor for walk in walks])
+        while goals := self._goals(look, unplaced, tried):
+            walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
+            if not walks or (self._engine.once and walks[0].goal):
+                break  # to know where a batch stands is of use to later looks only
+            tried |= {walk.goal.id for walk in walks if walk.goal}
+            if walks[0].goal is None:  # it was for all whose age is not known
+                tried |= {goal.id for goal in goals if goal.created_at is None}
+            await asyncio.gather(*(self._walk(look, walk) for walk in walks))
+        for batch_id in tried - look.shown.keys():
+            chart.note_miss(batch_id)
+        if tried:
+            chart.note_risk(paid_off=look.saved >= 0)
+
+    @staticmethod
+    def _goals(look: Look, unplaced: Iterable[Batch], tried: Container[str]) -> list[Batch]:
+        """Return the batches that may still be looked for in the list."""
+        if look.credit <= 0:
+            return []
+        return [b for b in unplaced if b.id not in look.shown and b.id not in tried]
+
+    async def _walk(self, look: Look, walk: Walk) -> None:
+        """Read page after page until there is nothing more to be gained."""
+        cursor, barren = walk.cursor, 0
+        passed: set[str] = set()
+        while look.credit > 0 and barren < BARREN_PAGES:
+            before = len(look.shown)
+            page = await self._read_page(look, cursor)
+            if page is None:
+                return
+            self._take(look, [page])
+            barren = 0 if len(look.shown) > before else barren + 1
+            if walk.ends_at(page) or page.ids[-1] in passed or not look.missing():
+                return
+            cursor = page.ids[-1]
+            passed.add(cursor)
+
+    async def _read(self, look: Look, cursors: Sequence[str | None]) -> None:
+        """Read pages at once, and record them as one; raises the first one's ApiError."""
+        results = await asyncio.gather(
+            *(self._read_page(look, cursor) for cursor in cursors), return_exceptions=True
+        )
+        self._take(look, [page for page in results if isinstance(page, Page)])
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _read_page(self, look: Look, cursor: str | None) -> Page | None:
+        """Return a page, or None if its cursor is gone from the list. Raises ApiError."""
+        look.saved -= 1
+        try:
+            page = await self._client.page(cursor, look.watchers)
+        except ApiError as error:
+            if cursor is None or error.status not in {400, 404} or not self._chart.is_begun:
+                raise
+            self._chart.lose_cursor(cursor)
+            return None
+        self._chart.learn(cursor, page)
+        return page
+
+    def _take(self, look: Look, pages: Iterable[Page]) -> None:
+        """Record what pages show, also of works that are not due yet."""
+        shown: set[str] = set()
+        for page in pages:
+            look.take(page)
+            shown |= page.batches.keys()
+        seen = {watch.work.id: watch for key in shown for watch in look.watchers.get(key, ())}
+        self._record([watch for watch in seen.values() if self._is_mine(watch)], look)
+
+    def _note_failure(self, error: ApiError) -> None:
+        """Do without the list for a while; for longer where there seems to be none."""
+        self._list_failures += 1
+        clock = self._engine.clock
+        is_absent = error.status is not None and not error.retryable
+        wait_s = backoff_s(self._list_failures, MINUTE_S, clock.jitter())
+        self._list_from = clock.mono() + (HOUR_S if is_absent else wait_s)
+        if self._list_failures == 1:
+            fields_ = {"url": self._client.base_url, "error": str(error)}
+            self._engine.note(Event("list_not_usable", "warning", None, fields_))
 
 
 class Carrier:
@@ -3749,7 +4345,8 @@ class Carrier:
         if trigger.state == TriggerState.SENT:
             after = replace(after, completed_at=trigger.sent_at, error=None)
         fields_ = {"trigger_id": trigger.id, **fields_}
-        self._engine.save(watch, after, [Event(name, level, after.name, fields_)] if name else [])
+        events = [Event(name, level, after.name, fields_)] if name else []
+        self._engine.save([(watch, after)], events)
         # Only what is committed counts; the waits that follow from it are measured from here on.
         watch.trigger_due = mono + max(0.0, (trigger.next_try_at or now) - now)
         if trigger.state == TriggerState.UNKNOWN and (not before or before.state != trigger.state):
@@ -3829,7 +4426,7 @@ class Engine:
             self.clear_from = self.clock.mono() + wait_s
             self.note(Event("state_is_older", "warning", None, {"wait_s": round(wait_s, 1)}))
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that `run` waits for, and whose exception ends it."""
         if self._tasks is None:
             raise RuntimeError("the engine does not run")
@@ -3875,9 +4472,9 @@ class Engine:
         """Make a new setup the one that counts. After a StorageError, apply it again."""
         self.flush(at_once=True)
         jobs = setup.config.jobs
-        works = self.store.sync(
-            jobs, {name: setup.config.target(job) for name, job in jobs.items()}
-        )
+        targets = {name: setup.config.target(job) for name, job in jobs.items()}
+        known = [watch.work for watch in self.watches.values()] or self.store.works()
+        works = self.store.sync(jobs, targets, known)
         old, self.setup = self.setup, setup
         self._http.set_limits(setup.config.limits)
         watches = {}
@@ -3947,16 +4544,15 @@ class Engine:
             if watch.job:
                 by_account.setdefault(account_of(self.setup, watch.job), []).append(watch)
         for account in [account for account in self._pollers if account not in by_account]:
-            task = self._pollers.pop(account).task
-            if task:
-                task.cancel()
+            poller = self._pollers.pop(account)
+            poller.take(())
+            if poller.task:
+                poller.task.cancel()
         for account, watches in by_account.items():
-            poller = self._pollers.get(account)
-            if poller is None:
-                poller = self._pollers[account] = Poller(self, OpenAIClient(account, self._http))
-                poller.task = self.spawn(poller.run())
-            poller.watches = watches
-            poller.wake.set()
+            if account not in self._pollers:
+                new = self._pollers[account] = Poller(self, OpenAIClient(account, self._http))
+                new.task = self.spawn(new.run())
+            self._pollers[account].take(watches)
 
     # --- what pollers and carriers need ---
 
@@ -4019,27 +4615,38 @@ class Engine:
         """Remember beside the state file, too, that something is posted now."""
         self._lock.note_post(replace(self.clock.moment(), wall=sending.sending_at or 0.0))
 
-    def record_look(self, watch: Watch, seen: Mapping[str, Batch | ApiError]) -> None:
-        """Store what a look has shown, and start the trigger if that was the last of it."""
-        if self.watches.get(watch.work.id) is not watch or not watch.job:
-            return
+    def record(
+        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
+    ) -> None:
+        """Store what looks have shown, as one, and start the triggers of which it was the last.
+
+        What has not changed is not written, but for the time, now and then: see `flush`. Intervals
+        go from beginning to beginning, so that works looked at together stay together.
+        """
         now, mono = self.clock.wall(), self.clock.mono()
-        after, events = after_look(
-            watch.work,
-            seen,
-            interval_s=watch.job.poll_interval_s,
-            now=now,
-            jitter=self.clock.jitter(),
-        )
-        if replace(after, last_check_at=None, next_check_at=None) == replace(
-            watch.work, last_check_at=None, next_check_at=None
-        ):
+        looked_at: list[tuple[Watch, Work]] = []
+        changed: list[tuple[Watch, Work]] = []
+        news: list[Event] = []
+        for watch, seen in looks:
+            if watch.job is None:
+                continue
+            whole_s = watch.job.poll_interval_s
+            interval_s = max(whole_s - (mono - begun_at), whole_s / 2)
+            after, events = after_look(
+                watch.work, seen, interval_s=interval_s, now=now, jitter=self.clock.jitter()
+            )
+            news += events
+            if what_counts(after) != what_counts(watch.work):
+                changed.append((watch, after))
+            if is_whole_look(watch.work, seen):
+                looked_at.append((watch, after))
+        if changed:
+            self.save(changed, news)
+        for watch, after in looked_at:
             watch.work = after
+            watch.due = mono + max(0.0, (after.next_check_at or now) - now)
             self._touched.add(watch)
-        else:
-            self.save(watch, after, events)
-        watch.due = mono + max(0.0, (after.next_check_at or now) - now)
-        self.carry(watch)
+            self.carry(watch)
 
     def summary(self) -> str:
         """Return how the jobs are, in one line."""
@@ -4058,11 +4665,13 @@ class Engine:
 
     # --- writing ---
 
-    def save(self, watch: Watch, after: Work, events: Sequence[Event]) -> None:
-        """Commit a work's new state with the events that tell of it, then tell them."""
+    def save(self, changes: Sequence[tuple[Watch, Work]], events: Sequence[Event]) -> None:
+        """Commit the new states of works with the events that tell of them, then tell them."""
         told = [self._clean(event) for event in events]
-        self.store.save(watch.work, after, told, self.clock.wall())
-        watch.work = after
+        works = [(watch.work, after) for watch, after in changes]
+        self.store.save(works, told, self.clock.wall())
+        for watch, after in changes:
+            watch.work = after
         self._say(told)
 
     def note(self, *events: Event) -> None:
@@ -4107,7 +4716,8 @@ class Engine:
 
     def flush(self, *, at_once: bool = False) -> None:
         """Write when works were looked at, now and then: nothing depends on it."""
-        if self._touched and (at_once or self.clock.mono() - self._touched_at >= TOUCH_S):
+        wait_s = max(TOUCH_S, len(self._touched) * TOUCH_S_EACH)
+        if self._touched and (at_once or self.clock.mono() - self._touched_at >= wait_s):
             self.store.touch([watch.work for watch in self._touched])
             self._touched.clear()
             self._touched_at = self.clock.mono()
@@ -4564,8 +5174,9 @@ def state_of(config: Config) -> tuple[list[Work], dict[str, Any]]:
             )
             migrate(db, config.state_path)
             store = Store(db, config.state_path)
-            store.sync(config.jobs, {name: config.target(job) for name, job in config.jobs.items()})
-        return store.works(IN_CONFIG), store.meta("config") or {}
+            targets = {name: config.target(job) for name, job in config.jobs.items()}
+            store.sync(config.jobs, targets, store.works())
+        return store.works("position IS NOT NULL"), store.meta("config") or {}
 
 
 def job_table(works: Sequence[Work]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,19 +32,20 @@ class CrashingStore(program.Store):
 
     def save(
         self,
-        before: program.Work,
-        after: program.Work,
+        changes: Iterable[tuple[program.Work, program.Work]],
         events: Sequence[program.Event],
         now: float,
     ) -> None:
         """Save, unless this is the moment."""
-        old, new = before.trigger, after.trigger
-        if new and new.state == self.state and (old is None or old.state != new.state):
-            type(self).commits_left -= 1
+        changes = list(changes)
+        for before, after in changes:
+            old, new = before.trigger, after.trigger
+            if new and new.state == self.state and (old is None or old.state != new.state):
+                type(self).commits_left -= 1
         is_the_one = self.commits_left == 0
         if is_the_one and self.when == "before":
             die()
-        super().save(before, after, events, now)
+        super().save(changes, events, now)
         if is_the_one and self.when == "after":
             die()
 

@@ -15,7 +15,7 @@ import json
 import random
 import selectors
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from teckochecker import (
     Notifier,
     OpenAIClient,
     OpenAISecret,
+    Page,
     Place,
     Redactor,
     Request,
@@ -56,10 +57,12 @@ from teckochecker import (
     TriggerState,
     Watch,
     Work,
+    batch_key,
 )
 
 EPOCH = 1_790_000_000.0  # the servers' clocks show this when a history begins
 HOUR_S = 3600.0
+PAGE_ROWS = 3
 STACKS = {"keboola-eu": "https://connection.eu.example", "keboola-us": "https://connection.us.test"}
 OPENAI = ("openai-a", "openai-b")
 POST_FAULTS = ("not sent", "limited", "curable", "rejected", "unknown", "slow", "no id", "any")
@@ -141,11 +144,10 @@ class World:
         self.directory = directory
         self.grace_s = self.random.choice((30, 60, 300))
         self.clock_offset_s = 0.0
-        self._is_time_true = True
-        self._set_forward_at = -1.0
+        self.boot, self.booted_at = 1, 0.0
         self.batches: dict[str, ServerBatch] = {}
         self.keboola: list[ServerJob] = []
-        self.post_fault = self.search_fault = self.look_fault = ""
+        self.post_fault = self.search_fault = self.look_fault = self.list_fault = ""
         self.disk_full = 0.0  # the share of transactions that it refuses
         self.jobs: dict[str, Job] = {}
         self.tokens = dict.fromkeys(STACKS, 0)
@@ -266,14 +268,13 @@ class World:
         alike = [j.id for j in self.keboola if j.row == new.row]
         self.claim(len(alike) <= most, f"one row was started {len(alike)} times: {alike}")
 
-    def check_doubt(self, trigger: Trigger, process: Process) -> None:
+    def check_doubt(self, trigger: Trigger) -> None:
         """No POST follows an unknown one before two searches, the last one after the grace."""
         doubt = self.doubts.get((trigger.id, trigger.target))
         if doubt:
             searches = doubt.clear_searches
             self.claim(len(searches) >= 2, f"a POST after {len(searches)} clear searches")
-            can_tell_time = not process.once or self._set_forward_at < doubt.since
-            if searches and can_tell_time:
+            if searches:
                 waited_s = searches[-1] - doubt.since
                 self.claim(waited_s >= self.grace_s, f"a POST after {waited_s:.0f} s")
 
@@ -309,19 +310,12 @@ class World:
             self.process.may_refuse = True
 
     def move_clock(self, by_s: float) -> None:
-        """Set the machine's clock.
-
-        Set forward, it makes waits look longer to a later --once, which has only recorded times to
-        go by. So until the search shows every job, the daemon is to be used: `is_once_safe`.
-        """
+        """Set the machine's clock."""
         self.clock_offset_s += by_s
-        self._set_forward_at = self.now if by_s > 0 else self._set_forward_at
-        self._is_time_true = by_s < 0 and self.is_once_safe()
 
-    def is_once_safe(self) -> bool:
-        """Return whether a --once can trust the recorded times, or need not."""
-        self._is_time_true = self._is_time_true or self.all_shown()
-        return self._is_time_true
+    def reboot(self) -> None:
+        """Begin another boot, with an uptime of its own."""
+        self.boot, self.booted_at = self.boot + 1, self.now
 
     def _sent_rows(self) -> list[tuple[tuple[int, int], tuple[str, str]]]:
         process = self.process
@@ -356,7 +350,8 @@ class ProcessClock:
         return self.process.world.now
 
     def moment(self) -> Moment:
-        return Moment(self.wall(), "this-boot", self.process.world.now)
+        world = self.process.world
+        return Moment(self.wall(), f"boot-{world.boot}", world.now - world.booted_at)
 
     def jitter(self) -> float:
         return self.process.world.random.random()
@@ -383,10 +378,13 @@ class ModelStore(Store):
             world.sent.update(self._news)
         self.process.point("after the commit")
 
-    def sync(self, jobs: Mapping[str, Job], targets: Mapping[str, Target]) -> list[Work]:
+    def sync(
+        self, jobs: Mapping[str, Job], targets: Mapping[str, Target], works: Iterable[Work]
+    ) -> list[Work]:
         """A job that has left is taken over by a new name with its ids and target."""
-        before = self.known()
-        works = super().sync(jobs, targets)
+        keys = {batch_key(job.batch_ids) for job in jobs.values()}
+        before = self.known(keys)
+        live = super().sync(jobs, targets, works)
         names = {(row.name, row.batch_ids) for row in before}
         takers: collections.Counter[tuple[frozenset[str], Target]] = collections.Counter()
         for name, job in jobs.items():
@@ -394,10 +392,14 @@ class ModelStore(Store):
             if (name, ids) not in names:
                 takers[ids, targets[name]] += 1
         spare = collections.Counter((r.batch_ids, r.target) for r in before if r.name not in jobs)
-        new = len(self.known()) - len(before)
+        new = len(self.known(keys)) - len(before)
         expected = sum(max(0, count - spare[key]) for key, count in takers.items())
         self.process.world.claim(new == expected, f"{new} pieces of work are new, not {expected}")
-        return works
+        self.process.world.claim(
+            {work.id for work in live} == {work.id for work in self.works()},
+            "the live works are others than those of the state file",
+        )
+        return live
 
     def _write(self, before: Work, after: Work) -> None:
         claim = self.process.world.claim
@@ -458,10 +460,18 @@ class ModelEngine(Engine):
         super().keboola(trigger)  # whether the config has a token
         return FakeKeboola(self.process, trigger.target)
 
-    def record_look(self, watch: Watch, seen: Mapping[str, Batch | ApiError]) -> None:
-        world = self.process.world
-        late = {b.id: replace(b, status="in_progress") for b in watch.work.batches if b.is_terminal}
-        super().record_look(watch, {**late, **seen} if world.random.random() < 0.2 else seen)
+    def record(
+        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
+    ) -> None:
+        more = [(watch, {**self._late(watch), **seen}) for watch, seen in looks]
+        super().record(more, begun_at)
+
+    def _late(self, watch: Watch) -> dict[str, Batch]:
+        """Return, now and then, batches that have ended as if they went on."""
+        if self.process.world.random.random() > 0.2:
+            return {}
+        ended = [batch for batch in watch.work.batches if batch.is_terminal]
+        return {batch.id: replace(batch, status="in_progress") for batch in ended}
 
     def _take_request(self, request: Request) -> None:
         for watch in self.watches.values():
@@ -505,8 +515,35 @@ class FakeOpenAI(OpenAIClient):
             status = {"error": 503, "held": 429, "missing": 404}[fault]
             wait_s = 900.0 if fault == "held" else None
             raise ApiError(fault, status=status, retryable=True, retry_after_s=wait_s)
-        batch = world.batches[batch_id]
+        return self._batch(batch_id)
+
+    def _batch(self, batch_id: str) -> Batch:
+        batch = self._process.world.batches[batch_id]
         return Batch(batch_id, batch.status, created_at=batch.created_at, ended_at=batch.ended_at)
+
+    async def page(self, cursor: str | None, watched: Container[str]) -> Page:
+        """Return some rows of the list, which may lack any, repeat any, and lie about its end."""
+        process, world = self._process, self._process.world
+        process.point("page")
+        await asyncio.sleep(world.random.uniform(0.01, 1))
+        process.point("page read")
+        if world.list_fault == "none" or world.random.random() < 0.1:
+            status = 405 if world.list_fault == "none" else world.random.choice((404, 429, 500))
+            raise ApiError("no page", status=status, retryable=status in {429, 500})
+        ids = list(reversed(world.batches))
+        if world.list_fault == "lies":
+            ids = world.random.choices(ids, k=len(ids))
+        elif cursor:
+            ids = ids[ids.index(cursor) + 1 :]
+        rows = ids[:PAGE_ROWS]
+        created = [world.batches[key].created_at for key in rows] or [None]
+        return Page(
+            ids=rows,
+            batches={key: self._batch(key) for key in rows if key in watched},
+            newest_at=created[0],
+            oldest_at=created[-1],
+            has_more=len(ids) > len(rows) or world.list_fault == "lies",
+        )
 
 
 class FakeKeboola(KeboolaClient):
@@ -530,7 +567,7 @@ class FakeKeboola(KeboolaClient):
         world.claim(job and not job.paused, f"a POST for {work.name}, which is paused or gone")
         world.claim(not process.engine.is_stopping, "a POST after SIGTERM")
         world.claim(all(b.status in TERMINAL for b in work.batches), "a POST before the end")
-        world.check_doubt(trigger, process)
+        world.check_doubt(trigger)
         doubt = world.doubts[trigger.id, trigger.target] = Doubt(world.now, [])
         is_started, took_s, error = world.post_outcome()
         started = world.start_job(trigger, (work.id, trigger.rerun), took_s) if is_started else None
@@ -690,6 +727,9 @@ def played() -> Iterator[None]:
     """Put the world's OpenAI in the place of the real one, and keep everything quiet and fast."""
     with (
         mock.patch.object(teckochecker, "OpenAIClient", FakeOpenAI),
+        mock.patch.object(teckochecker, "LIST_MIN", 2),
+        mock.patch.object(teckochecker, "NEAR", 2),
+        mock.patch.object(teckochecker, "PAGE_ROWS", PAGE_ROWS),
         mock.patch.object(teckochecker, "say", say_nothing),
         mock.patch.object(teckochecker, "REQUESTS_LOOK_S", 30.0),
         mock.patch.object(StateLock, "PATIENCE_S", -1.0),

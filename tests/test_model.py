@@ -102,7 +102,6 @@ class History:
         return process
 
     def _start(self, *, once: bool) -> None:
-        once = once and self.world.is_once_safe()
         self.world.tell(f"start {'--once' if once else 'the daemon'}")
         self.world.process = Process(self.world, once=once)
 
@@ -175,6 +174,9 @@ class History:
 
     def look_fault(self) -> None:
         self.world.look_fault = self.random.choice(LOOK_FAULTS)
+
+    def list_fault(self) -> None:
+        self.world.list_fault = self.random.choice(("", "none", "lies"))
 
     async def lost_answer(self) -> None:
         """Answers of POSTs are lost while the search fails; later all is well again."""
@@ -362,11 +364,12 @@ class History:
         self.world.move_clock(-HOUR_S)
 
     async def reboot(self) -> None:
-        """The machine comes up with its clock an hour off, and the daemon starts."""
+        """The machine comes up with its clock an hour off, and the daemon starts, or a pass."""
         await self.kill()
         self._process()
+        self.world.reboot()
         self.world.move_clock(self.random.choice((HOUR_S, HOUR_S, -HOUR_S)))
-        self._start(once=False)
+        self._start(once=self.random.random() < 0.3)
 
     def disk_full(self) -> None:
         self.world.disk_full = self.random.choice((1.0, 1.0, 0.5))
@@ -469,7 +472,8 @@ class History:
 WEIGHTS = {
     "wait_a_moment": 4, "wait_a_while": 5, "wait_long": 2,
     "end_batches": 9, "change_an_end": 1,
-    "post_fault": 6, "search_fault": 3, "look_fault": 1, "servers_well": 3, "lost_answer": 3,
+    "post_fault": 6, "search_fault": 3, "look_fault": 1, "list_fault": 3,
+    "servers_well": 3, "lost_answer": 3,
     "add_job": 3, "copy_job": 1, "rename": 4, "remove": 3, "bring_back": 4,
     "remove_for_a_while": 4, "refused_and_removed": 3,
     "new_ids": 2, "earlier_ids": 2, "other_variables": 2, "other_target": 2,

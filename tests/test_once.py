@@ -184,6 +184,7 @@ def test_concurrency(workspace: Workspace) -> None:
     """A hundred batches are looked at with no more requests at a time than allowed, but as many."""
     workspace.config["limits"]["max_concurrency"] = 4
     workspace.sim.latency = 0.01
+    workspace.sim.fault("openai.list", "status", None, code=405)
     for number in range(10):
         ids = [f"batch_{number}_{part}" for part in range(10)]
         workspace.add_job(f"job{number}", *ids)
