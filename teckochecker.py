@@ -61,11 +61,11 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, Final, NoReturn, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
 import httpx
 import structlog
@@ -240,8 +240,10 @@ class Place:
 
 def one_line(text: str, limit: int = 500) -> str:
     """Return `text` as one printable line of valid Unicode, at most `limit` characters long."""
-    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
-    line = " ".join(printable.split())
+    text = text[: 4 * limit]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -1996,8 +1998,7 @@ UNCHARTED: Final = 1_000_000_000  # rows between parts of the list that no page 
 MAX_MARKS: Final = 5000
 
 
-@dataclass(frozen=True, slots=True)
-class Spot:
+class Spot(NamedTuple):
     """Where a batch stands: `row` counts from anywhere, `after` is the id of the row before it."""
 
     row: int
@@ -2193,14 +2194,18 @@ def _age(batch: Batch) -> float:
 # --- what a look and a person's request make of a piece of work -----------------------------------
 
 
+def is_old_news(work: Work, seen: Mapping[str, Batch | ApiError]) -> bool:
+    """Return whether a look has shown only what is known: this is so nearly every time."""
+    return (
+        work.error is None
+        and work.failures == 0
+        and all(batch.is_terminal or seen.get(batch.id) == batch for batch in work.batches)
+    )
+
+
 def is_whole_look(work: Work, seen: Container[str]) -> bool:
     """Return whether all that was unfinished of a work has been seen."""
     return all(batch.is_terminal or batch.id in seen for batch in work.batches)
-
-
-def what_counts(work: Work) -> tuple[object, ...]:
-    """Return what a look may change of a work, but for the times."""
-    return work.batches, work.error, work.failures
 
 
 def look_error(errors: Mapping[str, ApiError]) -> str | None:
@@ -2569,6 +2574,11 @@ def picked(row: sqlite3.Row, columns: Sequence[str]) -> dict[str, Any]:
     return {column: row[column] for column in columns}
 
 
+def as_row(part: Target | Batch) -> dict[str, Any]:
+    """Return a part of the model as columns."""
+    return {column: getattr(part, column) for column in part.__slots__}
+
+
 def target_of(row: sqlite3.Row) -> Target:
     """Return the target that stands in a row."""
     return Target(**picked(row, _TARGET_COLUMNS))
@@ -2781,20 +2791,28 @@ class Store:
                 if work.id not in kept
             }
             for position, (name, job) in enumerate(jobs.items()):
-                old = before.get(assigned.get(name, -1)) or self._insert(job, targets[name])
-                before[old.id] = old
-                after[old.id] = as_in_config(old, job, targets[name], position)
+                target, old = targets[name], before.get(assigned.get(name, -1))
+                new = (
+                    as_in_config(old, job, target, position)
+                    if old
+                    else self._insert(job, target, position)
+                )
+                after[new.id] = new
             for work_id, work in after.items():
-                self._write(before[work_id], work)
+                if work_id in before:
+                    self._write(before[work_id], work)
         return [work for work in after.values() if is_live(work)]
 
-    def _insert(self, job: Job, target: Target) -> Work:
-        row = {"name": job.name, "batch_key": batch_key(job.batch_ids)}
-        work_id = self._put("jobs", row | asdict(target), verb="INSERT")
+    def _insert(self, job: Job, target: Target, position: int) -> Work:
+        row = {"name": job.name, "batch_key": batch_key(job.batch_ids), "position": position}
+        row |= {"paused": job.paused}
+        work_id = self._put("jobs", row | as_row(target), verb="INSERT")
         batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-        for place, batch in enumerate(batches):
-            self._write_batch(work_id, place, batch)
-        return Work(work_id, job.name, batches, target, position=None)
+        self._db.executemany(
+            "INSERT INTO batches (job_id, position, id) VALUES (?, ?, ?)",
+            [(work_id, place, batch.id) for place, batch in enumerate(batches)],
+        )
+        return Work(work_id, job.name, batches, target, position, job.paused)
 
     def save(
         self, changes: Iterable[tuple[Work, Work]], events: Sequence[Event], now: float
@@ -2805,32 +2823,34 @@ class Store:
                 self._write(before, after)
             self._write_events(events, now)
 
-    def touch(self, works: Iterable[Work]) -> None:
-        """Store only when works were looked at and will be: nothing else of them has changed."""
+    def touch(self, looks: Iterable[tuple[int, float, float]]) -> None:
+        """Store when works, by their ids, were looked at and will be: nothing else has changed."""
         with self.transaction():
             self._db.executemany(
-                "UPDATE jobs SET last_check_at = ?, next_check_at = ? WHERE id = ?",
-                [(work.last_check_at, work.next_check_at, work.id) for work in works],
+                "UPDATE jobs SET last_check_at = ?2, next_check_at = ?3 WHERE id = ?1", looks
             )
 
     def _write(self, before: Work, after: Work) -> None:
         """Write what differs between two states of one piece of work."""
         if after is before:
             return
-        if replace(after, batches=before.batches, trigger=before.trigger) != before:
-            row = {column: getattr(after, column) for column in _WORK_COLUMNS}
-            row |= asdict(after.target)
+        row = {
+            c: getattr(after, c) for c in _WORK_COLUMNS if getattr(after, c) != getattr(before, c)
+        }
+        if after.target != before.target:
+            row |= as_row(after.target)
+        if row:
             changes = ", ".join(f"{column} = :{column}" for column in row)
-            self._db.execute(f"UPDATE jobs SET {changes} WHERE id = :id", row)
+            self._db.execute(f"UPDATE jobs SET {changes} WHERE id = :id", row | {"id": before.id})
         for place, (old, new) in enumerate(zip(before.batches, after.batches, strict=True)):
             if old != new:
                 self._write_batch(after.id, place, new)
         if after.trigger and after.trigger != before.trigger:
             row = {column: getattr(after.trigger, column) for column in _TRIGGER_COLUMNS}
-            self._put("triggers", {"job_id": after.id} | asdict(after.trigger.target) | row)
+            self._put("triggers", {"job_id": after.id} | as_row(after.trigger.target) | row)
 
     def _write_batch(self, work_id: int, place: int, batch: Batch) -> None:
-        self._put("batches", {"job_id": work_id, "position": place} | asdict(batch))
+        self._put("batches", {"job_id": work_id, "position": place} | as_row(batch))
 
     def _put(self, table: str, row: Mapping[str, object], verb: str = "INSERT OR REPLACE") -> int:
         """Insert a row, or replace the one with its key; returns the row's number."""
@@ -3138,7 +3158,9 @@ class Http:
             timeout=None,  # noqa: S113 - `_fetch` has a deadline for the whole
             follow_redirects=False,  # a redirect would carry the token to another host
             headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=10, keepalive_expiry=30
+            ),
             mounts={f"all://{host}": None for host in loopback},  # a proxy is not for these
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
         )
@@ -3314,11 +3336,27 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     )
 
 
-def parse_page(data: object, watched: Container[str]) -> Page:
+def is_as_known(row: Mapping[str, object], known: Batch) -> bool:
+    """Return whether a row shows a batch that runs as it is known: the same status and counts.
+
+    Nothing else of a batch changes before its end. This spares most rows of most pages the reading.
+    """
+    counts = row.get("request_counts")
+    return (
+        row.get("status") == known.status
+        and not known.is_terminal
+        and isinstance(counts, dict)
+        and counts.get("completed") == known.completed
+        and counts.get("failed") == known.failed
+        and counts.get("total") == known.total
+    )
+
+
+def parse_page(data: object, known: Mapping[str, Batch]) -> Page:
     """Return a page of OpenAI's list of batches; raises ValueError for what is none.
 
-    A row that is no batch, or ends one without being a whole one, is not taken: the batch is then
-    asked for by itself.
+    `known` are the watched batches. A row that is no batch, or ends one without being a whole one,
+    is not taken: the batch is then asked for by itself.
     """
     rows = data.get("data") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(rows, list):
@@ -3327,11 +3365,15 @@ def parse_page(data: object, watched: Container[str]) -> Page:
     batches: dict[str, Batch] = {}
     for row in rows:
         batch_id = row["id"]
-        if batch_id in watched and batch_id not in batches:
-            with contextlib.suppress(ValueError):
-                batch = parse_batch(row, batch_id)
-                if not batch.is_terminal or "input_file_id" in row:
-                    batches[batch_id] = batch
+        if batch_id not in known or batch_id in batches:
+            continue
+        if is_as_known(row, known[batch_id]):
+            batches[batch_id] = known[batch_id]
+            continue
+        with contextlib.suppress(ValueError):
+            batch = parse_batch(row, batch_id)
+            if not batch.is_terminal or "input_file_id" in row:
+                batches[batch_id] = batch
     return Page(
         ids=[row["id"] for row in rows],
         batches=batches,
@@ -3497,17 +3539,17 @@ class OpenAIClient:
 
         return await with_retries(functools.partial(self._in_turn, attempt), self._clock)
 
-    async def page(self, cursor: str | None, watched: Container[str]) -> Page:
+    async def page(self, cursor: str | None, known: Mapping[str, Batch]) -> Page:
         """Return the page of the account's batches after a row, or the newest; raises ApiError.
 
-        Source: OpenAI's API reference, `GET /batches`.
+        `known` are the batches to look for. Source: OpenAI's API reference, `GET /batches`.
         """
         params = {"limit": str(PAGE_ROWS)} | ({"after": cursor} if cursor else {})
 
         async def attempt(budget: Budget) -> Page:
             answer = await self._get("/batches", params, budget)
             try:
-                return parse_page(self._json(answer), watched)
+                return parse_page(self._json(answer), known)
             except ValueError as error:
                 raise nonsense(f"OpenAI's answer is not a list: it {error}", answer) from None
 
@@ -3825,12 +3867,17 @@ class Watch:
     work: Work
     job: Job | None = None  # None: these ids are not in the config now
     due: float = 0.0
+    looked_at: float = 0.0  # Unix seconds
     is_looking: bool = False
     trigger_due: float = 0.0
     unknown_since: float = 0.0
     is_posting: bool = False
     carrier: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # ends a carrier's wait
+
+    def pending(self) -> list[str]:
+        """Return the batches that have not ended."""
+        return [batch.id for batch in self.work.batches if not batch.is_terminal]
 
 
 def is_nearly_due(watch: Watch, now: float) -> bool:
@@ -3858,7 +3905,6 @@ class Look:
 
     begun_at: float
     due: Mapping[str, Batch]
-    watchers: Mapping[str, Sequence[Watch]]  # of each batch that is unfinished, due or not
     risk: int = 0  # pages that may be asked for beyond what pages have saved
     shown: dict[str, Batch] = field(default_factory=dict)
     saved: int = 0  # requests that pages have saved, less the pages themselves
@@ -3890,8 +3936,7 @@ class Look:
 
     def seen_of(self, watch: Watch) -> dict[str, Batch | ApiError]:
         """Return what pages have shown of a work that is unfinished."""
-        ids = [batch.id for batch in watch.work.batches if not batch.is_terminal]
-        return {key: self.shown[key] for key in ids if key in self.shown}
+        return {key: self.shown[key] for key in watch.pending() if key in self.shown}
 
 
 class Poller:
@@ -3904,12 +3949,16 @@ class Poller:
     ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
     KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
     WALKS_AT_ONCE: Final = 10
+    PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
 
     def __init__(self, engine: Engine, client: OpenAIClient) -> None:
         self._engine = engine
         self._client = client
         self._chart = Chart()
-        self._watches: dict[int, Watch] = {}
+        self._watches: dict[int, Watch] = {}  # those that are polled
+        self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
+        self._known: dict[str, Batch] = {}  # these batches, as they were seen last
+        self._gate = Gate(self.PAGES_AT_ONCE)
         self._until = math.inf
         self._list_from = -math.inf  # when the list may be used
         self._list_failures = 0
@@ -3918,48 +3967,63 @@ class Poller:
 
     def take(self, watches: Iterable[Watch]) -> None:
         """Have these works looked at from now on."""
-        self._watches = {watch.work.id: watch for watch in watches}
+        polled = [watch for watch in watches if self._engine.is_polled(watch)]
+        self._watches = {watch.work.id: watch for watch in polled}
+        self._watchers = {}
+        for watch in polled:
+            for batch_id in watch.pending():
+                self._watchers.setdefault(batch_id, []).append(watch)
+        batches = (batch for watch in polled for batch in watch.work.batches)
+        self._known = {batch.id: batch for batch in batches if batch.id in self._watchers}
         self.wake.set()
+
+    def _drop(self, watch: Watch) -> None:
+        """Forget what has ended of a work."""
+        pending = set(watch.pending())
+        for batch in watch.work.batches:
+            if batch.id not in pending and watch in self._watchers.get(batch.id, ()):
+                self._watchers[batch.id].remove(watch)
+                if not self._watchers[batch.id]:
+                    del self._watchers[batch.id], self._known[batch.id]
+        if not pending:
+            self._watches.pop(watch.work.id, None)
 
     async def run(self) -> None:
         """Start looks when they are due; with --once, all of them, once."""
-        clock, once = self._engine.clock, self._engine.once
-        while True:
+        clock, engine = self._engine.clock, self._engine
+        while not engine.is_stopping:
             self.wake.clear()
             now = clock.mono()
-            polled = [watch for watch in self._polled() if not watch.is_looking]
-            if any(watch.due <= now for watch in polled):
-                await self._look([watch for watch in polled if is_nearly_due(watch, now)])
-            if once:
+            idle = [watch for watch in self._watches.values() if not watch.is_looking]
+            if any(watch.due <= now for watch in idle):
+                await self._look([watch for watch in idle if is_nearly_due(watch, now)])
+            if engine.once:
                 return
-            waiting = (watch.due for watch in self._polled() if not watch.is_looking)
+            waiting = (watch.due for watch in self._watches.values() if not watch.is_looking)
             self._until = min(waiting, default=math.inf)
             await wait_for_event(self.wake, self._until - clock.mono())
             await asyncio.sleep(self.ROUND_S)
 
-    def _polled(self) -> list[Watch]:
-        return [watch for watch in self._watches.values() if self._engine.is_polled(watch)]
-
     def _is_mine(self, watch: Watch) -> bool:
-        """Return whether a work is still one of this account's, after something was awaited."""
-        return self._watches.get(watch.work.id) is watch and self._engine.is_polled(watch)
+        """Return whether a work is still polled here, after something was awaited."""
+        return self._watches.get(watch.work.id) is watch
 
     async def _look(self, watches: Sequence[Watch]) -> None:
         """Look at every unfinished batch of these works. What fails stays with its job."""
         for watch in watches:
             watch.is_looking = True
         due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
-        look = Look(self._engine.clock.mono(), due, {})
+        look = Look(self._engine.clock.mono(), due)
         if len(due) >= LIST_MIN and self._list_from <= self._engine.clock.mono():
-            look.watchers = self._watchers()
             await self._read_list(look)
         asked = {
             batch.id: self._engine.spawn(self._ask(batch.id))
             for batch in look.affordable(once=self._engine.once)
-            if any(map(self._is_mine, look.watchers.get(batch.id, watches)))
+            if batch.id in self._watchers
         }
+        unfinished = {id(w) for b in look.missing() for w in self._watchers.get(b.id, ())}
         for watch in watches:
-            if self._is_mine(watch) and not is_whole_look(watch.work, look.shown):
+            if id(watch) in unfinished:
                 self._engine.spawn(self._finish(watch, look, asked))
             else:
                 watch.is_looking = False
@@ -3976,7 +4040,7 @@ class Poller:
                 watch.due = look.begun_at + min(watch.job.poll_interval_s, MINUTE_S)
         finally:
             watch.is_looking = False
-            if not self._is_mine(watch):
+            if not self._is_mine(watch) and not watch.work.is_ready:
                 self._engine.wake_pollers()  # a reload may have given the job to another one
             elif watch.due < self._until:
                 self.wake.set()
@@ -4000,7 +4064,8 @@ class Poller:
         """Store what a look has brought for some works."""
         try:
             looks = [(watch, look.seen_of(watch) | (answers or {})) for watch in watches]
-            self._engine.record(looks, look.begun_at)
+            for watch in self._engine.record(looks, look.begun_at):
+                self._drop(watch)
         except (StorageError, sqlite3.Error) as error:
             wait_s = FIRST_TRIGGER_BACKOFF_S
             self._engine.note_trouble(error, watches[0].work.name)
@@ -4014,18 +4079,9 @@ class Poller:
 
     # --- the list ---
 
-    def _watchers(self) -> dict[str, list[Watch]]:
-        """Return who watches which unfinished batch."""
-        watchers: dict[str, list[Watch]] = {}
-        for watch in self._polled():
-            for batch in watch.work.batches:
-                if not batch.is_terminal:
-                    watchers.setdefault(batch.id, []).append(watch)
-        return watchers
-
     async def _read_list(self, look: Look) -> None:
         """Read the pages that pay, and record what they show."""
-        self._chart.begin_look(look.watchers)
+        self._chart.begin_look(self._watchers)
         try:
             await self._read_known(look)
             await self._explore(look)
@@ -4059,7 +4115,7 @@ class Poller:
             return
         ages = sorted(
             (batch.created_at, batch.id)
-            for watch in self._polled()
+            for watch in self._watches.values()
             for batch in watch.work.batches
             if batch.created_at
         )
@@ -4120,7 +4176,8 @@ class Poller:
         """Return a page, or None if its cursor is gone from the list. Raises ApiError."""
         look.saved -= 1
         try:
-            page = await self._client.page(cursor, look.watchers)
+            async with self._gate:
+                page = await self._client.page(cursor, self._known)
         except ApiError as error:
             if cursor is None or error.status not in {400, 404} or not self._chart.is_begun:
                 raise
@@ -4134,9 +4191,11 @@ class Poller:
         shown: set[str] = set()
         for page in pages:
             look.take(page)
-            shown |= page.batches.keys()
-        seen = {watch.work.id: watch for key in shown for watch in look.watchers.get(key, ())}
-        self._record([watch for watch in seen.values() if self._is_mine(watch)], look)
+            for key in page.batches.keys() & self._known.keys():
+                self._known[key] = page.batches[key]
+                shown.add(key)
+        seen = {watch.work.id: watch for key in shown for watch in self._watchers.get(key, ())}
+        self._record(list(seen.values()), look)
 
     def _note_failure(self, error: ApiError) -> None:
         """Do without the list for a while; for longer where there seems to be none."""
@@ -4617,36 +4676,37 @@ class Engine:
 
     def record(
         self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
-    ) -> None:
+    ) -> list[Watch]:
         """Store what looks have shown, as one, and start the triggers of which it was the last.
 
-        What has not changed is not written, but for the time, now and then: see `flush`. Intervals
-        go from beginning to beginning, so that works looked at together stay together.
+        Returns what has changed. Of the others only the times are written, now and then: see
+        `flush`. Intervals go from beginning to beginning, so that works looked at together stay
+        together.
         """
         now, mono = self.clock.wall(), self.clock.mono()
-        looked_at: list[tuple[Watch, Work]] = []
         changed: list[tuple[Watch, Work]] = []
         news: list[Event] = []
+        whole: list[tuple[Watch, float]] = []
         for watch, seen in looks:
-            if watch.job is None:
-                continue
-            whole_s = watch.job.poll_interval_s
-            interval_s = max(whole_s - (mono - begun_at), whole_s / 2)
-            after, events = after_look(
-                watch.work, seen, interval_s=interval_s, now=now, jitter=self.clock.jitter()
-            )
-            news += events
-            if what_counts(after) != what_counts(watch.work):
-                changed.append((watch, after))
+            whole_s = watch.job.poll_interval_s if watch.job else 0
+            wait_s = max(whole_s - (mono - begun_at), whole_s / 2)
+            if not is_old_news(watch.work, seen):
+                after, events = after_look(
+                    watch.work, seen, interval_s=wait_s, now=now, jitter=self.clock.jitter()
+                )
+                news += events
+                wait_s = max(0.0, (after.next_check_at or now) - now)
+                if after != watch.work:
+                    changed.append((watch, after))
             if is_whole_look(watch.work, seen):
-                looked_at.append((watch, after))
+                whole.append((watch, wait_s))
         if changed:
             self.save(changed, news)
-        for watch, after in looked_at:
-            watch.work = after
-            watch.due = mono + max(0.0, (after.next_check_at or now) - now)
+        for watch, wait_s in whole:
+            watch.looked_at, watch.due = now, mono + wait_s
             self._touched.add(watch)
             self.carry(watch)
+        return [watch for watch, _ in changed]
 
     def summary(self) -> str:
         """Return how the jobs are, in one line."""
@@ -4718,7 +4778,12 @@ class Engine:
         """Write when works were looked at, now and then: nothing depends on it."""
         wait_s = max(TOUCH_S, len(self._touched) * TOUCH_S_EACH)
         if self._touched and (at_once or self.clock.mono() - self._touched_at >= wait_s):
-            self.store.touch([watch.work for watch in self._touched])
+            wall, mono = self.clock.wall(), self.clock.mono()
+            self.store.touch(
+                (watch.work.id, watch.looked_at, wall + watch.due - mono)
+                for watch in self._touched
+                if not watch.work.is_ready
+            )
             self._touched.clear()
             self._touched_at = self.clock.mono()
 

@@ -15,7 +15,7 @@ import json
 import random
 import selectors
 import sqlite3
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -462,9 +462,9 @@ class ModelEngine(Engine):
 
     def record(
         self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
-    ) -> None:
+    ) -> list[Watch]:
         more = [(watch, {**self._late(watch), **seen}) for watch, seen in looks]
-        super().record(more, begun_at)
+        return super().record(more, begun_at)
 
     def _late(self, watch: Watch) -> dict[str, Batch]:
         """Return, now and then, batches that have ended as if they went on."""
@@ -521,7 +521,7 @@ class FakeOpenAI(OpenAIClient):
         batch = self._process.world.batches[batch_id]
         return Batch(batch_id, batch.status, created_at=batch.created_at, ended_at=batch.ended_at)
 
-    async def page(self, cursor: str | None, watched: Container[str]) -> Page:
+    async def page(self, cursor: str | None, known: Mapping[str, Batch]) -> Page:
         """Return some rows of the list, which may lack any, repeat any, and lie about its end."""
         process, world = self._process, self._process.world
         process.point("page")
@@ -539,7 +539,7 @@ class FakeOpenAI(OpenAIClient):
         created = [world.batches[key].created_at for key in rows] or [None]
         return Page(
             ids=rows,
-            batches={key: self._batch(key) for key in rows if key in watched},
+            batches={key: self._batch(key) for key in rows if key in known},
             newest_at=created[0],
             oldest_at=created[-1],
             has_more=len(ids) > len(rows) or world.list_fault == "lies",

@@ -452,7 +452,7 @@ def test_an_unchanged_config_writes_nothing(store: Store) -> None:
         ({"paused": True}, ["jobs"]),
         ({"batch_ids": ("batch_2", "batch_1")}, ["batches", "batches"]),
         ({"mode": "debug", "poll_interval_s": 9, "variables": (("a", "b"),)}, []),
-        ({"batch_ids": ("batch_9",)}, ["jobs", "jobs", "jobs", "batches"]),
+        ({"batch_ids": ("batch_9",)}, ["jobs", "jobs", "batches"]),
     ],
 )
 def test_only_what_differs_is_written(
@@ -553,7 +553,7 @@ def test_touch_writes_only_the_times(store: Store) -> None:
     """A look without news stores when it was and when the next one is."""
     [work] = sync(store, job("a"))
     looked = replace(work, last_check_at=NOW, next_check_at=NOW + 60)
-    store.touch([replace(looked, error="not this")])
+    store.touch([(work.id, NOW, NOW + 60)])
     assert store.works() == [looked]
 
 
