@@ -3869,6 +3869,7 @@ class Watch:
     due: float = 0.0
     looked_at: float = 0.0  # Unix seconds
     is_looking: bool = False
+    look_began: float = 0.0
     trigger_due: float = 0.0
     unknown_since: float = 0.0
     is_posting: bool = False
@@ -3958,6 +3959,7 @@ class Poller:
         self._watches: dict[int, Watch] = {}  # those that are polled
         self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
         self._known: dict[str, Batch] = {}  # these batches, as they were seen last
+        self._answered: list[tuple[Watch, Mapping[str, Batch | ApiError]]] = []  # to be recorded
         self._gate = Gate(self.PAGES_AT_ONCE)
         self._until = math.inf
         self._list_from = -math.inf  # when the list may be used
@@ -4010,11 +4012,12 @@ class Poller:
 
     async def _look(self, watches: Sequence[Watch]) -> None:
         """Look at every unfinished batch of these works. What fails stays with its job."""
+        begun_at = self._engine.clock.mono()
         for watch in watches:
-            watch.is_looking = True
+            watch.is_looking, watch.look_began = True, begun_at
         due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
-        look = Look(self._engine.clock.mono(), due)
-        if len(due) >= LIST_MIN and self._list_from <= self._engine.clock.mono():
+        look = Look(begun_at, due)
+        if len(due) >= LIST_MIN and self._list_from <= begun_at:
             await self._read_list(look)
         asked = {
             batch.id: self._engine.spawn(self._ask(batch.id))
@@ -4034,8 +4037,10 @@ class Poller:
         """Record the look at one work, once the batches that no page has shown are answered."""
         try:
             answers = {b.id: await asked[b.id] for b in watch.work.batches if b.id in asked}
-            if self._is_mine(watch):
-                self._record([watch], look, answers)
+            self._answered.append((watch, look.seen_of(watch) | answers))
+            await asyncio.sleep(0)  # whatever else is answered in this turn is recorded with it
+            answered, self._answered = self._answered, []
+            self._record([(watch, seen) for watch, seen in answered if self._is_mine(watch)])
             if watch.due <= look.begun_at and watch.job:  # not all were asked for
                 watch.due = look.begun_at + min(watch.job.poll_interval_s, MINUTE_S)
         finally:
@@ -4055,26 +4060,22 @@ class Poller:
             self._engine.note_bug(error, batch_id)
             return ApiError(f"internal error: {type(error).__name__}")
 
-    def _record(
-        self,
-        watches: Sequence[Watch],
-        look: Look,
-        answers: dict[str, Batch | ApiError] | None = None,
-    ) -> None:
-        """Store what a look has brought for some works."""
+    def _record(self, looks: Sequence[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> None:
+        """Store what looks have brought, as one."""
+        if not looks:
+            return
         try:
-            looks = [(watch, look.seen_of(watch) | (answers or {})) for watch in watches]
-            for watch in self._engine.record(looks, look.begun_at):
+            for watch in self._engine.record(looks):
                 self._drop(watch)
         except (StorageError, sqlite3.Error) as error:
             wait_s = FIRST_TRIGGER_BACKOFF_S
-            self._engine.note_trouble(error, watches[0].work.name)
+            self._engine.note_trouble(error, looks[0][0].work.name)
         except Exception as error:  # noqa: BLE001 - as in `_ask`
             wait_s = MINUTE_S
-            self._engine.note_bug(error, watches[0].work.name)
+            self._engine.note_bug(error, looks[0][0].work.name)
         else:
             return
-        for watch in watches:
+        for watch, _ in looks:
             watch.due = self._engine.clock.mono() + wait_s
 
     # --- the list ---
@@ -4195,7 +4196,9 @@ class Poller:
                 self._known[key] = page.batches[key]
                 shown.add(key)
         seen = {watch.work.id: watch for key in shown for watch in self._watchers.get(key, ())}
-        self._record(list(seen.values()), look)
+        for watch in seen.values():
+            watch.look_began = look.begun_at
+        self._record([(watch, look.seen_of(watch)) for watch in seen.values()])
 
     def _note_failure(self, error: ApiError) -> None:
         """Do without the list for a while; for longer where there seems to be none."""
@@ -4674,9 +4677,7 @@ class Engine:
         """Remember beside the state file, too, that something is posted now."""
         self._lock.note_post(replace(self.clock.moment(), wall=sending.sending_at or 0.0))
 
-    def record(
-        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
-    ) -> list[Watch]:
+    def record(self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> list[Watch]:
         """Store what looks have shown, as one, and start the triggers of which it was the last.
 
         Returns what has changed. Of the others only the times are written, now and then: see
@@ -4689,7 +4690,7 @@ class Engine:
         whole: list[tuple[Watch, float]] = []
         for watch, seen in looks:
             whole_s = watch.job.poll_interval_s if watch.job else 0
-            wait_s = max(whole_s - (mono - begun_at), whole_s / 2)
+            wait_s = max(whole_s - (mono - watch.look_began), whole_s / 2)
             if not is_old_news(watch.work, seen):
                 after, events = after_look(
                     watch.work, seen, interval_s=wait_s, now=now, jitter=self.clock.jitter()

@@ -460,11 +460,8 @@ class ModelEngine(Engine):
         super().keboola(trigger)  # whether the config has a token
         return FakeKeboola(self.process, trigger.target)
 
-    def record(
-        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
-    ) -> list[Watch]:
-        more = [(watch, {**self._late(watch), **seen}) for watch, seen in looks]
-        return super().record(more, begun_at)
+    def record(self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> list[Watch]:
+        return super().record([(w, {**self._late(w), **seen}) for w, seen in looks])
 
     def _late(self, watch: Watch) -> dict[str, Batch]:
         """Return, now and then, batches that have ended as if they went on."""

@@ -75,7 +75,8 @@ def test_the_trigger_id_does_not_depend_on_the_order_of_ids() -> None:
 )
 def test_the_trigger_id_depends_on_all_of_its_parts(name: str, ids: list[str], rerun: int) -> None:
     """Another name, other ids or another rerun is another trigger."""
-    assert tc.trigger_id(name, ids, rerun) != VECTOR
+    first = tc.trigger_id("nightly-embeddings", ["batch_abc123", "batch_def456"], 0)
+    assert tc.trigger_id(name, ids, rerun) != first
 
 
 def test_the_trigger_id_of_a_name_beyond_ascii_is_taken_from_ascii_json() -> None:
@@ -210,7 +211,9 @@ def test_arming_again_keeps_the_id_and_rebuilds_the_payload() -> None:
 
 def test_another_rerun_gets_another_id() -> None:
     """What `retry --force` repeats is a start of its own."""
-    made = tc.new_trigger(work("completed", rerun=1), job(), TARGET, tc.Secret("tok"), NOW)
+    known = work("completed", rerun=1, trigger=trigger(S.SENT, failures=3))
+    made = tc.new_trigger(known, job(), TARGET, tc.Secret("tok"), NOW)
+    assert made.failures == 0
     assert made.id == tc.trigger_id("nightly-embeddings", ["batch_0"], 1)
     assert made.rerun == 1
 
@@ -515,6 +518,7 @@ def test_a_failed_search_sends_nothing(state: S, *, may_post: bool) -> None:
         assert (one.state, one.failures, one.clear_searches) == (state, failures, 1)
         assert one.error == "cannot search Keboola for an earlier start: 503"
         waits.append((one.next_try_at or 0) - NOW)
+    assert waits[:4] == [3.75, 7.5, 15, 30]
     assert waits == sorted(waits)
     assert max(waits) <= 3600
 
@@ -595,11 +599,13 @@ OUTCOMES: list[tuple[str, ApiError, S, float | None]] = [
 def test_what_a_failed_post_comes_to(error: ApiError, state: S, wait_s: float | None) -> None:
     """Each kind of error is not sent, rejected or unknown, with its wait."""
     sending = tc.as_sending(trigger(), NOW)
-    after = tc.after_failed_post(sending, error, grace_s=GRACE, now=tc.Moment(NOW), jitter=1.0)
+    forgotten = replace(sending, failures=9, clear_searches=9) if state is S.UNKNOWN else sending
+    after = tc.after_failed_post(forgotten, error, grace_s=GRACE, now=tc.Moment(NOW), jitter=1.0)
     assert after.state is state
     assert after.next_try_at == (None if wait_s is None else NOW + wait_s)
     assert after.unknown_at == (NOW if state is S.UNKNOWN else None)
     assert after.failures == (0 if state is S.UNKNOWN else 1)
+    assert after.clear_searches == 0
     assert "x" in (after.error or "")
     assert (after.id, after.payload, after.target) == (sending.id, sending.payload, TARGET)
 
@@ -624,7 +630,9 @@ def test_what_is_not_sent_is_tried_with_growing_waits_without_end() -> None:
         (trigger(), None, None),
         (trigger(next_try_at=NOW - 5), NOW - 5, None),
         (trigger(next_try_at=NOW + 3000), NOW + 3000, None),
+        (trigger(next_try_at=NOW + 3601), NOW, None),
         (trigger(next_try_at=NOW + 90_000), NOW, None),
+        (trigger(S.UNKNOWN, next_try_at=NOW + 86_000, unknown_at=NOW), NOW + 86_000, NOW),
         (trigger(next_try_at=NOW + 3000, created_at=NOW + 1), NOW, None),
         (trigger(next_try_at=NOW + 3000, sending_at=NOW + 1), NOW, None),
         (trigger(S.UNKNOWN, next_try_at=NOW + 50, unknown_at=NOW - 9), NOW + 50, NOW - 9),
@@ -829,9 +837,10 @@ def test_a_failed_look_keeps_what_is_known_and_comes_later_each_time() -> None:
     }
     waits = []
     for _ in range(8):
-        after, _ = look(after, seen)
+        after, _ = look(after, {**seen, "batch_2": after.batches[2]})
         waits.append((after.next_check_at or 0) - NOW)
     assert waits == [200, 400, 800, 1600, 3200, 3600, 3600, 3600]
+    assert after.error == "batch_0: OpenAI answered 500"
 
 
 def test_an_error_is_told_once_and_so_is_its_end() -> None:

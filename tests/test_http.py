@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import socket
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -232,6 +234,13 @@ def test_an_echoed_key_is_masked(web: respx.Router, http: Http) -> None:
     web.get(path="/v1/batches/batch_a").mock(return_value=httpx.Response(401, json=body))
     message = str(failing(openai(http).batch("batch_a")))
     assert message == "OpenAI answered 401: Incorrect API key provided: ***"
+
+
+def test_an_echoed_key_is_masked_in_headers(web: respx.Router, http: Http) -> None:
+    """The request's id is kept, but not where it is no such thing."""
+    answer = httpx.Response(401, headers={"x-request-id": f"req_{KEY}"})
+    web.get(path="/v1/batches/batch_a").mock(return_value=answer)
+    assert failing(openai(http).batch("batch_a")).request_id == "req_***"
 
 
 def http_date(after_s: float) -> str:
@@ -783,6 +792,91 @@ def test_a_request_has_a_deadline_as_a_whole(
         return elapsed
 
     assert 0.25 < run(scenario()) < 2
+
+
+@contextlib.asynccontextmanager
+async def asking(
+    http: Http, serve: Callable[[asyncio.StreamWriter], Awaitable[None]]
+) -> AsyncIterator[str]:
+    """The address of a server for one client; it answers each request, on any connection."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await serve(writer)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.append(asyncio.create_task(handle(reader, writer)))
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as listening:
+        try:
+            yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        finally:
+            await http.close()  # which ends the connections
+            await asyncio.gather(*tasks)
+
+
+def test_a_drip_does_not_put_the_deadline_off() -> None:
+    """A byte now and then is an answer that goes on, and yet ends with the request's time."""
+
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}":
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await real_sleep(0.04)
+
+    async def scenario() -> None:
+        async with asking(http := impatient(), drip) as url:
+            with pytest.raises(ApiError, match="no whole answer within"):
+                await get(http, url)
+
+    run(scenario())
+
+
+def test_each_post_has_a_connection_of_its_own() -> None:
+    """A kept connection may be at its end, which looks like a lost answer."""
+    connections = set[asyncio.StreamWriter]()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        connections.add(writer)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    async def scenario() -> None:
+        async with asking(http := impatient(5), answer) as url:
+            for _ in range(2):
+                await get(http, url)
+            assert len(connections) == 1
+            for _ in range(2):
+                assert (await http.post(url, {}, "")).status == 200
+
+    run(scenario())
+    assert len(connections) == 3
+
+
+def test_a_bomb_is_not_expanded_first(
+    web: respx.Router, http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is over the cap is never in memory, however small it came."""
+    monkeypatch.setattr(tc, "MAX_BODY_BYTES", 10_000)
+    bomb = gzip.compress(bytes(20_000_000))
+
+    class OneChunk(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield bomb
+
+    answer = httpx.Response(200, headers={"content-encoding": "gzip"}, stream=OneChunk())
+    web.get(f"{OPENAI}/x").mock(side_effect=lambda _: answer)
+    tracemalloc.start()
+    try:
+        assert str(failing(get(http, f"{OPENAI}/x"))) == "the answer is over 16 MiB"
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_compressed_answer_that_is_none(sim: Simulator) -> None:

@@ -760,6 +760,26 @@ def test_a_reader_that_stays_is_named_as_one(path: Path, monkeypatch: pytest.Mon
         StateLock(path, "daemon")
 
 
+@pytest.mark.parametrize("name", ["state.db", "state.db.lock"])
+def test_own_files_are_no_links(path: Path, name: str) -> None:
+    """A link in the place of a file of ours is refused, and what it leads to is left alone."""
+    target = path.with_name("elsewhere")
+    target.touch()
+    path.with_name(name).symlink_to(target)
+    with pytest.raises(StateError, match="put the file itself there, not a link to it"):
+        StateLock(path, "daemon").close() if name.endswith(".lock") else Store.open(path).close()
+    assert target.read_bytes() == b""
+
+
+def test_a_link_is_no_lock(path: Path) -> None:
+    """What hangs on a link could be anybody's: a reader that meets one does not rely on it."""
+    target = path.with_name("elsewhere")
+    target.touch()
+    tc.lock_path(path).symlink_to(target)
+    with tc.shared_lock(path) as is_free:
+        assert not is_free
+
+
 # ---- readers ----
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness import PATIENCE_S, Workspace, trigger_id, variables
+from harness import PATIENCE_S, Workspace, trigger_id, variables, wait_until
 
 
 def test_pause(workspace: Workspace) -> None:
@@ -68,6 +68,8 @@ def test_unknown_while_paused_or_gone(workspace: Workspace) -> None:
         daemon.wait_for_event("trigger_found", job=name)
     for name in ("paused", "gone"):
         workspace.sim.wait_for(lambda: workspace.searches(name) >= 3, PATIENCE_S)  # noqa: B023
+        # The search has been answered; what it led to is known once it is committed.
+        wait_until(lambda: workspace.trigger_row(name)["clear_searches"] == 2, "two clear ones")  # noqa: B023
         assert workspace.posts(name) == 1
 
     workspace.jobs |= removed

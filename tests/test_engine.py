@@ -1,0 +1,616 @@
+"""The engine, step by step: one scene each, in virtual time, where chance has no part.
+
+The random histories of `test_model.py` go through most of this as well. Here, each rule has a scene
+that cannot do without it; a scene takes milliseconds, however many hours it plays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sqlite3
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import trigger_id
+from model import Crash, Process, ServerJob, World, played
+
+import teckochecker as tc
+from teckochecker import (
+    ApiError,
+    Job,
+    Secret,
+    StateLock,
+    Store,
+    Target,
+    Trigger,
+    TriggerState,
+    Work,
+)
+
+GRACE_S = 60
+HOUR_S = 3600.0
+Outcome = tuple[bool, float, ApiError | None]  # is a job started, after how long is what answered
+TARGET = Target("https://connection.eu.example", "component", "1")
+
+
+def lost(after_s: float = 1.0, *, is_started: bool = False) -> Outcome:
+    """An answer that never came."""
+    return is_started, after_s, ApiError("reset", retryable=True)
+
+
+NOT_REACHED: Outcome = (False, 1.0, ApiError("refused", retryable=True, sent=False))
+
+
+class Steady(random.Random):
+    """Chance that always says the same: the longest time, the first choice."""
+
+    def uniform(self, a: float, b: float) -> float:  # noqa: ARG002 - as random.Random has it
+        return b
+
+    def choice(self, seq: Any) -> Any:  # noqa: ANN401 - of anything
+        return seq[0]
+
+    def random(self) -> float:
+        return 0.5
+
+
+class Stage(World):
+    """A world whose servers do as they are told: a look takes a second, a search takes two."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, seed=0)
+        self.random = Steady()
+        self.grace_s = GRACE_S
+        self.outcomes: list[Outcome] = []  # of the next POSTs; then they are answered
+        self.lag_s = 0.0  # from an answer until the search shows the job
+        self.points: list[str] = []  # what processes have come to
+        self.die_at = ""
+
+    def close(self) -> None:
+        self.loop.close()
+
+    def post_outcome(self) -> Outcome:
+        return self.outcomes.pop(0) if self.outcomes else (True, 1.0, None)
+
+    def start_job(self, trigger: Trigger, row: tuple[int, int], took_s: float) -> ServerJob:
+        job = super().start_job(trigger, row, took_s)
+        job.visible_at += self.lag_s
+        return job
+
+    def add(self, name: str = "job", *, has_ended: bool = True) -> Job:
+        """Add a job with one batch, looked at every second."""
+        batch_id = self.new_batch()
+        if has_ended:
+            self.end_batch(batch_id)
+        job = Job(name, (batch_id,), "openai-a", "keboola-eu", "component", "1", poll_interval_s=1)
+        self.change(job)
+        return job
+
+    def change(self, job: Job) -> None:
+        """Write a job into the config."""
+        self.jobs[job.name] = job
+        self.save_config()
+
+    def remove(self, job: Job) -> None:
+        """Take a job out of the config."""
+        del self.jobs[job.name]
+        self.save_config()
+
+    def start(self, *, once: bool = False) -> Process:
+        """Start the process."""
+        self.process = Actor(self, once=once)
+        return self.process
+
+    async def restart(self) -> Process:
+        """Kill the process and start the daemon."""
+        await self.running.kill()
+        return self.start()
+
+    @property
+    def running(self) -> Process:
+        assert self.process
+        return self.process
+
+    def count(self, point: str) -> int:
+        """Return how often a process came to a point."""
+        return self.points.count(point)
+
+    def works(self) -> dict[str, Work]:
+        """Return what is committed of the jobs, by name."""
+        return {work.name: work for work in self.running.store.works()}
+
+    def trigger(self) -> Trigger | None:
+        """Return what is committed of the job's trigger."""
+        work = self.works().get("job")
+        return work.trigger if work else None
+
+    def state(self) -> TriggerState | None:
+        """Return the committed state of the job's trigger."""
+        trigger = self.trigger()
+        return trigger.state if trigger else None
+
+    def logged(self) -> list[str]:
+        """Return the names of the events in the state file."""
+        rows = self.running.store._db.execute("SELECT event FROM logs ORDER BY id")
+        return [row[0] for row in rows]
+
+    def retry(self, *, force: bool = False) -> None:
+        """Do as `retry job` does, and have it taken at once."""
+        self.running.store.ask(self.works()["job"], force=force, now=0)
+        self.running.engine.take_requests(at_once=True)
+
+    async def until(self, condition: Callable[[], object], within_s: float = 300.0) -> None:
+        """Let time go by until something holds; stays close to the moment when it begins to."""
+        deadline = self.now + within_s
+        while not self.violations and not condition():
+            assert self.now < deadline, "\n".join(["never comes about:", *self.points, *self.story])
+            await asyncio.sleep(0.05)
+        assert self.violations == [], "\n".join(self.story)
+
+
+class Actor(Process):
+    """A process that tells what it comes to, and can be told where to die."""
+
+    def point(self, name: str) -> None:
+        world = self.world
+        assert isinstance(world, Stage)
+        if not self.is_dead:
+            world.points.append(name)
+        if name == world.die_at:
+            world.die_at = ""
+            self.die()
+            raise Crash
+        super().point(name)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    with played(), closing(found := Stage(tmp_path)):
+        yield found
+
+
+def play(stage: Stage, scene: Coroutine[Any, Any, None]) -> None:
+    """Play a scene to its end; nothing may happen in it that must never happen."""
+
+    async def whole() -> None:
+        try:
+            await scene
+        finally:
+            if stage.process and not stage.process.task.done():
+                await stage.process.kill()
+
+    with asyncio.Runner(loop_factory=lambda: stage.loop) as runner:
+        runner.run(whole())
+    assert stage.violations == [], "\n".join(stage.story)
+
+
+# ---- the steps in their order ----
+
+
+def test_each_step_is_committed_before_the_next(stage: Stage) -> None:
+    """The intent is in the state file before the search, `sending` before the POST."""
+
+    async def scene() -> None:
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("search") == 1)
+        assert stage.state() == "intent"
+        await stage.until(lambda: stage.count("POST handled") == 1)
+        assert stage.state() == "sending"
+        await stage.until(lambda: stage.state() == "sent")
+        assert (stage.count("search"), stage.count("POST")) == (1, 1)
+        trigger = stage.trigger()
+        assert trigger
+        assert trigger.keboola_job_id == stage.keboola[0].id
+
+    play(stage, scene())
+
+
+def test_a_result_is_kept_until_it_can_be_committed(stage: Stage) -> None:
+    """With a full disk, the answer waits in memory: no search has to find it again."""
+
+    async def scene() -> None:
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("POST handled") == 1)
+        stage.disk_full = 1.0
+        await asyncio.sleep(100)
+        assert stage.state() == "sending"
+        stage.disk_full = 0.0
+        await stage.until(lambda: stage.state() == "sent", 10)
+        assert (stage.count("search"), stage.count("POST")) == (1, 1)
+
+    play(stage, scene())
+
+
+def test_nothing_begins_after_sigterm(stage: Stage) -> None:
+    """While a POST in flight gets its time, a search that comes back clear begins no other."""
+
+    async def scene() -> None:
+        stage.outcomes = [(True, 10.0, None)]
+        stage.add()
+        later = stage.add("later", has_ended=False)
+        stage.start()
+        await stage.until(lambda: stage.count("POST handled") == 1)
+        stage.end_batch(later.batch_ids[0])
+        await stage.until(lambda: stage.count("search") == 2)
+        await stage.running.stop()
+        assert (stage.count("POST"), stage.count("POST answered")) == (1, 1)
+        with stage.reading() as db:
+            assert db
+            states = [row[0] for row in db.execute("SELECT state FROM triggers ORDER BY job_id")]
+        assert states == ["sent", "intent"]
+
+    play(stage, scene())
+
+
+# ---- an unknown outcome ----
+
+
+def test_an_unknown_outcome_takes_two_clear_searches_and_the_grace(stage: Stage) -> None:
+    """The second POST comes after them, and soon after them."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "unknown")
+        since = stage.now
+        await stage.until(lambda: stage.count("POST") == 2)
+        assert GRACE_S <= stage.now - since < GRACE_S + 20
+        assert stage.count("search") == 3
+        await stage.until(lambda: stage.state() == "sent")
+
+    play(stage, scene())
+
+
+def test_the_grace_counts_from_the_record_of_the_outcome(stage: Stage) -> None:
+    """Not from the beginning of a POST that took long to fail."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost(after_s=25.0)]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("POST") == 2)  # the world watches the time
+        await stage.until(lambda: stage.state() == "sent")
+
+    play(stage, scene())
+
+
+def test_a_search_begun_before_the_grace_is_over_does_not_count(stage: Stage) -> None:
+    """What it did not find may have shown up while it was under way."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "unknown")
+        since = stage.now
+        await stage.until(lambda: stage.count("search") == 2)
+        await asyncio.sleep(since + GRACE_S - 1 - stage.now)
+        stage.retry()
+        await stage.until(lambda: stage.count("searched") == 3)  # it ends after the grace
+        assert stage.now - since > GRACE_S
+        await stage.until(lambda: stage.state() == "sent")
+        assert stage.count("search") == 4
+
+    play(stage, scene())
+
+
+@pytest.mark.parametrize("state", ["intent", "unknown"])
+def test_a_failed_search_sends_nothing(stage: Stage, state: str) -> None:
+    """Neither a first nor a second POST, and the search is not repeated all the time."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()] if state == "unknown" else []
+        stage.search_fault = "" if state == "unknown" else "error"
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == state)
+        stage.search_fault = "error"
+        posts, searches = stage.count("POST"), stage.count("search")
+        await asyncio.sleep(2 * HOUR_S)
+        assert (stage.state(), stage.count("POST")) == (state, posts)
+        assert 5 <= stage.count("search") - searches <= 15
+        stage.search_fault = ""
+        await stage.until(lambda: stage.state() == "sent", 2 * HOUR_S)
+        assert stage.count("POST") == posts + 1
+
+    play(stage, scene())
+
+
+def test_a_job_that_shows_late_is_found(stage: Stage) -> None:
+    """A search that lags for nearly the whole grace brings no second job about."""
+
+    async def scene() -> None:
+        stage.lag_s = 0.98 * GRACE_S
+        stage.outcomes = [lost(is_started=True)]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "sent")
+        assert stage.count("POST") == 1
+
+    play(stage, scene())
+
+
+def test_killed_in_a_post(stage: Stage) -> None:
+    """A `sending` that is found at start is unknown, its grace begins then, no POST is blind."""
+
+    async def scene() -> None:
+        stage.lag_s = 0.9 * GRACE_S
+        stage.add()
+        stage.die_at = "POST handled"
+        process = stage.start()
+        await stage.until(process.task.done)
+        stage.start()
+        await stage.until(lambda: stage.state() == "unknown", 2)
+        await stage.until(lambda: stage.state() == "sent")
+        assert stage.count("POST") == 1
+        assert "trigger_found" in stage.logged()
+
+    play(stage, scene())
+
+
+def test_the_oldest_of_several_is_ours(stage: Stage) -> None:
+    """Of several jobs that bear the trigger id the oldest is taken, and nothing is sent."""
+
+    async def scene() -> None:
+        job = stage.add()
+        own_id = trigger_id("job", job.batch_ids)
+        for n in range(3):
+            row = (-1, n, 0)
+            stage.keboola.append(ServerJob(f"kbc-{n}", own_id, TARGET, {}, float(n), 0.0, row))
+        stage.start()
+        await stage.until(lambda: stage.state() == "sent")
+        trigger = stage.trigger()
+        assert trigger
+        assert trigger.keboola_job_id == "kbc-0"
+        assert stage.count("POST") == 0
+
+    play(stage, scene())
+
+
+# ---- the config changes meanwhile ----
+
+
+@pytest.mark.parametrize("change", ["removed", "paused"])
+def test_no_post_for_what_is_gone_or_paused(stage: Stage, change: str) -> None:
+    """An unknown trigger is searched for, hour after hour, and sent again when its job is back."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()]
+        job = stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "unknown")
+        stage.remove(job) if change == "removed" else stage.change(replace(job, paused=True))
+        await asyncio.sleep(3 * HOUR_S)
+        assert stage.count("POST") == 1
+        assert 4 <= stage.count("search") <= 7
+        stage.change(job)
+        await stage.until(lambda: stage.state() == "sent")
+        assert stage.count("POST") == 2
+
+    play(stage, scene())
+
+
+def test_paused_during_the_search(stage: Stage) -> None:
+    """What a search allows is asked again after it: a reload may have paused the job meanwhile."""
+
+    async def scene() -> None:
+        job = stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("search") == 1)
+        stage.change(replace(job, paused=True))
+        await asyncio.sleep(HOUR_S)
+        assert stage.count("POST") == 0
+        stage.change(job)
+        await stage.until(lambda: stage.state() == "sent")
+
+    play(stage, scene())
+
+
+@pytest.mark.parametrize("state", ["intent", "unknown"])
+def test_the_target_of_the_intent_counts(stage: Stage, state: str) -> None:
+    """Another target in the config does not move what is decided, nor its payload."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()] if state == "unknown" else []
+        stage.search_fault = "error" if state == "intent" else ""
+        job = stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == state)
+        other = replace(job, config_id="2", keboola_secret="keboola-us", variables=(("a", "b"),))
+        stage.change(other)
+        await stage.until(lambda: stage.works()["job"].target.config_id == "2")
+        stage.search_fault = ""
+        await stage.until(lambda: stage.state() == "sent")
+        (started,) = stage.keboola
+        assert started.target == TARGET
+        assert started.payload["config"] == "1"
+        assert all(pair["name"] != "a" for pair in started.payload["variableValuesData"]["values"])
+
+    play(stage, scene())
+
+
+def test_a_look_that_a_reload_has_overtaken_says_nothing(stage: Stage) -> None:
+    """What the old account answers is not the new one's word."""
+
+    async def scene() -> None:
+        job = stage.add()
+        stage.look_fault = "missing"
+        stage.start()
+        await stage.until(lambda: stage.count("look") == 1)
+        stage.change(replace(job, openai_secret="openai-b"))
+        await stage.until(lambda: stage.count("looked") == 1)
+        stage.look_fault = ""
+        await stage.until(lambda: stage.state() == "sent")
+        assert "look_failed" not in stage.logged()
+
+    play(stage, scene())
+
+
+def test_retry_force_during_a_search_is_not_forgotten(stage: Stage) -> None:
+    """A search that fails after a person has decided does not take the decision back."""
+
+    async def scene() -> None:
+        stage.search_fault = "error"
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("search") == 1)
+        stage.retry(force=True)
+        await stage.until(lambda: stage.count("POST") == 1, 30)
+
+    play(stage, scene())
+
+
+# ---- the clock ----
+
+
+def test_a_clock_set_back_holds_nothing(stage: Stage) -> None:
+    """A wait that was recorded an hour ahead of the clock is over at the next start."""
+
+    async def scene() -> None:
+        stage.outcomes = [NOT_REACHED]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("POST answered") == 1)
+        await asyncio.sleep(0.1)
+        assert stage.state() == "intent"
+        stage.move_clock(-HOUR_S)
+        await stage.restart()
+        await stage.until(lambda: stage.state() == "sent", 30)
+
+    play(stage, scene())
+
+
+def test_a_clock_set_forward_shortens_no_grace(stage: Stage) -> None:
+    """A daemon counts the grace anew: what a recorded time says may not have passed."""
+
+    async def scene() -> None:
+        stage.lag_s = 0.9 * GRACE_S
+        stage.outcomes = [lost(is_started=True)]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "unknown")
+        stage.move_clock(HOUR_S)
+        await stage.restart()
+        await stage.until(lambda: stage.state() == "sent")
+        assert stage.count("POST") == 1
+
+    play(stage, scene())
+
+
+# ---- the state file ----
+
+
+@pytest.mark.parametrize("file", ["state.db", "state.db.lock"])
+@pytest.mark.parametrize("when", ["before the intent", "during the search"])
+def test_without_its_files_nothing_is_begun(stage: Stage, file: str, when: str) -> None:
+    """Before the intent nobody is even asked, and before `sending` nothing is sent."""
+
+    async def scene() -> None:
+        job = stage.add(has_ended=False)
+        process = stage.start()
+        await stage.until(lambda: stage.count("looked") == 1)
+        if when == "during the search":
+            stage.end_batch(job.batch_ids[0])
+            await stage.until(lambda: stage.count("search") == 1)
+        searches = stage.count("search")
+        process.may_refuse = True
+        (stage.directory / file).unlink()
+        if when == "before the intent":
+            stage.end_batch(job.batch_ids[0])
+        await stage.until(process.task.done)
+        assert (stage.count("search"), stage.count("POST")) == (searches, 0)
+
+    play(stage, scene())
+
+
+# ---- an engine that does not run ----
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Callable[[tc.Setup, tc.Redactor], tc.Engine]]:
+    """What makes an engine for a setup, with a state file of its own."""
+    with ExitStack() as stack:
+
+        def engine(setup: tc.Setup, redactor: tc.Redactor) -> tc.Engine:
+            lock = stack.enter_context(closing(StateLock(tmp_path / "state.db", "test")))
+            store = stack.enter_context(closing(Store.open(tmp_path / "state.db")))
+            http = tc.Http(setup.config.limits, redactor, tc.SystemClock())
+            return tc.Engine(setup, store, lock, http)
+
+        yield engine
+
+
+Idle = Callable[[tc.Setup, tc.Redactor], tc.Engine]
+
+
+def test_an_event_is_stored_without_secrets(tmp_path: Path, stage: Stage, idle: Idle) -> None:
+    """Whatever an event tells, the state file keeps no secret, nor does the log."""
+    redactor = tc.Redactor()
+    redactor.learn([Secret("sk-secret-0123456789")])
+    engine = idle(stage.make_setup(), redactor)
+    engine.note(tc.Event("told", fields={"error": ["it was sk-secret-0123456789"]}))
+    with closing(sqlite3.connect(tmp_path / "state.db")) as db:
+        (fields,) = db.execute("SELECT fields FROM logs").fetchone()
+    assert json.loads(fields) == {"error": ["it was ***"]}
+
+
+def test_a_trigger_keeps_its_stack_and_its_token(stage: Stage, idle: Idle) -> None:
+    """Of several secrets for its stack the trigger's own is taken, and never another stack's."""
+    setup = stage.make_setup()
+    eu, us = setup.config.keboola["keboola-eu"], setup.config.keboola["keboola-us"]
+    others = {"first": replace(eu, name="first"), "keboola-us": us, "keboola-eu": eu}
+    secrets = {**setup.secrets, "first": Secret("another token")}
+    setup = replace(setup, config=replace(setup.config, keboola=others), secrets=secrets)
+    engine = idle(setup, tc.Redactor())
+    trigger = Trigger("t", 0, TriggerState.INTENT, TARGET, "keboola-eu", "{}", "b", 0.0)
+    own = setup.secrets["keboola-eu"].reveal()
+    told = {"keboola-eu": own, "keboola-us": "another token", "gone": "another token"}
+    for name, token in told.items():
+        client = engine.keboola(replace(trigger, secret=name))
+        assert client._stack_url == TARGET.stack_url
+        assert client._headers["X-StorageApi-Token"] == token
+    elsewhere = replace(trigger, target=replace(TARGET, stack_url="https://connection.gone"))
+    with pytest.raises(ApiError, match="no longer has a secret for"):
+        engine.keboola(elsewhere)
+
+
+CONFIG = """
+limits: {{max_concurrency: {places}}}
+secrets:
+  openai: {{type: openai, env: {openai}}}
+jobs: {{}}
+"""
+
+
+@pytest.mark.parametrize("bad", ["openai: NOT_SET", "openai: [", "places: many", "nothing"])
+def test_a_bad_config_changes_nothing(
+    tmp_path: Path, idle: Idle, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    """The setup of before is the very same one, until a file comes that is good altogether."""
+    monkeypatch.setattr(tc, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(tc, "say", lambda _: None)
+    path, env = tmp_path / "config.yaml", {"OPENAI": "sk-secret-0123456789"}
+    path.write_text(CONFIG.format(places=5, openai="OPENAI"))
+    redactor, files = tc.Redactor(), tc.Files()
+    setup = tc.load_setup(path, files, env, redactor)
+    engine = idle(setup, redactor)
+    reloader = tc.Reloader(engine, files, env, redactor, tc.Notifier({}))
+    key, _, value = bad.partition(": ")
+    text = CONFIG.format(**{"places": 7, "openai": "OPENAI", key: value}) if value else ""
+    path.write_text(text)
+    asyncio.run(reloader.check())
+    assert engine.setup is setup
+    assert engine.is_config_rejected
+    path.write_text(CONFIG.format(places=7, openai="OPENAI"))
+    asyncio.run(reloader.check())
+    assert engine.setup.config.limits.max_concurrency == 7
+    assert not engine.is_config_rejected
