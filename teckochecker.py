@@ -3588,16 +3588,25 @@ class OpenAIClient:
         text = f"{error}: the batch was deleted, or the key belongs to another OpenAI project"
         return ApiError(text, status=404, request_id=error.request_id)
 
-    async def _enter(self) -> None:
-        """Wait while the account is held; raise what stands in the way where that takes long."""
-        while (left_s := self._held_until - self._clock.mono()) > 0:
-            if left_s > PATIENCE_S:
-                raise ApiError(self._held_for, status=429, retry_after_s=left_s)
-            await asyncio.sleep(left_s)
+    def refusal(self) -> ApiError | None:
+        """Return what stands in the way of any request to this account, where that takes long."""
+        left_s = self._held_until - self._clock.mono()
+        if left_s > PATIENCE_S:
+            return ApiError(self._held_for, status=429, retry_after_s=left_s)
         # A dead server holds each request to its deadline: one at a time finds out when it is back,
         # and the places are left to other accounts.
         if self._silences >= self.SILENT_AFTER and self._in_flight:
-            raise ApiError(self._silent_for)
+            return ApiError(self._silent_for)
+        return None
+
+    async def _enter(self) -> None:
+        """Wait while the account is held for a moment. Raises `refusal`."""
+        while not (refusal := self.refusal()):
+            left_s = self._held_until - self._clock.mono()
+            if left_s <= 0:
+                return
+            await asyncio.sleep(left_s)
+        raise refusal
 
     def _note(self, error: ApiError) -> None:
         """Remember what a failure says about the account as a whole."""
@@ -3868,7 +3877,6 @@ class Watch:
     job: Job | None = None  # None: these ids are not in the config now
     due: float = 0.0
     looked_at: float = 0.0  # Unix seconds
-    is_looking: bool = False
     look_began: float = 0.0
     trigger_due: float = 0.0
     unknown_since: float = 0.0
@@ -3902,13 +3910,14 @@ async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Look:
-    """One look at an account: what is due, what pages have shown of it, and what they cost."""
+    """One look at an account: what is due, what has been seen of it, and what pages have cost."""
 
     begun_at: float
     due: Mapping[str, Batch]
     risk: int = 0  # pages that may be asked for beyond what pages have saved
-    shown: dict[str, Batch] = field(default_factory=dict)
     saved: int = 0  # requests that pages have saved, less the pages themselves
+    seen: dict[str, Batch | ApiError] = field(default_factory=dict)
+    open: set[Watch] = field(default_factory=set)  # works that are not seen whole yet
 
     @property
     def credit(self) -> int:
@@ -3916,8 +3925,8 @@ class Look:
         return self.saved + self.risk
 
     def missing(self) -> list[Batch]:
-        """Return the due batches that no page has shown."""
-        return [batch for key, batch in self.due.items() if key not in self.shown]
+        """Return the due batches that have not been seen."""
+        return [batch for key, batch in self.due.items() if key not in self.seen]
 
     def affordable(self, *, once: bool) -> list[Batch]:
         """Return which of them to ask for one by one: all, or as many as pages have not cost.
@@ -3929,15 +3938,15 @@ class Look:
 
     def take(self, page: Page) -> int:
         """Note what a page has shown; returns how many due batches that were missing."""
-        new = [key for key in page.batches if key not in self.shown]
-        self.shown |= {key: page.batches[key] for key in new}
+        new = [key for key in page.batches if key not in self.seen]
+        self.seen |= {key: page.batches[key] for key in new}
         gained = sum(key in self.due for key in new)
         self.saved += gained
         return gained
 
     def seen_of(self, watch: Watch) -> dict[str, Batch | ApiError]:
-        """Return what pages have shown of a work that is unfinished."""
-        return {key: self.shown[key] for key in watch.pending() if key in self.shown}
+        """Return what has been seen of a work that is unfinished."""
+        return {key: self.seen[key] for key in watch.pending() if key in self.seen}
 
 
 class Poller:
@@ -3950,6 +3959,7 @@ class Poller:
     ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
     KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
     WALKS_AT_ONCE: Final = 10
+    ASKED_AT_ONCE: Final = 500  # batches; a task for each of 100,000 would hold the loop up
     PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
 
     def __init__(self, engine: Engine, client: OpenAIClient) -> None:
@@ -3959,7 +3969,7 @@ class Poller:
         self._watches: dict[int, Watch] = {}  # those that are polled
         self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
         self._known: dict[str, Batch] = {}  # these batches, as they were seen last
-        self._answered: list[tuple[Watch, Mapping[str, Batch | ApiError]]] = []  # to be recorded
+        self._busy: set[Watch] = set()  # those that a look is under way at
         self._gate = Gate(self.PAGES_AT_ONCE)
         self._until = math.inf
         self._list_from = -math.inf  # when the list may be used
@@ -3970,6 +3980,7 @@ class Poller:
     def take(self, watches: Iterable[Watch]) -> None:
         """Have these works looked at from now on."""
         polled = [watch for watch in watches if self._engine.is_polled(watch)]
+        self._busy.intersection_update(polled)
         self._watches = {watch.work.id: watch for watch in polled}
         self._watchers = {}
         for watch in polled:
@@ -3996,12 +4007,12 @@ class Poller:
         while not engine.is_stopping:
             self.wake.clear()
             now = clock.mono()
-            idle = [watch for watch in self._watches.values() if not watch.is_looking]
+            idle = [watch for watch in self._watches.values() if watch not in self._busy]
             if any(watch.due <= now for watch in idle):
                 await self._look([watch for watch in idle if is_nearly_due(watch, now)])
             if engine.once:
                 return
-            waiting = (watch.due for watch in self._watches.values() if not watch.is_looking)
+            waiting = (watch.due for watch in self._watches.values() if watch not in self._busy)
             self._until = min(waiting, default=math.inf)
             await wait_for_event(self.wake, self._until - clock.mono())
             await asyncio.sleep(self.ROUND_S)
@@ -4014,51 +4025,69 @@ class Poller:
         """Look at every unfinished batch of these works. What fails stays with its job."""
         begun_at = self._engine.clock.mono()
         for watch in watches:
-            watch.is_looking, watch.look_began = True, begun_at
+            watch.look_began = begun_at
+        self._busy.update(watches)
         due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
         look = Look(begun_at, due)
         if len(due) >= LIST_MIN and self._list_from <= begun_at:
             await self._read_list(look)
-        asked = {
-            batch.id: self._engine.spawn(self._ask(batch.id))
-            for batch in look.affordable(once=self._engine.once)
-            if batch.id in self._watchers
-        }
-        unfinished = {id(w) for b in look.missing() for w in self._watchers.get(b.id, ())}
-        for watch in watches:
-            if id(watch) in unfinished:
-                self._engine.spawn(self._finish(watch, look, asked))
-            else:
-                watch.is_looking = False
+        missing = {batch.id for batch in look.missing()}
+        look.open = {watch for watch in watches if not missing.isdisjoint(watch.pending())}
+        self._busy.difference_update(watches)
+        if look.open:
+            self._busy |= look.open
+            self._engine.spawn(self._ask_for(look))
 
-    async def _finish(
-        self, watch: Watch, look: Look, asked: Mapping[str, asyncio.Task[Batch | ApiError]]
-    ) -> None:
-        """Record the look at one work, once the batches that no page has shown are answered."""
-        try:
-            answers = {b.id: await asked[b.id] for b in watch.work.batches if b.id in asked}
-            self._answered.append((watch, look.seen_of(watch) | answers))
-            await asyncio.sleep(0)  # whatever else is answered in this turn is recorded with it
-            answered, self._answered = self._answered, []
-            self._record([(watch, seen) for watch, seen in answered if self._is_mine(watch)])
-            if watch.due <= look.begun_at and watch.job:  # not all were asked for
+    async def _ask_for(self, look: Look) -> None:
+        """Ask one by one for what no page has shown, and record each work that is seen whole."""
+        answers: asyncio.Queue[tuple[str, Batch | ApiError]] = asyncio.Queue()
+        todo = collections.deque(look.affordable(once=self._engine.once))
+        in_flight = 0
+        while todo or in_flight:
+            refusal = self._client.refusal()
+            while todo and in_flight < self.ASKED_AT_ONCE:
+                batch_id = todo.popleft().id
+                if batch_id not in self._watchers:
+                    continue  # its job has gone meanwhile
+                in_flight += 1
+                if refusal:
+                    answers.put_nowait((batch_id, refusal))
+                else:
+                    self._engine.spawn(self._ask(batch_id, answers))
+            come = [await answers.get()] if in_flight else []
+            while not answers.empty():  # what is answered together is recorded as one
+                come.append(answers.get_nowait())
+            in_flight -= len(come)
+            look.seen.update(come)
+            asking = {w for key, _ in come for w in self._watchers.get(key, ()) if w in look.open}
+            self._close(look, {w for w in asking if is_whole_look(w.work, look.seen)})
+            await asyncio.sleep(0)  # `get` does not let others run where there is something to get
+        for watch in look.open:  # not all of them was asked for
+            if watch.due <= look.begun_at and watch.job:
                 watch.due = look.begun_at + min(watch.job.poll_interval_s, MINUTE_S)
-        finally:
-            watch.is_looking = False
-            if not self._is_mine(watch) and not watch.work.is_ready:
-                self._engine.wake_pollers()  # a reload may have given the job to another one
-            elif watch.due < self._until:
-                self.wake.set()
+        self._close(look, set(look.open))
 
-    async def _ask(self, batch_id: str) -> Batch | ApiError:
-        """Return a batch, or why not."""
+    def _close(self, look: Look, watches: set[Watch]) -> None:
+        """Record the look at some works, which are free for the next one then."""
+        self._record([(watch, look.seen_of(watch)) for watch in watches if self._is_mine(watch)])
+        look.open -= watches
+        self._busy -= watches
+        if min((watch.due for watch in watches), default=math.inf) < self._until:
+            self.wake.set()
+
+    async def _ask(
+        self, batch_id: str, answers: asyncio.Queue[tuple[str, Batch | ApiError]]
+    ) -> None:
+        """Put a batch into the queue, or why there is none."""
+        answer: Batch | ApiError
         try:
-            return await self._client.batch(batch_id)
+            answer = await self._client.batch(batch_id)
         except ApiError as error:
-            return error
+            answer = error
         except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
             self._engine.note_bug(error, batch_id)
-            return ApiError(f"internal error: {type(error).__name__}")
+            answer = ApiError(f"internal error: {type(error).__name__}")
+        answers.put_nowait((batch_id, answer))
 
     def _record(self, looks: Sequence[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> None:
         """Store what looks have brought, as one."""
@@ -4092,7 +4121,7 @@ class Poller:
             self._list_from = self._engine.clock.mono() + HOUR_S
             self._engine.note_bug(error, self._client.base_url)
         else:
-            if look.shown and self._list_failures:
+            if look.seen and self._list_failures:
                 self._list_failures = 0
                 self._engine.note(Event("list_usable", fields={"url": self._client.base_url}))
 
@@ -4104,7 +4133,7 @@ class Poller:
                 return
             await self._read(look, [cursor for cursor, _ in starts])
             for _, batch_id in starts:
-                if batch_id not in look.shown:
+                if batch_id not in look.seen:
                     self._chart.lose(batch_id)
 
     async def _explore(self, look: Look) -> None:
@@ -4135,7 +4164,7 @@ class Poller:
             if walks[0].goal is None:  # it was for all whose age is not known
                 tried |= {goal.id for goal in goals if goal.created_at is None}
             await asyncio.gather(*(self._walk(look, walk) for walk in walks))
-        for batch_id in tried - look.shown.keys():
+        for batch_id in tried - look.seen.keys():
             chart.note_miss(batch_id)
         if tried:
             chart.note_risk(paid_off=look.saved >= 0)
@@ -4145,19 +4174,19 @@ class Poller:
         """Return the batches that may still be looked for in the list."""
         if look.credit <= 0:
             return []
-        return [b for b in unplaced if b.id not in look.shown and b.id not in tried]
+        return [b for b in unplaced if b.id not in look.seen and b.id not in tried]
 
     async def _walk(self, look: Look, walk: Walk) -> None:
         """Read page after page until there is nothing more to be gained."""
         cursor, barren = walk.cursor, 0
         passed: set[str] = set()
         while look.credit > 0 and barren < BARREN_PAGES:
-            before = len(look.shown)
+            before = len(look.seen)
             page = await self._read_page(look, cursor)
             if page is None:
                 return
             self._take(look, [page])
-            barren = 0 if len(look.shown) > before else barren + 1
+            barren = 0 if len(look.seen) > before else barren + 1
             if walk.ends_at(page) or page.ids[-1] in passed or not look.missing():
                 return
             cursor = page.ids[-1]

@@ -671,8 +671,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="a look's answer recorded for what a reload has changed",
-        old="for watch, seen in answered if self._is_mine(watch)]",
-        new="for watch, seen in answered]",
+        old="for watch in watches if self._is_mine(watch)]",
+        new="for watch in watches]",
         tests=("test_engine.py::test_a_look_that_a_reload_has_overtaken_says_nothing",),
     ),
     Mutant(
