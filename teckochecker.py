@@ -1996,6 +1996,7 @@ ONE_PAGE_S: Final = 180.0  # in which OpenAI's limit, 2,000 an hour, lets a page
 BARREN_PAGES: Final = 3  # in a row, after which a walk along the list is given up
 UNCHARTED: Final = 1_000_000_000  # rows between parts of the list that no page has connected
 MAX_MARKS: Final = 5000
+END_OF_IDS: Final = "\x7f"  # sorts after every batch id
 
 
 class Spot(NamedTuple):
@@ -2040,11 +2041,6 @@ class Chart:
         self._looks = 0
         self._rest_until = 0
         self._fruitless = 0
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether any page has shown anything yet."""
-        return self._parts > 0
 
     def begin_look(self, watched: Mapping[str, object]) -> None:
         """Count a look, and forget what is no longer watched."""
@@ -2092,11 +2088,11 @@ class Chart:
 
     def _first_row(self, cursor: str | None, page: Page) -> int:
         """Return the row of a page's beginning, by what it shows and where it was asked for."""
+        if cursor in self._spots:
+            return self._spots[cursor].row + 1
         for offset, key in enumerate(page.ids):
             if key in self._spots and key in page.batches:
                 return self._spots[key].row - offset
-        if cursor in self._spots:
-            return self._spots[cursor].row + 1
         self._parts += 1
         return self._parts * UNCHARTED
 
@@ -2149,9 +2145,10 @@ class Chart:
         end = len(known)
         while end and len(walks) < most:
             goal = known[end - 1]
-            mark = self._mark_before(goal, ages)
-            reach = goal.created_at or 0.0
-            if mark and mark[0] - reach <= self._page_s:
+            mark, reach = self._newer(goal, ages), goal.created_at or 0.0
+            if not mark or mark[0] - reach > self._page_s:
+                mark = self._alike(goal, ages)
+            if mark:
                 start = bisect.bisect_left(known, mark[0] - self._page_s, key=_age)
                 if end - start >= NEAR:
                     walks.append(Walk(mark[1], goal))
@@ -2171,20 +2168,24 @@ class Chart:
             start = bisect.bisect_left(ages, (goal.created_at - self._page_s,))
             end = bisect.bisect_left(ages, (goal.created_at + self._page_s,))
             if end - start >= NEAR and goal.id not in self._spots and len(walks) < most:
-                mark = self._mark_before(goal, ages)
+                mark = self._newer(goal, ages)
                 walks.append(Walk(mark[1] if mark else None, goal))
         return walks
 
-    def _mark_before(
-        self, goal: Batch, ages: Sequence[tuple[float, str]]
-    ) -> tuple[float, str] | None:
+    def _newer(self, goal: Batch, ages: Sequence[tuple[float, str]]) -> tuple[float, str] | None:
         """Return the row known to be newer than a batch, by as little as possible."""
-        sought = (goal.created_at or 0.0,)
-        marks = []
+        marks: list[tuple[float, str]] = []
         for rows in (self._ends, ages):
-            place = bisect.bisect_left(rows, sought)
-            marks += [row for row in rows[place : place + 2] if row[1] != goal.id][:1]
+            place = bisect.bisect_right(rows, (goal.created_at or 0.0, END_OF_IDS))
+            marks += rows[place : place + 1]
         return min(marks, default=None)
+
+    def _alike(self, goal: Batch, ages: Sequence[tuple[float, str]]) -> tuple[float, str] | None:
+        """Return a batch of the same second, which may be newer: at each look another one."""
+        start = bisect.bisect_left(ages, (goal.created_at or 0.0,))
+        end = bisect.bisect_right(ages, (goal.created_at or 0.0, END_OF_IDS))
+        alike = [row for row in ages[start:end] if row[1] != goal.id]
+        return alike[self._looks % len(alike)] if alike else None
 
 
 def _age(batch: Batch) -> float:
@@ -3554,13 +3555,20 @@ class OpenAIClient:
                 raise nonsense(f"OpenAI's answer is not a list: it {error}", answer) from None
 
         # A page can be done without: what it would have shown is asked for one by one.
-        turn = functools.partial(self._in_turn, attempt)
+        turn = functools.partial(self._in_turn, attempt, is_page=True)
         return await with_retries(turn, self._clock, attempts=PAGE_ATTEMPTS)
 
     async def _in_turn(
-        self, attempt: Callable[[Budget], Coroutine[Any, Any, T]], budget: Budget
+        self,
+        attempt: Callable[[Budget], Coroutine[Any, Any, T]],
+        budget: Budget,
+        *,
+        is_page: bool = False,
     ) -> T:
-        """Make one attempt when this account may, and note what it says about the account."""
+        """Make one attempt when this account may, and note what it says about the account.
+
+        The silence of a page says nothing: a list may be too much for a server that has batches.
+        """
         self._gate.set_limit(self._http.limits.max_concurrency)
         async with self._gate:  # so that this account's queue is not in front of everyone else
             await self._enter()
@@ -3568,7 +3576,8 @@ class OpenAIClient:
             try:
                 found = await attempt(budget)
             except ApiError as error:
-                self._note(error)
+                if error.status is not None or not is_page:
+                    self._note(error)
                 raise
             finally:
                 self._in_flight -= 1
@@ -4158,8 +4167,10 @@ class Poller:
             await self._read(look, [walk.cursor for walk in walks])
         while goals := self._goals(look, unplaced, tried):
             walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
-            if not walks or (self._engine.once and walks[0].goal):
-                break  # to know where a batch stands is of use to later looks only
+            if self._engine.once:  # a way is of use to later looks, but for what it shows itself
+                walks = [walk for walk in walks if walk.cursor is None]
+            if not walks:
+                break
             tried |= {walk.goal.id for walk in walks if walk.goal}
             if walks[0].goal is None:  # it was for all whose age is not known
                 tried |= {goal.id for goal in goals if goal.created_at is None}
@@ -4209,7 +4220,7 @@ class Poller:
             async with self._gate:
                 page = await self._client.page(cursor, self._known)
         except ApiError as error:
-            if cursor is None or error.status not in {400, 404} or not self._chart.is_begun:
+            if cursor is None or error.status not in {400, 404}:
                 raise
             self._chart.lose_cursor(cursor)
             return None
