@@ -321,7 +321,7 @@ class Job:
     config_row_ids: tuple[str, ...] = ()
     mode: str = "run"
     variables: tuple[tuple[str, str], ...] = ()
-    poll_interval_s: int = 2 * MINUTE_S
+    poll_interval_s: int = 30  # see the README on how many requests that takes
     paused: bool = False
 
 

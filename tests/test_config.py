@@ -344,7 +344,7 @@ def test_defaults_of_the_program() -> None:
         config_row_ids=(),
         mode="run",
         variables=(),
-        poll_interval_s=120,
+        poll_interval_s=30,
         paused=False,
     )
 
@@ -547,7 +547,7 @@ jobs:
 
     assert chosen("as-defaults") == ("1", "debug", 3600, True, (("region", "eu"),), ("1",))
     assert chosen("own") == ("2", "run", 60, False, (("dataset", "x"),), ())
-    assert chosen("taken-back") == (None, "run", 120, False, (), ())
+    assert chosen("taken-back") == (None, "run", 30, False, (), ())
 
 
 def test_optional_parts_may_be_null() -> None:
