@@ -1996,6 +1996,7 @@ ONE_PAGE_S: Final = 180.0  # in which OpenAI's limit, 2,000 an hour, lets a page
 BARREN_PAGES: Final = 3  # in a row, after which a walk along the list is given up
 UNCHARTED: Final = 1_000_000_000  # rows between parts of the list that no page has connected
 MAX_MARKS: Final = 5000
+MAX_ROWS: Final = 1000  # remembered beyond twice the watched ones
 END_OF_IDS: Final = "\x7f"  # sorts after every batch id
 
 
@@ -2045,7 +2046,7 @@ class Chart:
     def begin_look(self, watched: Mapping[str, object]) -> None:
         """Count a look, and forget what is no longer watched."""
         self._looks += 1
-        if len(self._spots) > 2 * len(watched):
+        if len(self._spots) > 2 * len(watched) + MAX_ROWS:
             self._spots = {key: spot for key, spot in self._spots.items() if key in watched}
         if len(self._misses) > 2 * len(watched):
             self._misses = collections.Counter(
@@ -2070,14 +2071,18 @@ class Chart:
 
     def learn(self, cursor: str | None, page: Page) -> None:
         """Remember where a page has shown the watched batches."""
-        first = self._first_row(cursor, page)
+        rows = list(dict.fromkeys(page.ids))  # one that is there twice would be its own neighbour
+        first = self._first_row(cursor, rows, page.batches)
         before = cursor
-        for offset, key in enumerate(page.ids):
+        for offset, key in enumerate(rows):
             if key in page.batches:
                 self._spots[key] = Spot(first + offset, before)
                 self._misses.pop(key, None)
             before = key
-        if page.oldest_at is not None and page.newest_at is not None:
+        if rows and rows[-1] not in page.batches and page.has_more:
+            # The next page may begin after it, and belongs to the same part then.
+            self._spots[rows[-1]] = Spot(first + len(rows) - 1, None)
+        if page.has_more and page.oldest_at is not None and page.newest_at is not None:
             self._page_s = max(1.0, page.newest_at - page.oldest_at)
             end = (page.oldest_at, page.ids[-1])
             place = bisect.bisect_left(self._ends, end)
@@ -2086,12 +2091,12 @@ class Chart:
                 if len(self._ends) > MAX_MARKS:  # the oldest are the least likely to be wanted
                     del self._ends[: MAX_MARKS // 2]
 
-    def _first_row(self, cursor: str | None, page: Page) -> int:
+    def _first_row(self, cursor: str | None, rows: Sequence[str], batches: Container[str]) -> int:
         """Return the row of a page's beginning, by what it shows and where it was asked for."""
         if cursor in self._spots:
             return self._spots[cursor].row + 1
-        for offset, key in enumerate(page.ids):
-            if key in self._spots and key in page.batches:
+        for offset, key in enumerate(rows):
+            if key in self._spots and key in batches:
                 return self._spots[key].row - offset
         self._parts += 1
         return self._parts * UNCHARTED
@@ -3337,6 +3342,11 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     )
 
 
+def is_batch_id(value: object) -> bool:
+    """Return whether a row's id may serve as a cursor; also for batches that nobody watches."""
+    return isinstance(value, str) and 0 < len(value) <= 256
+
+
 def is_as_known(row: Mapping[str, object], known: Batch) -> bool:
     """Return whether a row shows a batch that runs as it is known: the same status and counts.
 
@@ -3362,7 +3372,7 @@ def parse_page(data: object, known: Mapping[str, Batch]) -> Page:
     rows = data.get("data") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(rows, list):
         raise ValueError("has no list of data")
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+    rows = [row for row in rows if isinstance(row, dict) and is_batch_id(row.get("id"))]
     batches: dict[str, Batch] = {}
     for row in rows:
         batch_id = row["id"]
@@ -3898,6 +3908,13 @@ class Watch:
         return [batch.id for batch in self.work.batches if not batch.is_terminal]
 
 
+async def all_of(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all of these, whatever becomes of some; then raise what the first one has raised."""
+    for result in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
 def is_nearly_due(watch: Watch, now: float) -> bool:
     """Return whether a work is looked at now, together with one that is due.
 
@@ -3937,13 +3954,13 @@ class Look:
         """Return the due batches that have not been seen."""
         return [batch for key, batch in self.due.items() if key not in self.seen]
 
-    def affordable(self, *, once: bool) -> list[Batch]:
+    def affordable(self, left_out: Container[str]) -> list[Batch]:
         """Return which of them to ask for one by one: all, or as many as pages have not cost.
 
-        Of what was risked in vain, as many wait for the next look, which --once does not have.
+        Of what was risked in vain, as many wait for the next look, in which they come first.
         """
-        missing = self.missing()
-        return missing if once or self.saved >= 0 else missing[: self.saved]
+        missing = sorted(self.missing(), key=lambda batch: batch.id not in left_out)
+        return missing if self.saved >= 0 else missing[: self.saved]
 
     def take(self, page: Page) -> int:
         """Note what a page has shown; returns how many due batches that were missing."""
@@ -3979,6 +3996,7 @@ class Poller:
         self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
         self._known: dict[str, Batch] = {}  # these batches, as they were seen last
         self._busy: set[Watch] = set()  # those that a look is under way at
+        self._left_out: set[str] = set()  # batches that the last look could not afford
         self._gate = Gate(self.PAGES_AT_ONCE)
         self._until = math.inf
         self._list_from = -math.inf  # when the list may be used
@@ -4050,7 +4068,10 @@ class Poller:
     async def _ask_for(self, look: Look) -> None:
         """Ask one by one for what no page has shown, and record each work that is seen whole."""
         answers: asyncio.Queue[tuple[str, Batch | ApiError]] = asyncio.Queue()
-        todo = collections.deque(look.affordable(once=self._engine.once))
+        todo = collections.deque(look.missing())
+        if not self._engine.once:  # which has no next look
+            todo = collections.deque(look.affordable(self._left_out))
+            self._left_out = {b.id for b in look.missing()} - {b.id for b in todo}
         in_flight = 0
         while todo or in_flight:
             refusal = self._client.refusal()
@@ -4174,7 +4195,7 @@ class Poller:
             tried |= {walk.goal.id for walk in walks if walk.goal}
             if walks[0].goal is None:  # it was for all whose age is not known
                 tried |= {goal.id for goal in goals if goal.created_at is None}
-            await asyncio.gather(*(self._walk(look, walk) for walk in walks))
+            await all_of(self._walk(look, walk) for walk in walks)
         for batch_id in tried - look.seen.keys():
             chart.note_miss(batch_id)
         if tried:
@@ -4193,10 +4214,12 @@ class Poller:
         passed: set[str] = set()
         while look.credit > 0 and barren < BARREN_PAGES:
             before = len(look.seen)
-            page = await self._read_page(look, cursor)
-            if page is None:
+            pages: list[Page] = []
+            await self._read_page(look, cursor, pages)
+            self._take(look, pages)
+            if not pages:
                 return
-            self._take(look, [page])
+            page = pages[0]
             barren = 0 if len(look.seen) > before else barren + 1
             if walk.ends_at(page) or page.ids[-1] in passed or not look.missing():
                 return
@@ -4205,16 +4228,14 @@ class Poller:
 
     async def _read(self, look: Look, cursors: Sequence[str | None]) -> None:
         """Read pages at once, and record them as one; raises the first one's ApiError."""
-        results = await asyncio.gather(
-            *(self._read_page(look, cursor) for cursor in cursors), return_exceptions=True
-        )
-        self._take(look, [page for page in results if isinstance(page, Page)])
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        pages: list[Page] = []
+        try:
+            await all_of(self._read_page(look, cursor, pages) for cursor in cursors)
+        finally:
+            self._take(look, pages)
 
-    async def _read_page(self, look: Look, cursor: str | None) -> Page | None:
-        """Return a page, or None if its cursor is gone from the list. Raises ApiError."""
+    async def _read_page(self, look: Look, cursor: str | None, pages: list[Page]) -> None:
+        """Add a page to `pages`, unless its cursor is gone from the list. Raises ApiError."""
         look.saved -= 1
         try:
             async with self._gate:
@@ -4223,9 +4244,9 @@ class Poller:
             if cursor is None or error.status not in {400, 404}:
                 raise
             self._chart.lose_cursor(cursor)
-            return None
-        self._chart.learn(cursor, page)
-        return page
+        else:
+            self._chart.learn(cursor, page)
+            pages.append(page)
 
     def _take(self, look: Look, pages: Iterable[Page]) -> None:
         """Record what pages show, also of works that are not due yet."""

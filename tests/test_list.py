@@ -538,7 +538,7 @@ def test_a_list_that_hangs_from_now_on(looker: Looker) -> None:
 
 # ---- while a page is on its way ----
 
-LOST_S = 6.0  # a look that is lost never comes; the others are there within two
+LOST_S = PATIENCE_S  # a look that is lost never comes; the others are there within two
 FILLED = ("job0", "job1", "job2")
 
 
