@@ -159,7 +159,7 @@ def test_long_waits_are_left_to_the_next_pass(workspace: Workspace, route: str) 
 
 def test_unknown_goes_on_in_later_passes(workspace: Workspace) -> None:
     """The times of an unknown trigger are in the state file: no pass posts before the grace."""
-    workspace.config["limits"]["trigger_grace"] = "15s"
+    workspace.config["limits"]["trigger_grace"] = "20s"
     workspace.add_job("lost", "batch_a")
     workspace.sim.fault("queue.create", "reset_before")
     assert workspace.once().code == 1
@@ -168,7 +168,7 @@ def test_unknown_goes_on_in_later_passes(workspace: Workspace) -> None:
     assert workspace.posts("lost") == 1
 
     workspace.change_state(
-        "UPDATE triggers SET unknown_at = unknown_at - 20, next_try_at = next_try_at - 20"
+        "UPDATE triggers SET unknown_at = unknown_at - 25, next_try_at = next_try_at - 25"
     )
     assert workspace.once().code == 0
     workspace.assert_one_job("lost")
@@ -205,8 +205,8 @@ def test_no_jobs(workspace: Workspace, sim: Simulator) -> None:
 
 def test_state_lost_within_the_grace(workspace: Workspace, sim: Simulator) -> None:
     """What was posted just before the state file was lost is not posted again before it shows."""
-    sim.search_lag = 1.5
-    workspace.config["limits"]["trigger_grace"] = "2s"
+    sim.search_lag = 3.0
+    workspace.config["limits"]["trigger_grace"] = "4s"
     workspace.add_job("job", "batch_a")
     assert workspace.once().code == 0
     for leftover in workspace.directory.glob("teckochecker.db*"):
