@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from harness import KEBOOLA_TOKEN, OPENAI_KEY, Workspace
 from simulator import Simulator
+from workers import pytest_addoption, pytest_runtestloop
+
+__all__ = ["pytest_addoption", "pytest_runtestloop"]  # hooks of pytest's
 
 
 @pytest.fixture

@@ -24,10 +24,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, redirect_stdout, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import yaml
@@ -299,8 +301,12 @@ class Workspace:
         return self.run("--once")
 
     def status(self) -> JsonObject:
-        """What `status --json` prints; in this process, for it is asked for all the time."""
-        with _ONE_AT_A_TIME, redirect_stdout(io.StringIO()) as out:  # which is the process's
+        """What `status --json` prints; in this process, for it is asked for all the time.
+
+        `sys.stdout` stays as it is: between two tests pytest replaces it, whatever threads do.
+        """
+        to_us = partial(print, file=(out := io.StringIO()))
+        with _ONE_AT_A_TIME, patch.object(teckochecker, "print", to_us, create=True):
             assert teckochecker.main(["--config", str(self.path), "status", "--json"]) == 0
         document: JsonObject = json.loads(out.getvalue())
         return document

@@ -14,7 +14,6 @@ import shutil
 import signal
 import sqlite3
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +51,6 @@ AT_ONCE = 6  # cases that run beside each other: nearly all of their time is wai
 PATIENCE_S = 60.0
 GRACE_S = 1
 LAGS_S = (0.0, 0.5 * GRACE_S, 0.95 * GRACE_S)
-STATUS = threading.Lock()  # it is made in this process, whose standard output there is one of
 CUT = '{"id": "1000'  # half of a JSON text, in an answer that is whole
 
 Kind = tuple[str, JsonObject]
@@ -224,10 +222,6 @@ class World(Workspace):
     def command(self, *arguments: str) -> list[str]:
         whole = super().command(*arguments)
         return [*whole[:3], *self._launcher, *whole[3 + bool(self._launcher) :]]
-
-    def status(self) -> JsonObject:
-        with STATUS:
-            return super().status()
 
     # ---- faults ----
 

@@ -133,6 +133,8 @@ def start_four(workspace: Workspace) -> tuple[Daemon, list[Hold]]:
         daemon.wait_for_event("batch_status_changed", job=name)
     search.wait_reached()
     post.wait_reached()
+    daemon.wait_for_event("trigger_intended", job="sending")  # all that it had to tell is told
+    daemon.wait_for_event("trigger_sending", job="sent")
     return daemon, [search, post]
 
 
