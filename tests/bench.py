@@ -6,7 +6,8 @@
 The program, the simulator and the loops are processes of their own; the simulator sends prepared
 bytes. The first half of the table has every size at both latencies, and below each the same
 batches read by two bare loops: pages of 100 one after another (the least that can be done) and
-single GETs, 10 at a time (the usual way). The second half has what must hold, with its limit.
+single GETs, 10 at a time (the usual way). SECONDS go from a look's first request to its last, or,
+of the loops, to the last answer. The second half has what must hold, with its limit.
 
 Not a test: it takes some six minutes (--quick: two) and depends on the machine. CPU is the time
 of the client's process alone; all else is shared between it and the simulator, which matters
@@ -19,6 +20,7 @@ import argparse
 import ast
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -45,7 +47,7 @@ CONCURRENCY = 10
 PAGE = 100
 PATIENCE_S = 180.0  # for anything that is waited for, on a busy machine
 QUIET_S = 0.6  # without a request: a look has ended
-SAMPLE = 1000  # single GETs: of more batches, so many are asked for and the rest reckoned
+SAMPLE = 500  # single GETs: of more batches, so many are asked for and the rest reckoned
 
 # ======================================================================================
 # The table
@@ -169,7 +171,13 @@ class Simulated:
             for account in accounts:
                 lines.writelines(account.lines(status))
         command = [sys.executable, str(TESTS / "simulator.py"), "--quiet", "--token", TOKEN]
-        command += ["--openai-port=0", "--stack-port=0", "--queue-port=0", "--batches", batches]
+        command += [
+            "--openai-port=0",
+            "--stack-port=0",
+            "--queue-port=0",
+            "--batches",
+            str(batches),
+        ]
         for account in accounts:
             command += ["--key", f"{account.key}={account.project}"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -360,22 +368,24 @@ def once(config: Path) -> list[str | Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What one look was: its requests, the time from the first to the last, the CPU until then."""
+class Burst:
+    """Requests without a pause between them: a look, or a part of one where jobs fall apart."""
 
     requests: int
-    seconds: float
-    cpu_s: float
+    seconds: float  # from the first request to the last
+    ended_at: float
+    cpu_s: float  # the program's, until then
 
 
-def next_look(sim: Simulated, program: Daemon) -> Look:
-    """Wait for a look to begin and to end; looks are told apart by the quiet between them."""
+def next_burst(sim: Simulated, program: Daemon) -> Burst:
+    """Wait for requests, and until there are no more."""
     sim.reset()
     program.wait_until(lambda: sim.count() > 0, "a look")
     program.wait_until(lambda: is_quiet(sim), "the end of a look")
     stats = sim.stats()
     requests = sum(n for route, n in stats["requests"].items() if route.startswith("openai."))
-    return Look(requests, stats["last_at"] - stats["first_at"], program.cpu_s())
+    seconds = stats["last_at"] - stats["first_at"]
+    return Burst(requests, seconds, stats["last_at"], program.cpu_s())
 
 
 def is_quiet(sim: Simulated) -> bool:
@@ -383,17 +393,26 @@ def is_quiet(sim: Simulated) -> bool:
     return last_at is not None and time.monotonic() - last_at > QUIET_S
 
 
-def looks_cost(what: str, program: Daemon, sim: Simulated, batches: int, looks: int) -> Cost:
-    """What looks cost on the average, from one's end to the last one's end."""
-    before = next_look(sim, program)
-    found = [next_look(sim, program) for _ in range(looks)]
-    used_s = (found[-1].cpu_s - before.cpu_s) / looks
-    return Cost(
-        what,
-        statistics.mean(look.requests for look in found),
-        statistics.mean(look.seconds for look in found),
-        used_s / batches * 1000,
-        program.peak_mb(),
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What a look costs on the average of several whole intervals, in each of which is one."""
+
+    requests: float
+    seconds: float
+    cpu_s: float
+
+
+def measured_looks(sim: Simulated, program: Daemon, interval_s: float, looks: int) -> Looks:
+    """Measure from the end of one burst to that of another, some intervals later."""
+    before = next_burst(sim, program)
+    found = [next_burst(sim, program)]
+    while found[-1].ended_at - before.ended_at < (looks - 0.3) * interval_s:
+        found.append(next_burst(sim, program))
+    passed = round((found[-1].ended_at - before.ended_at) / interval_s)
+    return Looks(
+        sum(burst.requests for burst in found) / passed,
+        sum(burst.seconds for burst in found) / passed,
+        (found[-1].cpu_s - before.cpu_s) / passed,
     )
 
 
@@ -431,7 +450,7 @@ async def get_loop(client: Any, task: Task, key: str) -> int:  # noqa: ANN401
     """Ask for every watched batch by itself, 10 at a time; returns the requests."""
     headers = {"Authorization": f"Bearer {key}"}
     ids = iter(task.watched[key])
-    seen = {}
+    seen: dict[str, str] = {}
 
     async def work() -> None:
         for batch_id in ids:
@@ -540,12 +559,14 @@ def measure_size(size: Size, latencies: Sequence[float]) -> Iterator[Cost | Row]
         jobs = jobs_of(accounts, size.per_job)
         write_config(config, config_text(sim, jobs, f"{size.interval_s}s"))
         with daemon(config, environment(accounts)) as program:
-            next_look(sim, program)  # the first one writes all that is new
+            next_burst(sim, program)  # the first look writes all that is new
             for latency_s in latencies:
                 sim.set_latency(latency_s)
                 what = f"{size}, {latency_text(latency_s)}"
-                cost = looks_cost(what, program, sim, size.batches, size.looks)
-                costs[latency_s] = cost
+                looks = measured_looks(sim, program, size.interval_s, size.looks)
+                cpu = looks.cpu_s / size.batches * 1000
+                peak = program.peak_mb()
+                costs[latency_s] = Cost(what, looks.requests, looks.seconds, cpu, peak)
         for latency_s in latencies:
             sim.set_latency(latency_s)
             yield costs[latency_s]
@@ -595,22 +616,23 @@ def scatters() -> list[Scatter]:
 
 
 def measure_scatter(scatter: Scatter, looks: int) -> list[Row]:
-    """Requests of the first look and, once positions are known, of the dearest of three."""
+    """Requests of a look once positions are known, and of the first one."""
     with simulated([scatter.layout]) as (folder, sim, accounts):
         config = folder / "config.yaml"
         write_config(config, config_text(sim, jobs_of(accounts, 10), "3s"))
         with daemon(config, environment(accounts)) as program:
-            found = [next_look(sim, program).requests for _ in range(looks)]
-    print(found, file=sys.stderr)
+            first = next_burst(sim, program)
+            next_burst(sim, program)
+            known = measured_looks(sim, program, 3, looks)
     return [
-        Row(f"requests of a look, {scatter.what}", max(found[-3:]), "", scatter.limit),
-        Row("  of the first look", found[0], ""),
+        Row(f"requests of a look, {scatter.what}", known.requests, "", scatter.limit),
+        Row("  of the first look", first.requests, ""),
     ]
 
 
 def measure_scatters(options: argparse.Namespace) -> Iterator[Row]:
     """All at once: nothing but requests is counted here."""
-    looks = 5 if options.quick else 8
+    looks = 3 if options.quick else 6
     with ThreadPoolExecutor() as pool:
         for rows in pool.map(lambda scatter: measure_scatter(scatter, looks), scatters()):
             yield from rows
@@ -691,7 +713,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[Row]:
         sim.set_latency(0.1)
         write_config(config, config_text(sim, jobs, "5s"))
         with daemon(config, environment(accounts)) as program:
-            next_look(sim, program)
+            next_burst(sim, program)
             ended = end_all(sim, jobs, window_s)
             program.wait_until(lambda: len(sim.births()) == len(jobs), "all POSTs", 0.5)
             births = sim.births()
@@ -752,10 +774,10 @@ class Heartbeats:
 
     def longest_gap_s(self, since: float) -> float:
         times = [since, *(at for at, _ in self.heard if at >= since)]
-        return max(b - a for a, b in zip(times, times[1:], strict=False))
+        return max(b - a for a, b in itertools.pairwise(times))
 
 
-def measure_reload(options: argparse.Namespace) -> Iterator[Row]:
+def measure_reload(_options: argparse.Namespace) -> Iterator[Row]:
     """10,000 jobs, reloaded with one job changed and with all of them, while one is polled."""
     layouts = [newest(10_000), newest(1)]
     with simulated(layouts) as (folder, sim, accounts):
@@ -767,18 +789,16 @@ def measure_reload(options: argparse.Namespace) -> Iterator[Row]:
         with daemon(config, environment(accounts, **beats.env())) as program:
             program.wait_until(lambda: sim.count() > 102, "the first looks")
             time.sleep(3)
-            changed = config_text(sim, jobs, "24h").replace('"7"\n', '"seven"\n')
-            yield from reload_rows(
-                "one of 10,000 jobs changed", config, changed, beats, program, sim
-            )
-            everything = config_text(sim, jobs, "24h", "bench.other")
-            yield from reload_rows(
-                "all 10,000 jobs changed", config, everything, beats, program, sim
-            )
+            texts = {
+                "one of 10,000 jobs changed": config_text(sim, jobs, "24h").replace('"7"', '"x"'),
+                "all 10,000 jobs changed": config_text(sim, jobs, "24h", "bench.other"),
+            }
+            for what, text in texts.items():
+                yield from reload_rows(what, config, text, beats=beats, program=program, sim=sim)
 
 
 def reload_rows(
-    what: str, config: Path, text: str, beats: Heartbeats, program: Daemon, sim: Simulated
+    what: str, config: Path, text: str, *, beats: Heartbeats, program: Daemon, sim: Simulated
 ) -> Iterator[Row]:
     """How long a reload takes, and how long it keeps the loop and the looks from going on."""
     sim.reset()
