@@ -45,19 +45,21 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import partial
 from http import HTTPStatus
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 Timeline = str | Sequence[tuple[float, str]]
+DEFAULT_PROJECT = "proj_default"
 
 # ======================================================================================
 # HTTP messages
@@ -1159,6 +1161,22 @@ class Hold:
 # ======================================================================================
 
 
+@dataclass(slots=True)
+class Pace:
+    """When requests to OpenAI's API came, by the monotonic clock that all processes share."""
+
+    first_at: float | None = None
+    last_at: float | None = None
+    longest_gap_s: float = 0.0
+
+    def note(self, at: float) -> None:
+        if self.last_at is None:
+            self.first_at = at
+        else:
+            self.longest_gap_s = max(self.longest_gap_s, at - self.last_at)
+        self.last_at = at
+
+
 class Simulator:
     """Three servers in one thread, and the switches by which a test drives them.
 
@@ -1195,10 +1213,11 @@ class Simulator:
         self._requests: list[Request] = []
         self._counts: Counter[str] = Counter()
         self._in_flight = self._max_in_flight = 0
+        self._pace = Pace()
 
     # ---- the world's state ----
 
-    def add_key(self, key: str, project: str = "proj_default") -> None:
+    def add_key(self, key: str, project: str = DEFAULT_PROJECT) -> None:
         """Makes an OpenAI key known; it sees the batches of its project."""
         with self.changing():
             self._openai.keys[key] = project
@@ -1220,7 +1239,7 @@ class Simulator:
         id: str,  # noqa: A002 - the API's own name for it
         timeline: Timeline = "in_progress",
         *,
-        project: str = "proj_default",
+        project: str = DEFAULT_PROJECT,
         total: int = 100,
         failed: int = 0,
         output: bool = True,
@@ -1268,6 +1287,12 @@ class Simulator:
             batch.plan += 1
             batch.overrides.pop("status", None)
             batch.enter(status, self._agenda.wall())
+
+    def prepare(self) -> None:
+        """Renders all batches now, so that requests find their bytes ready."""
+        with self.changing():
+            for batch in self._openai.batches.values():
+                batch.json()
 
     def delete_batch(self, batch_id: str) -> None:
         with self.changing():
@@ -1404,6 +1429,24 @@ class Simulator:
             self._requests.clear()
             self._counts.clear()
             self._max_in_flight = self._in_flight
+            self._pace = Pace()
+
+    def stats(self) -> JsonObject:
+        """What `GET /_sim/requests` shows: of large worlds, `state` would be too much to ask."""
+        with self._lock:
+            return {
+                "requests": dict(self._counts),
+                "max_in_flight": self._max_in_flight,
+                **asdict(self._pace),
+            }
+
+    def births(self) -> dict[str, list[float]]:
+        """When the jobs of each Keboola configuration were created, by the monotonic clock."""
+        with self._lock:
+            born: dict[str, list[float]] = {}
+            for job in self._queue.jobs.values():
+                born.setdefault(job.target[1], []).append(job.born)
+            return born
 
     def state(self) -> JsonObject:
         """What `GET /_sim/state` shows."""
@@ -1585,6 +1628,8 @@ class InFlight:
         sim = self._sim
         with sim.changing():
             sim._counts[self._request.route] += 1
+            if self._request.route.startswith("openai."):
+                sim._pace.note(self._request.at)
             if sim.record:
                 sim._requests.append(self._request)
             sim._in_flight += 1
@@ -1614,18 +1659,30 @@ class Control(Api):
     def __init__(self, sim: Simulator) -> None:
         super().__init__()
         self._sim = sim
-        self._route("state", "GET", r"/_sim/state", self._state)
+        self._route("state", "GET", r"/_sim/state", self._read(sim.state))
+        self._route("stats", "GET", r"/_sim/requests", self._read(sim.stats))
+        self._route("births", "GET", r"/_sim/births", self._read(sim.births))
+        self._route("reset", "DELETE", r"/_sim/requests", self._reset)
+        self._route("latency", "POST", r"/_sim/latency", partial(self._call, self._set_latency))
         self._route("batches", "POST", r"/_sim/batches", partial(self._call, sim.add_batch))
         self._route("finish", "POST", r"/_sim/finish", partial(self._call, sim.finish))
         self._route("faults", "POST", r"/_sim/faults", partial(self._call, sim.fault))
         self._route("clear", "DELETE", r"/_sim/faults", self._clear)
 
-    def _state(self, request: Request) -> Answer:  # noqa: ARG002 - a handler's signature
-        return Answer.json(self._sim.state())
+    @staticmethod
+    def _read(method: Callable[[], object]) -> Handler:
+        return lambda _request: Answer.json(method())
 
-    def _clear(self, request: Request) -> Answer:  # noqa: ARG002
+    def _clear(self, request: Request) -> Answer:  # noqa: ARG002 - a handler's signature
         self._sim.clear_faults()
         return Answer.json({"ok": True})
+
+    def _reset(self, request: Request) -> Answer:  # noqa: ARG002
+        self._sim.reset_stats()
+        return Answer.json({"ok": True})
+
+    def _set_latency(self, seconds: float) -> None:
+        self._sim.latency = seconds
 
     @staticmethod
     def _call(method: Callable[..., object], request: Request) -> Answer:
@@ -1649,9 +1706,13 @@ example:
   python tests/simulator.py --batch 'batch_a=validating@0,in_progress@2,completed@6'
 
 A batch is ID=STATUS@SECONDS,... (seconds after the start; a lone STATUS counts from 0).
+A line of --batches holds the JSON that `_sim/batches` takes: the keywords of add_batch().
 
 While it runs (the stack's port; the JSON keys are the keywords of the Python methods):
   curl localhost:8102/_sim/state
+  curl localhost:8102/_sim/requests     (-X DELETE counts anew)
+  curl localhost:8102/_sim/births       (when which configuration's jobs were created)
+  curl localhost:8102/_sim/latency -d '{"seconds": 0.1}'
   curl localhost:8102/_sim/batches -d '{"id": "batch_b", "timeline": [[0, "in_progress"]]}'
   curl localhost:8102/_sim/finish  -d '{"id": "batch_b", "status": "failed"}'
   curl localhost:8102/_sim/faults  -d '{"route": "openai.*", "kind": "status", "code": 429}'
@@ -1686,6 +1747,15 @@ jobs:
 """
 
 
+DEFAULT_KEY = ("sk-simulator", DEFAULT_PROJECT)
+
+
+def parse_key(text: str) -> tuple[str, str]:
+    """Reads `sk-one=proj_one`, or a lone key."""
+    key, _, project = text.partition("=")
+    return key, project or DEFAULT_PROJECT
+
+
 def parse_batch(text: str) -> tuple[str, list[tuple[float, str]]]:
     """Reads `batch_a=validating@0,completed@6`."""
     batch_id, _, steps = text.partition("=")
@@ -1716,7 +1786,13 @@ def parser() -> argparse.ArgumentParser:
     add("--openai-port", type=int, default=8101, metavar="N", help="default 8101; 0: any")
     add("--stack-port", type=int, default=8102, metavar="N", help="default 8102; 0: any")
     add("--queue-port", type=int, default=8103, metavar="N", help="default 8103; 0: any")
-    add("--key", default="sk-simulator", help="the OpenAI key it knows (default: sk-simulator)")
+    add(
+        "--key",
+        type=parse_key,
+        action="append",
+        metavar="KEY[=PROJECT]",
+        help="an OpenAI key it knows, and whose batches it sees (default: sk-simulator)",
+    )
     add("--token", default="kbc-simulator", help="the Keboola token (default: kbc-simulator)")
     add("--latency", type=float, default=0.0, metavar="S", help="seconds added to each answer")
     add("--search-lag", type=float, default=0.0, metavar="S", help="until the search shows a job")
@@ -1724,8 +1800,18 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--batch", type=parse_batch, action="append", default=[], metavar="ID=...", help="see below"
     )
+    add("--batches", type=Path, metavar="FILE", help="more of them, as JSON lines; see below")
+    add("--quiet", action="store_true", help="print the addresses, but no line for each request")
     add("--many", type=int, default=0, metavar="N", help="N more, completed within a minute")
     return result
+
+
+def read_batches(sim: Simulator, path: Path) -> None:
+    """Adds the batches of a file, and renders each one's JSON before anybody asks for it."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            sim.add_batch(**json.loads(line))
+    sim.prepare()
 
 
 def build(options: argparse.Namespace) -> Simulator:
@@ -1734,10 +1820,13 @@ def build(options: argparse.Namespace) -> Simulator:
     sim = Simulator(options.latency, options.search_lag, ports=ports)
     sim.job_seconds = options.job_seconds
     sim.record = False  # it may run for days
-    sim.on_answer = print_answer
-    sim.add_key(options.key)
+    sim.on_answer = None if options.quiet else print_answer
+    for key, project in options.key or [DEFAULT_KEY]:
+        sim.add_key(key, project)
     sim.add_token(options.token)
-    if not (options.batch or options.many):
+    if options.batches:
+        read_batches(sim, options.batches)
+    if not (options.batch or options.many or options.batches):
         options.batch.append(parse_batch("batch_a=validating@0,in_progress@2,completed@6"))
     for batch_id, timeline in options.batch:
         sim.add_batch(batch_id, timeline)
@@ -1755,8 +1844,9 @@ def print_answer(request: Request, outcome: str) -> None:
 def introduce(sim: Simulator, options: argparse.Namespace) -> None:
     """Prints the addresses and a configuration that works with them."""
     batches = ", ".join([*sim.state()["batches"]][:10])  # a job has at most ten
+    key = (options.key or [DEFAULT_KEY])[0][0]
     print(f"OpenAI   {sim.openai_url}\nstack    {sim.stack_url}\nqueue    {sim.queue_url}\n")
-    print(f"export OPENAI_API_KEY={options.key} KEBOOLA_TOKEN={options.token}\n")
+    print(f"export OPENAI_API_KEY={key} KEBOOLA_TOKEN={options.token}\n")
     print(CONFIG.format(openai=sim.openai_url, stack=sim.stack_url, batches=batches))
     print("Ctrl-C ends it.", flush=True)
 

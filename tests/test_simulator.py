@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from simulator import Fault, Simulator
+from simulator import Fault, Simulator, build, parser
 
 OPENAI = {"Authorization": "Bearer sk-test"}
 KEBOOLA = {"X-StorageApi-Token": "kbc-test"}
@@ -613,6 +613,43 @@ def test_control(sim: Simulator, web: httpx.Client) -> None:
     assert batch(sim, web, "batch_h")["request_counts"]["total"] == 5
     assert web.post(f"{control}/finish", json={"id": "no"}).json() == {"error": "KeyError: 'no'"}
     assert web.post(f"{control}/faults", json={"rout": "*"}).status_code == 400
+
+
+def test_control_of_measures(sim: Simulator, web: httpx.Client) -> None:
+    """A benchmark asks when requests and Keboola jobs came, counts anew, and sets the latency."""
+    control = f"{sim.stack_url}/_sim"
+    before = time.monotonic()
+    batch(sim, web)
+    batch(sim, web)
+    post_job(sim, web)
+    stats = web.get(f"{control}/requests").json()
+    assert stats["requests"] == {"openai.get": 2, "queue.create": 1}
+    assert before <= stats["first_at"] < stats["last_at"] <= time.monotonic()
+    assert stats["longest_gap_s"] == pytest.approx(stats["last_at"] - stats["first_at"])
+    [(config, [born])] = web.get(f"{control}/births").json().items()
+    assert config == sim.jobs[0]["config"]
+    assert stats["last_at"] <= born <= time.monotonic()
+    web.delete(f"{control}/requests")
+    empty = {"first_at": None, "last_at": None, "longest_gap_s": 0.0}
+    assert web.get(f"{control}/requests").json() == {"requests": {}, "max_in_flight": 0, **empty}
+    web.post(f"{control}/latency", json={"seconds": 0.25})
+    assert sim.latency == 0.25
+
+
+def test_batches_and_keys_of_the_command_line(tmp_path: Path) -> None:
+    """A large world comes in a file, and each key sees the batches of its own project."""
+    lines = [{"id": f"batch_{p}", "project": p, "created_at": 1_750_000_000} for p in ("a", "b")]
+    file = tmp_path / "batches.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    options = parser().parse_args(["--batches", str(file), "--key=sk-a=a", "--key=sk-b=b"])
+    options.openai_port = options.stack_port = options.queue_port = 0
+    with build(options) as sim:
+        for name in ("a", "b"):
+            key = {"Authorization": f"Bearer sk-{name}"}
+            page = httpx.get(f"{sim.openai_url}/batches", headers=key).json()
+            assert [(b["id"], b["created_at"]) for b in page["data"]] == [
+                (f"batch_{name}", 1_750_000_000)
+            ]
 
 
 def test_command_line() -> None:
