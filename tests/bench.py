@@ -840,7 +840,8 @@ def main() -> int:
         run_bare()
         return 0
     print(
-        f"Python {platform.python_version()}, {os.cpu_count()} CPUs, max_concurrency {CONCURRENCY}\n"
+        f"Python {platform.python_version()}, {os.cpu_count()} CPUs,"
+        f" max_concurrency {CONCURRENCY}\n"
     )
     print(Cost.HEAD, flush=True)
     rows: list[Row] = []
