@@ -3962,6 +3962,12 @@ class Look:
         missing = sorted(self.missing(), key=lambda batch: batch.id not in left_out)
         return missing if self.saved >= 0 else missing[: self.saved]
 
+    def goals(self, unplaced: Iterable[Batch], tried: Container[str]) -> list[Batch]:
+        """Return what may still be looked for in the list."""
+        if self.credit <= 0:
+            return []
+        return [b for b in unplaced if b.id not in self.seen and b.id not in tried]
+
     def take(self, page: Page) -> int:
         """Note what a page has shown; returns how many due batches that were missing."""
         new = [key for key in page.batches if key not in self.seen]
@@ -3975,32 +3981,167 @@ class Look:
         return {key: self.seen[key] for key in watch.pending() if key in self.seen}
 
 
+class ListReader:
+    """Reads the pages of an account's list that pay for a look, and learns where batches stand.
+
+    A page pays that shows several of the due batches. What is not known yet is found out with the
+    requests that pages have saved, and what a look may risk.
+    """
+
+    KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
+    WALKS_AT_ONCE: Final = 10
+    PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
+
+    def __init__(
+        self, client: OpenAIClient, engine: Engine, take: Callable[[Look, Sequence[Page]], None]
+    ) -> None:
+        self._client = client
+        self._engine = engine
+        self._take = take  # what is done with pages
+        self._chart = Chart()
+        self._gate = Gate(self.PAGES_AT_ONCE)
+        self._usable_from = -math.inf
+        self._failures = 0
+
+    def pays(self, look: Look) -> bool:
+        """Return whether pages may be of use to a look."""
+        return len(look.due) >= LIST_MIN and self._usable_from <= look.begun_at
+
+    async def read(self, look: Look, known: Mapping[str, Batch]) -> None:
+        """Read what pays; `known` are all unfinished batches of the account, due or not.
+
+        Never raises: what no page has shown is asked for one by one.
+        """
+        self._chart.begin_look(known)
+        try:
+            await self._read_known(look, known)
+            await self._explore(look, known)
+        except ApiError as error:
+            self._note_failure(error)
+        except Exception as error:  # noqa: BLE001 - a bug in what may be done without
+            self._usable_from = self._engine.clock.mono() + HOUR_S
+            self._engine.note_bug(error, self._client.base_url)
+        else:
+            if look.seen and self._failures:
+                self._failures = 0
+                self._engine.note(Event("list_usable", fields={"url": self._client.base_url}))
+
+    async def _read_known(self, look: Look, known: Mapping[str, Batch]) -> None:
+        """Read the pages that are known to show several of the due batches."""
+        for _ in range(self.KNOWN_ROUNDS):
+            starts = self._chart.pages(batch.id for batch in look.missing())
+            if not starts:
+                return
+            await self._read(look, known, [cursor for cursor, _ in starts])
+            for _, batch_id in starts:
+                if batch_id not in look.seen:
+                    self._chart.lose(batch_id)
+
+    async def _explore(self, look: Look, known: Mapping[str, Batch]) -> None:
+        """Find out where the others stand, as far as the savings of this look allow."""
+        chart = self._chart
+        look.risk = chart.allowance(len(look.due))
+        unplaced = chart.unplaced(look.missing())
+        if not unplaced:
+            return
+        ages = sorted((b.created_at, b.id) for b in known.values() if b.created_at)
+        tried: set[str] = set()
+        while goals := look.goals(unplaced, tried):
+            walks = chart.guesses(goals, ages, look.credit)
+            if not walks:
+                break
+            tried |= {walk.goal.id for walk in walks if walk.goal}
+            await self._read(look, known, [walk.cursor for walk in walks])
+        while goals := look.goals(unplaced, tried):
+            walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
+            if self._engine.once:  # a way is of use to later looks, but for what it shows itself
+                walks = [walk for walk in walks if walk.cursor is None]
+            if not walks:
+                break
+            tried |= {walk.goal.id for walk in walks if walk.goal}
+            if walks[0].goal is None:  # it was for all whose age is not known
+                tried |= {goal.id for goal in goals if goal.created_at is None}
+            await all_of(self._walk(look, known, walk) for walk in walks)
+        for batch_id in tried - look.seen.keys():
+            chart.note_miss(batch_id)
+        if tried:
+            chart.note_risk(paid_off=look.saved >= 0)
+
+    async def _walk(self, look: Look, known: Mapping[str, Batch], walk: Walk) -> None:
+        """Read page after page until there is nothing more to be gained."""
+        cursor, barren = walk.cursor, 0
+        passed: set[str] = set()
+        while look.credit > 0 and barren < BARREN_PAGES:
+            before = len(look.seen)
+            pages = await self._read(look, known, [cursor])
+            if not pages:
+                return
+            page = pages[0]
+            barren = 0 if len(look.seen) > before else barren + 1
+            if walk.ends_at(page) or page.ids[-1] in passed or not look.missing():
+                return
+            cursor = page.ids[-1]
+            passed.add(cursor)
+
+    async def _read(
+        self, look: Look, known: Mapping[str, Batch], cursors: Sequence[str | None]
+    ) -> list[Page]:
+        """Return pages, all read at once and taken as one. Raises the first one's ApiError."""
+        pages: list[Page] = []
+        try:
+            await all_of(self._read_page(look, known, cursor, pages) for cursor in cursors)
+        finally:
+            self._take(look, pages)
+        return pages
+
+    async def _read_page(
+        self, look: Look, known: Mapping[str, Batch], cursor: str | None, pages: list[Page]
+    ) -> None:
+        """Add a page to `pages`, unless its cursor is gone from the list. Raises ApiError."""
+        look.saved -= 1
+        try:
+            async with self._gate:
+                page = await self._client.page(cursor, known)
+        except ApiError as error:
+            if cursor is None or error.status not in {400, 404}:
+                raise
+            self._chart.lose_cursor(cursor)
+        else:
+            self._chart.learn(cursor, page)
+            pages.append(page)
+
+    def _note_failure(self, error: ApiError) -> None:
+        """Do without the list for a while; for longer where there seems to be none."""
+        self._failures += 1
+        clock = self._engine.clock
+        is_absent = error.status is not None and not error.retryable
+        wait_s = backoff_s(self._failures, MINUTE_S, clock.jitter())
+        self._usable_from = clock.mono() + (HOUR_S if is_absent else wait_s)
+        if self._failures == 1:
+            fields_ = {"url": self._client.base_url, "error": str(error)}
+            self._engine.note(Event("list_not_usable", "warning", None, fields_))
+
+
 class Poller:
     """One OpenAI account: looks at the batches of all its jobs that are due, together.
 
-    A look reads pages of the account's list where they show several of the due batches, and asks
-    for the others one by one: never with more requests than one by one for all of them.
+    A look reads pages of the account's list where they pay, and asks for the other batches one by
+    one: never with more requests than one by one for all of them.
     """
 
     ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
-    KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
-    WALKS_AT_ONCE: Final = 10
     ASKED_AT_ONCE: Final = 500  # batches; a task for each of 100,000 would hold the loop up
-    PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
 
     def __init__(self, engine: Engine, client: OpenAIClient) -> None:
         self._engine = engine
         self._client = client
-        self._chart = Chart()
+        self._list = ListReader(client, engine, self._take)
         self._watches: dict[int, Watch] = {}  # those that are polled
         self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
         self._known: dict[str, Batch] = {}  # these batches, as they were seen last
         self._busy: set[Watch] = set()  # those that a look is under way at
         self._left_out: set[str] = set()  # batches that the last look could not afford
-        self._gate = Gate(self.PAGES_AT_ONCE)
-        self._until = math.inf
-        self._list_from = -math.inf  # when the list may be used
-        self._list_failures = 0
+        self._until = math.inf  # when `run` looks around again
         self.wake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -4017,15 +4158,18 @@ class Poller:
         self._known = {batch.id: batch for batch in batches if batch.id in self._watchers}
         self.wake.set()
 
-    def _drop(self, watch: Watch) -> None:
-        """Forget what has ended of a work."""
-        pending = set(watch.pending())
+    def _follow(self, watch: Watch) -> None:
+        """Remember how a work has changed, and forget what has ended of it."""
         for batch in watch.work.batches:
-            if batch.id not in pending and watch in self._watchers.get(batch.id, ()):
-                self._watchers[batch.id].remove(watch)
-                if not self._watchers[batch.id]:
-                    del self._watchers[batch.id], self._known[batch.id]
-        if not pending:
+            watchers = self._watchers.get(batch.id, [])
+            if watch not in watchers:
+                continue
+            self._known[batch.id] = batch
+            if batch.is_terminal:
+                watchers.remove(watch)
+            if not watchers:
+                del self._watchers[batch.id], self._known[batch.id]
+        if watch.work.is_ready:
             self._watches.pop(watch.work.id, None)
 
     async def run(self) -> None:
@@ -4056,8 +4200,8 @@ class Poller:
         self._busy.update(watches)
         due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
         look = Look(begun_at, due)
-        if len(due) >= LIST_MIN and self._list_from <= begun_at:
-            await self._read_list(look)
+        if self._list.pays(look):
+            await self._list.read(look, self._known)
         missing = {batch.id for batch in look.missing()}
         look.open = {watch for watch in watches if not missing.isdisjoint(watch.pending())}
         self._busy.difference_update(watches)
@@ -4125,7 +4269,7 @@ class Poller:
             return
         try:
             for watch in self._engine.record(looks):
-                self._drop(watch)
+                self._follow(watch)
         except (StorageError, sqlite3.Error) as error:
             wait_s = FIRST_TRIGGER_BACKOFF_S
             self._engine.note_trouble(error, looks[0][0].work.name)
@@ -4136,117 +4280,6 @@ class Poller:
             return
         for watch, _ in looks:
             watch.due = self._engine.clock.mono() + wait_s
-
-    # --- the list ---
-
-    async def _read_list(self, look: Look) -> None:
-        """Read the pages that pay, and record what they show."""
-        self._chart.begin_look(self._watchers)
-        try:
-            await self._read_known(look)
-            await self._explore(look)
-        except ApiError as error:
-            self._note_failure(error)
-        except Exception as error:  # noqa: BLE001 - as in `_ask`
-            self._list_from = self._engine.clock.mono() + HOUR_S
-            self._engine.note_bug(error, self._client.base_url)
-        else:
-            if look.seen and self._list_failures:
-                self._list_failures = 0
-                self._engine.note(Event("list_usable", fields={"url": self._client.base_url}))
-
-    async def _read_known(self, look: Look) -> None:
-        """Read the pages that are known to show several of the due batches."""
-        for _ in range(self.KNOWN_ROUNDS):
-            starts = self._chart.pages(batch.id for batch in look.missing())
-            if not starts:
-                return
-            await self._read(look, [cursor for cursor, _ in starts])
-            for _, batch_id in starts:
-                if batch_id not in look.seen:
-                    self._chart.lose(batch_id)
-
-    async def _explore(self, look: Look) -> None:
-        """Find out where the others stand, as far as the savings of this look allow."""
-        chart = self._chart
-        look.risk = chart.allowance(len(look.due))
-        unplaced = chart.unplaced(look.missing())
-        if not unplaced:
-            return
-        ages = sorted(
-            (batch.created_at, batch.id)
-            for watch in self._watches.values()
-            for batch in watch.work.batches
-            if batch.created_at
-        )
-        tried: set[str] = set()
-        while goals := self._goals(look, unplaced, tried):
-            walks = chart.guesses(goals, ages, look.credit)
-            if not walks:
-                break
-            tried |= {walk.goal.id for walk in walks if walk.goal}
-            await self._read(look, [walk.cursor for walk in walks])
-        while goals := self._goals(look, unplaced, tried):
-            walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
-            if self._engine.once:  # a way is of use to later looks, but for what it shows itself
-                walks = [walk for walk in walks if walk.cursor is None]
-            if not walks:
-                break
-            tried |= {walk.goal.id for walk in walks if walk.goal}
-            if walks[0].goal is None:  # it was for all whose age is not known
-                tried |= {goal.id for goal in goals if goal.created_at is None}
-            await all_of(self._walk(look, walk) for walk in walks)
-        for batch_id in tried - look.seen.keys():
-            chart.note_miss(batch_id)
-        if tried:
-            chart.note_risk(paid_off=look.saved >= 0)
-
-    @staticmethod
-    def _goals(look: Look, unplaced: Iterable[Batch], tried: Container[str]) -> list[Batch]:
-        """Return the batches that may still be looked for in the list."""
-        if look.credit <= 0:
-            return []
-        return [b for b in unplaced if b.id not in look.seen and b.id not in tried]
-
-    async def _walk(self, look: Look, walk: Walk) -> None:
-        """Read page after page until there is nothing more to be gained."""
-        cursor, barren = walk.cursor, 0
-        passed: set[str] = set()
-        while look.credit > 0 and barren < BARREN_PAGES:
-            before = len(look.seen)
-            pages: list[Page] = []
-            await self._read_page(look, cursor, pages)
-            self._take(look, pages)
-            if not pages:
-                return
-            page = pages[0]
-            barren = 0 if len(look.seen) > before else barren + 1
-            if walk.ends_at(page) or page.ids[-1] in passed or not look.missing():
-                return
-            cursor = page.ids[-1]
-            passed.add(cursor)
-
-    async def _read(self, look: Look, cursors: Sequence[str | None]) -> None:
-        """Read pages at once, and record them as one; raises the first one's ApiError."""
-        pages: list[Page] = []
-        try:
-            await all_of(self._read_page(look, cursor, pages) for cursor in cursors)
-        finally:
-            self._take(look, pages)
-
-    async def _read_page(self, look: Look, cursor: str | None, pages: list[Page]) -> None:
-        """Add a page to `pages`, unless its cursor is gone from the list. Raises ApiError."""
-        look.saved -= 1
-        try:
-            async with self._gate:
-                page = await self._client.page(cursor, self._known)
-        except ApiError as error:
-            if cursor is None or error.status not in {400, 404}:
-                raise
-            self._chart.lose_cursor(cursor)
-        else:
-            self._chart.learn(cursor, page)
-            pages.append(page)
 
     def _take(self, look: Look, pages: Iterable[Page]) -> None:
         """Record what pages show, also of works that are not due yet."""
@@ -4260,17 +4293,6 @@ class Poller:
         for watch in seen.values():
             watch.look_began = look.begun_at
         self._record([(watch, look.seen_of(watch)) for watch in seen.values()])
-
-    def _note_failure(self, error: ApiError) -> None:
-        """Do without the list for a while; for longer where there seems to be none."""
-        self._list_failures += 1
-        clock = self._engine.clock
-        is_absent = error.status is not None and not error.retryable
-        wait_s = backoff_s(self._list_failures, MINUTE_S, clock.jitter())
-        self._list_from = clock.mono() + (HOUR_S if is_absent else wait_s)
-        if self._list_failures == 1:
-            fields_ = {"url": self._client.base_url, "error": str(error)}
-            self._engine.note(Event("list_not_usable", "warning", None, fields_))
 
 
 class Carrier:

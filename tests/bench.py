@@ -433,7 +433,8 @@ class Task:
 
 async def list_loop(client: Any, task: Task, key: str) -> int:  # noqa: ANN401 - an httpx client
     """Read pages until every watched batch was seen; returns the requests."""
-    missing, seen = set(task.watched[key]), {}
+    missing = set(task.watched[key])
+    seen: dict[str, Any] = {}
     params, requests = {"limit": str(PAGE)}, 0
     headers = {"Authorization": f"Bearer {key}"}
     while missing:

@@ -740,7 +740,9 @@ def test_looks_at_a_moving_list(kind: str, seed: int) -> None:
             assert max(waits.values()) < LOOKS - 1, (kind, seed)
             world.clock += 120
             world.move()
-            assert len(poller._chart._spots) <= 2 * len(world.watched) + len(due) + tc.MAX_ROWS
+            assert (
+                len(poller._list._chart._spots) <= 2 * len(world.watched) + len(due) + tc.MAX_ROWS
+            )
 
     asyncio.run(play())
 
@@ -788,6 +790,7 @@ def test_a_look_is_over_when_it_is_over() -> None:
             watch.work = replace(
                 watch.work, batches=tuple(world.seen(b.id) for b in watch.work.batches)
             )
+        poller.take(watches)
         await poller._look(watches)
         await engine.ended()
         made = len(world.requests)
