@@ -62,13 +62,15 @@ def variables(job: JsonObject) -> dict[str, str]:
     return {pair["name"]: pair["value"] for pair in job["variableValuesData"]["values"]}
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = PATIENCE_S) -> Any:  # noqa: ANN401
+def wait_until(
+    condition: Callable[[], Any], what: str, timeout: float = PATIENCE_S, every: float = 0.01
+) -> Any:  # noqa: ANN401
     """Asks again and again, for what cannot wake us; returns the condition's value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout:g} s: {what}")
-        time.sleep(0.01)
+        time.sleep(every)
     return value
 
 

@@ -331,7 +331,7 @@ class World(Workspace):
             self.config["defaults"]["poll_interval"] = poll_interval
             self.write()
             with suppress(TimeoutError):
-                wait_until(lambda: self.count(where) == len(self.jobs), where, 1)
+                wait_until(lambda: self.count(where) == len(self.jobs), where, 1, every=0.1)
                 return
             assert time.monotonic() < deadline, f"{self.open_jobs()}\n{daemon.log()[-4000:]}"
 
