@@ -377,20 +377,21 @@ class Burst:
     cpu_s: float  # the program's, until then
 
 
-def next_burst(sim: Simulated, program: Daemon) -> Burst:
-    """Wait for requests, and until there are no more."""
+def next_burst(sim: Simulated, program: Daemon, interval_s: float) -> Burst:
+    """Wait for requests, and until there are no more, for a tenth of the interval at least."""
+    quiet_s = max(QUIET_S, interval_s / 10)
     sim.reset()
     program.wait_until(lambda: sim.count() > 0, "a look")
-    program.wait_until(lambda: is_quiet(sim), "the end of a look")
+    program.wait_until(lambda: is_quiet(sim, quiet_s), "the end of a look")
     stats = sim.stats()
     requests = sum(n for route, n in stats["requests"].items() if route.startswith("openai."))
     seconds = stats["last_at"] - stats["first_at"]
     return Burst(requests, seconds, stats["last_at"], program.cpu_s())
 
 
-def is_quiet(sim: Simulated) -> bool:
+def is_quiet(sim: Simulated, quiet_s: float) -> bool:
     last_at = sim.stats()["last_at"]
-    return last_at is not None and time.monotonic() - last_at > QUIET_S
+    return last_at is not None and time.monotonic() - last_at > quiet_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,18 +403,21 @@ class Looks:
     cpu_s: float
 
 
-def measured_looks(sim: Simulated, program: Daemon, interval_s: float, looks: int) -> Looks:
-    """Measure from the end of one burst to that of another, some intervals later."""
-    before = next_burst(sim, program)
-    found = [next_burst(sim, program)]
-    while found[-1].ended_at - before.ended_at < (looks - 0.3) * interval_s:
-        found.append(next_burst(sim, program))
-    passed = round((found[-1].ended_at - before.ended_at) / interval_s)
-    return Looks(
+def measured_looks(
+    sim: Simulated, program: Daemon, before: Burst, interval_s: float, looks: int
+) -> tuple[Looks, Burst]:
+    """Measure from the end of one burst to that of another, some intervals later; returns it."""
+    found = [next_burst(sim, program, interval_s)]
+    while found[-1].ended_at - before.ended_at < (looks - 0.5) * interval_s:
+        found.append(next_burst(sim, program, interval_s))
+    last = found[-1]
+    passed = round((last.ended_at - before.ended_at) / interval_s)
+    measured = Looks(
         sum(burst.requests for burst in found) / passed,
         sum(burst.seconds for burst in found) / passed,
-        (found[-1].cpu_s - before.cpu_s) / passed,
+        (last.cpu_s - before.cpu_s) / passed,
     )
+    return measured, last
 
 
 # ======================================================================================
@@ -434,7 +438,7 @@ class Task:
 async def list_loop(client: Any, task: Task, key: str) -> int:  # noqa: ANN401 - an httpx client
     """Read pages until every watched batch was seen; returns the requests."""
     missing = set(task.watched[key])
-    seen: dict[str, Any] = {}
+    seen: dict[str, str] = {}
     params, requests = {"limit": str(PAGE)}, 0
     headers = {"Authorization": f"Bearer {key}"}
     while missing:
@@ -530,6 +534,7 @@ class Size:
     per_job: int
     interval_s: int
     looks: int = 3
+    latencies: tuple[float, ...] = (0.0, 0.1)
     memory_limit: float | None = None
     ratio_limit: float | None = None
     share_limit: float | None = None
@@ -541,16 +546,16 @@ class Size:
 
 
 SIZES = (
-    Size(10, 1, 10, interval_s=2),
-    Size(1_000, 1, 10, interval_s=3),
-    Size(10_000, 1, 10, interval_s=6, memory_limit=80, ratio_limit=3),
-    Size(10_000, 10, 10, interval_s=6),
-    Size(10_000, 1, 1, interval_s=6),
-    Size(100_000, 10, 10, interval_s=60, looks=1, memory_limit=250, share_limit=0.25),
+    Size(10, 1, 10, interval_s=2, looks=10),
+    Size(1_000, 1, 10, interval_s=2, looks=5),
+    Size(10_000, 1, 10, interval_s=5, memory_limit=80, ratio_limit=3),
+    Size(10_000, 10, 10, interval_s=5, latencies=(0.1,)),
+    Size(10_000, 1, 1, interval_s=5, latencies=(0.0,)),
+    Size(100_000, 10, 10, 60, looks=1, latencies=(0.1,), memory_limit=250, share_limit=0.25),
 )
 
 
-def measure_size(size: Size, latencies: Sequence[float]) -> Iterator[Cost | Row]:
+def measure_size(size: Size) -> Iterator[Cost | Row]:
     """One size at each latency, beside the bare loops; then its limits."""
     each = size.batches // size.accounts
     costs: dict[float, Cost] = {}
@@ -560,21 +565,23 @@ def measure_size(size: Size, latencies: Sequence[float]) -> Iterator[Cost | Row]
         jobs = jobs_of(accounts, size.per_job)
         write_config(config, config_text(sim, jobs, f"{size.interval_s}s"))
         with daemon(config, environment(accounts)) as program:
-            next_burst(sim, program)  # the first look writes all that is new
-            for latency_s in latencies:
+            burst = next_burst(
+                sim, program, size.interval_s
+            )  # the first look writes all that is new
+            for latency_s in size.latencies:
                 sim.set_latency(latency_s)
                 what = f"{size}, {latency_text(latency_s)}"
-                looks = measured_looks(sim, program, size.interval_s, size.looks)
+                looks, burst = measured_looks(sim, program, burst, size.interval_s, size.looks)
                 cpu = looks.cpu_s / size.batches * 1000
                 peak = program.peak_mb()
                 costs[latency_s] = Cost(what, looks.requests, looks.seconds, cpu, peak)
-        for latency_s in latencies:
+        for latency_s in size.latencies:
             sim.set_latency(latency_s)
             yield costs[latency_s]
             floors[latency_s] = bare_cost("list", sim, accounts, latency_s)
             yield floors[latency_s]
             yield bare_cost("get", sim, accounts, latency_s)
-    yield from size_rows(size, costs, floors[latencies[0]])
+    yield from size_rows(size, costs, floors[size.latencies[0]])
 
 
 def size_rows(size: Size, costs: Mapping[float, Cost], floor: Cost) -> Iterator[Row]:
@@ -622,9 +629,9 @@ def measure_scatter(scatter: Scatter, looks: int) -> list[Row]:
         config = folder / "config.yaml"
         write_config(config, config_text(sim, jobs_of(accounts, 10), "3s"))
         with daemon(config, environment(accounts)) as program:
-            first = next_burst(sim, program)
-            next_burst(sim, program)
-            known = measured_looks(sim, program, 3, looks)
+            first = next_burst(sim, program, 3)
+            second = next_burst(sim, program, 3)
+            known, _ = measured_looks(sim, program, second, 3, looks)
     return [
         Row(f"requests of a look, {scatter.what}", known.requests, "", scatter.limit),
         Row("  of the first look", first.requests, ""),
@@ -640,10 +647,10 @@ def measure_scatters(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_sizes(options: argparse.Namespace) -> Iterator[Cost | Row]:
+    """All sizes, but for the largest with --quick: one look of it a minute takes its time."""
     for size in SIZES:
         if not (options.quick and size.batches > 10_000):
-            # of the largest only one: a look a minute takes its time
-            yield from measure_size(size, (0.1,) if size.batches > 10_000 else (0.0, 0.1))
+            yield from measure_size(size)
 
 
 def top_level_imports() -> str:
@@ -714,7 +721,7 @@ def measure_latency(options: argparse.Namespace) -> Iterator[Row]:
         sim.set_latency(0.1)
         write_config(config, config_text(sim, jobs, "5s"))
         with daemon(config, environment(accounts)) as program:
-            next_burst(sim, program)
+            next_burst(sim, program, 5)
             ended = end_all(sim, jobs, window_s)
             program.wait_until(lambda: len(sim.births()) == len(jobs), "all POSTs", 0.5)
             births = sim.births()
@@ -840,10 +847,8 @@ def main() -> int:
     if options.bare:
         run_bare()
         return 0
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} CPUs,"
-        f" max_concurrency {CONCURRENCY}\n"
-    )
+    cpus = os.cpu_count()
+    print(f"Python {platform.python_version()}, {cpus} CPUs, max_concurrency {CONCURRENCY}\n")
     print(Cost.HEAD, flush=True)
     rows: list[Row] = []
     for name in options.parts or PARTS:
