@@ -114,14 +114,23 @@ def test_first_failure(tmp_path: Path) -> None:
     assert (tmp_path / "ended").exists()
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-def test_interrupted(tmp_path: Path, send: Callable[[int, int], None]) -> None:
-    """The same after SIGINT, whether pytest alone gets it or, as with Ctrl-C, every process."""
+@pytest.mark.parametrize(
+    ("send", "number", "code"),
+    [
+        (os.kill, signal.SIGINT, pytest.ExitCode.INTERRUPTED),
+        (os.killpg, signal.SIGINT, pytest.ExitCode.INTERRUPTED),
+        (os.killpg, signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
+def test_interrupted(
+    tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals, code: int
+) -> None:
+    """The same after a signal, whether pytest alone gets it or, as with Ctrl-C, every process."""
     with start(tmp_path, waiting=WAITING, good=GOOD) as process:
         wait_until((tmp_path / "begun").exists, "the test that waits")
-        send(process.pid, signal.SIGINT)
-        out, _ = process.communicate(timeout=PATIENCE_S * 3)
-    assert process.returncode == pytest.ExitCode.INTERRUPTED, out
+        send(process.pid, number)
+        out, _ = process.communicate(timeout=PATIENCE_S * 3)  # until nobody can write to it
+    assert process.returncode == code, out
     assert (tmp_path / "ended").exists()
 
 
@@ -132,5 +141,5 @@ def test_killed(tmp_path: Path) -> None:
         process.kill()
         process.wait(PATIENCE_S)
         (tmp_path / "killed").touch()
-        out, _ = process.communicate(timeout=PATIENCE_S * 3)  # until nobody can write to it
+        out, _ = process.communicate(timeout=PATIENCE_S * 3)
     assert not (tmp_path / "went on").exists(), out

@@ -166,10 +166,11 @@ def work(
     reports = Reports(session.config)
     session.config.pluginmanager.register(reports)
     try:
-        signal.signal(signal.SIGINT, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while (number := take_number(next_file)) < len(files):
-            for item, following in itertools.pairwise([*files[number], None]):
+        while (taken := take_number(next_file)) < len(files):
+            for item, following in itertools.pairwise([*files[taken], None]):
                 assert item
                 session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 away.send((item.nodeid, reports.take()))
@@ -177,9 +178,9 @@ def work(
         session._setupstate.teardown_exact(None)
 
 
-def interrupt(_number: int, _frame: FrameType | None) -> None:
+def interrupt(number: int, _frame: FrameType | None) -> None:
     """Interrupts once: a terminal's Ctrl-C comes here by itself, and then from home as well."""
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 
