@@ -4265,21 +4265,29 @@ class Poller:
 
     def _record(self, looks: Sequence[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> None:
         """Store what looks have brought, as one."""
-        if not looks:
-            return
         try:
             for watch in self._engine.record(looks):
                 self._follow(watch)
         except (StorageError, sqlite3.Error) as error:
-            wait_s = FIRST_TRIGGER_BACKOFF_S
-            self._engine.note_trouble(error, looks[0][0].work.name)
+            self._put_off(
+                looks, FIRST_TRIGGER_BACKOFF_S, functools.partial(self._engine.note_trouble, error)
+            )
         except Exception as error:  # noqa: BLE001 - as in `_ask`
-            wait_s = MINUTE_S
-            self._engine.note_bug(error, looks[0][0].work.name)
-        else:
-            return
-        for watch, _ in looks:
-            watch.due = self._engine.clock.mono() + wait_s
+            self._put_off(looks, MINUTE_S, functools.partial(self._engine.note_bug, error))
+
+    def _put_off(
+        self,
+        looks: Sequence[tuple[Watch, object]],
+        wait_s: float,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Have those looked at again whose news could not be stored; `tell` of the first."""
+        now = self._engine.clock.mono()
+        late = [watch for watch, _ in looks if watch.due <= now]
+        for watch in late:
+            watch.due = now + wait_s
+        first = late[0] if late else looks[0][0]
+        tell(first.work.name)
 
     def _take(self, look: Look, pages: Iterable[Page]) -> None:
         """Record what pages show, also of works that are not due yet."""
@@ -4774,23 +4782,29 @@ class Engine:
         for watch, seen in looks:
             whole_s = watch.job.poll_interval_s if watch.job else 0
             wait_s = max(whole_s - (mono - watch.look_began), whole_s / 2)
-            if not is_old_news(watch.work, seen):
-                after, events = after_look(
-                    watch.work, seen, interval_s=wait_s, now=now, jitter=self.clock.jitter()
-                )
-                news += events
-                wait_s = max(0.0, (after.next_check_at or now) - now)
-                if after != watch.work:
-                    changed.append((watch, after))
-            if is_whole_look(watch.work, seen):
-                whole.append((watch, wait_s))
+            is_whole = is_whole_look(watch.work, seen)
+            if is_old_news(watch.work, seen):
+                self._note_look(watch, now, mono + wait_s)
+                continue
+            after, events = after_look(
+                watch.work, seen, interval_s=wait_s, now=now, jitter=self.clock.jitter()
+            )
+            news += events
+            if after != watch.work:
+                changed.append((watch, after))
+            if is_whole:
+                whole.append((watch, mono + max(0.0, (after.next_check_at or now) - now)))
         if changed:
             self.save(changed, news)
-        for watch, wait_s in whole:
-            watch.looked_at, watch.due = now, mono + wait_s
-            self._touched.add(watch)
+        for watch, due in whole:
+            self._note_look(watch, now, due)
             self.carry(watch)
         return [watch for watch, _ in changed]
+
+    def _note_look(self, watch: Watch, now: float, due: float) -> None:
+        """Remember when a work was looked at, and is to be looked at again."""
+        watch.looked_at, watch.due = now, due
+        self._touched.add(watch)
 
     def summary(self) -> str:
         """Return how the jobs are, in one line."""
