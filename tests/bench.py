@@ -254,9 +254,10 @@ class JobSpec:
 def jobs_of(accounts: Sequence[Account], size: int) -> list[JobSpec]:
     """Jobs of `size` batches each that watch what is watched."""
     return [
-        JobSpec(account.watched[start : start + size], account.number)
+        JobSpec(ids[start : start + size], account.number)
         for account in accounts
-        for start in range(0, len(account.watched), size)
+        for ids in [account.watched]
+        for start in range(0, len(ids), size)
     ]
 
 
