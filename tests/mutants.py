@@ -91,6 +91,18 @@ MUTANTS: tuple[Mutant, ...] = (
         new="if self._clock.mono() >= 0:",
         tests=("test_engine.py::test_a_result_is_kept_until_it_can_be_committed",),
     ),
+    Mutant(
+        name="with a full disk, looks without a pause",
+        old="watch.due = self._engine.clock.mono() + FIRST_TRIGGER_BACKOFF_S",
+        new="pass",
+        tests=("test_engine.py::test_with_a_full_disk_nothing_is_begun",),
+    ),
+    Mutant(
+        name="--once waits for a full disk",
+        old="if self._engine.once or not await self._wait(min(wait_s, PATIENCE_S)):",
+        new="if not await self._wait(min(wait_s, PATIENCE_S)):",
+        tests=("test_engine.py::test_a_pass_does_not_wait_for_a_full_disk",),
+    ),
     # --- when to search, and what a search says ---
     Mutant(
         name="the first POST without a search",
@@ -265,6 +277,12 @@ MUTANTS: tuple[Mutant, ...] = (
         new="",
         tests=("test_once.py::test_state_lost_within_the_grace",),
     ),
+    Mutant(
+        name="a lost state file holds a start until the clock has caught up",
+        old="grace_s - max(0.0, wall - posted_at)",
+        new="grace_s - (wall - posted_at)",
+        tests=("test_engine.py::test_a_lost_state_file_is_searched_for_after_the_grace",),
+    ),
     # --- the trigger's id and target ---
     Mutant(
         name="trigger id without the job's name",
@@ -349,6 +367,12 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_engine.py::test_paused_during_the_search",),
     ),
     Mutant(
+        name="decided in spite of `paused`",
+        old="return may_post and watch.work.is_ready and",
+        new="return watch.work.is_ready and",
+        tests=("test_engine.py::test_retry_force_of_a_paused_job_decides_nothing",),
+    ),
+    Mutant(
         name="SIGTERM stops nothing",
         old="self.is_stopping = True",
         new="pass",
@@ -417,6 +441,12 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if not error.sent or error.status == 429:",
         new="if not error.sent or 400 <= (error.status or 0) < 500:",
         tests=("test_decisions.py::test_what_a_failed_post_comes_to",),
+    ),
+    Mutant(
+        name="a rejected trigger sent again at any reload",
+        old="if trigger_basis(job, target, token) != trigger.basis:",
+        new="if True:",
+        tests=("test_engine.py::test_a_rejected_trigger_waits_for_another_basis",),
     ),
     Mutant(
         name="408 taken as rejected",
@@ -674,6 +704,18 @@ MUTANTS: tuple[Mutant, ...] = (
         old="for watch in watches if self._is_mine(watch)]",
         new="for watch in watches]",
         tests=("test_engine.py::test_a_look_that_a_reload_has_overtaken_says_nothing",),
+    ),
+    Mutant(
+        name="a look's answer recorded after a change of its key",
+        old="if watch.job == job and secrets_of(setup, job) == secrets_of(now, job):",
+        new="if watch.job == job:",
+        tests=("test_engine.py::test_a_look_that_a_reload_has_overtaken_says_nothing",),
+    ),
+    Mutant(
+        name="a bug met again and again without a pause",
+        old="watch.due = self._engine.clock.mono() + MINUTE_S",
+        new="pass",
+        tests=("test_engine.py::test_a_bug_that_one_job_meets_is_not_the_others",),
     ),
     Mutant(
         name="an unknown key taken",
