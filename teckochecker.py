@@ -2223,6 +2223,14 @@ def is_whole_look(work: Work, seen: Container[str]) -> bool:
     return all(batch.is_terminal or batch.id in seen for batch in work.batches)
 
 
+def next_look_s(interval_s: float, lag_s: float) -> float:
+    """Return how long after a look the next one begins: an interval after its own beginning.
+
+    So works looked at together stay together. After a look that took long, there is half of it.
+    """
+    return max(interval_s - lag_s, interval_s / 2)
+
+
 def look_error(errors: Mapping[str, ApiError]) -> str | None:
     """Return what is wrong with the last look at a job, or None."""
     if not errors:
@@ -2254,18 +2262,20 @@ def look_events(before: Work, after: Work, errors: Mapping[str, ApiError]) -> li
     ]
 
 
-def after_look(
+def after_look(  # noqa: PLR0913 - what it goes by is named at each call
     work: Work,
     seen: Mapping[str, Batch | ApiError],
     *,
     interval_s: float,
     now: float,
     jitter: float,
+    lag_s: float = 0.0,
 ) -> tuple[Work, list[Event]]:
     """Return the work after a look at its unfinished batches, and what is worth telling of it.
 
     One failed look never fails a job: it shows the error and is looked at again, each time later.
     Where only some of the batches were seen, it is a glimpse: the look itself is still due.
+    `lag_s` is how long ago the look began.
     """
     found = {key: value for key, value in seen.items() if isinstance(value, Batch)}
     batches = tuple(seen_again(b, found.get(b.id, b)) for b in work.batches)
@@ -2278,7 +2288,7 @@ def after_look(
         return replace(work, batches=batches), events
     errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
     failures = work.failures + 1 if errors else 0
-    wait_s = interval_s
+    wait_s = next_look_s(interval_s, lag_s)
     if errors:
         asked_s = max(error.retry_after_s or 0.0 for error in errors.values())
         wait_s = backoff_s(failures, interval_s, jitter, asked_s)
@@ -2287,7 +2297,7 @@ def after_look(
         batches=batches,
         error=look_error(errors),
         failures=failures,
-        last_check_at=now,
+        last_check_at=now - lag_s,
         next_check_at=None if all(b.is_terminal for b in batches) else now + wait_s,
     )
     return after, events + look_events(work, after, errors)
@@ -4781,23 +4791,32 @@ class Engine:
         """Store what looks have shown, as one, and start the triggers of which it was the last.
 
         Returns what has changed. Of the others only the times are written, now and then: see
-        `flush`. Intervals go from beginning to beginning, so that works looked at together stay
-        together.
+        `flush`.
         """
         now, mono = self.clock.wall(), self.clock.mono()
         changed: list[tuple[Watch, Work]] = []
         news: list[Event] = []
         whole: list[tuple[Watch, float]] = []
         for watch, seen in looks:
-            whole_s = watch.job.poll_interval_s if watch.job else 0
-            wait_s = max(whole_s - (mono - watch.look_began), whole_s / 2)
+            interval_s = watch.job.poll_interval_s if watch.job else 0
+            lag_s = mono - watch.look_began
             is_whole = is_whole_look(watch.work, seen)
             if is_old_news(watch.work, seen):
-                self._note_look(watch, now, mono + wait_s)
+                self._note_look(watch, now - lag_s, mono + next_look_s(interval_s, lag_s))
                 continue
-            after, events = after_look(
-                watch.work, seen, interval_s=wait_s, now=now, jitter=self.clock.jitter()
-            )
+            try:
+                after, events = after_look(
+                    watch.work,
+                    seen,
+                    interval_s=interval_s,
+                    lag_s=lag_s,
+                    now=now,
+                    jitter=self.clock.jitter(),
+                )
+            except Exception as error:  # noqa: BLE001 - a bug that one job meets is not the others'
+                self.note_bug(error, watch.work.name)
+                watch.due = mono + MINUTE_S
+                continue
             news += events
             if after != watch.work:
                 changed.append((watch, after))
@@ -4806,7 +4825,7 @@ class Engine:
         if changed:
             self.save(changed, news)
         for watch, due in whole:
-            self._note_look(watch, now, due)
+            self._note_look(watch, now - (mono - watch.look_began), due)
             self.carry(watch)
         return [watch for watch, _ in changed]
 
