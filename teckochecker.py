@@ -528,6 +528,15 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class LogRow:
+    """An event as the state file keeps it; `at` is Unix seconds."""
+
+    id: int
+    at: float
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
 class KeboolaJob:
     """A Keboola job as the queue shows it; `trigger_id` is None where the row does not tell."""
 
@@ -2896,6 +2905,20 @@ class Store:
             [(now, e.level, e.name, e.job, json.dumps(e.fields, default=repr)) for e in events],
         )
 
+    def logs(self, *, after: int, job: str | None, most: int | None) -> list[LogRow]:
+        """Return log rows with a higher id, of one job or of all; the last `most`, in order."""
+        rows = self._db.execute(
+            "SELECT * FROM logs WHERE id > ?1 AND (?2 IS NULL OR job = ?2)"
+            " ORDER BY id DESC LIMIT ifnull(?3, -1)",
+            (after, job, most),
+        ).fetchall()
+        return [
+            LogRow(
+                r["id"], r["at"], Event(r["event"], r["level"], r["job"], json.loads(r["fields"]))
+            )
+            for r in reversed(rows)
+        ]
+
     def prune(self, before: float) -> None:
         """Drop log rows and settled requests older than a Unix time."""
         with self.transaction():
@@ -5192,6 +5215,138 @@ def run_check(args: argparse.Namespace) -> int:
     return 0
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n".join(line[:most] for line in lines)
+
+
+# --- init -----------------------------------------------------------------------------------------
+
+EXAMPLE_CONFIG: Final = """\
+# A first config for TeckoChecker. Replace what is in CAPITALS, then run `teckochecker encrypt` and
+# `teckochecker check`. What is commented out is optional; a key with a value there shows its
+# default, unless the line says "for example".
+
+# state: teckochecker.db            # the SQLite file; relative paths are relative to this file
+# key_file: teckochecker.key        # encrypts the values under `secrets`; mode 0600
+
+# log:
+#   level: info                     # debug | info | warning | error
+#   format: auto                    # auto (console on a terminal, else JSON lines) | console | json
+#   retention: 30d                  # how long the state file keeps its log
+# limits:
+#   max_concurrency: 10             # requests in flight, all servers together: 1 to 100
+#   request_timeout: 30s            # for one request as a whole: 1s to 60s
+#   trigger_grace: 60s              # how long Keboola's search may not show a new job: 30s to 24h
+
+secrets:
+  openai-prod:
+    type: openai
+    value: YOUR-OPENAI-KEY          # in plain only until `teckochecker encrypt` has run
+    # env: OPENAI_API_KEY           # or, instead of value: the name of an environment variable
+    # file: /run/secrets/openai     # or a file with nothing but the key
+    # base_url: https://api.openai.com/v1    # or another server with the same batch API
+    # organization: org-abc         # for example; header OpenAI-Organization
+    # project: proj_abc             # for example; header OpenAI-Project
+  keboola-prod:
+    type: keboola
+    value: YOUR-KEBOOLA-TOKEN       # env: and file: work here too
+    stack_url: https://connection.keboola.com    # the address in your browser, up to the first /
+
+# Any key of a job may stand here; the job's own value wins.
+defaults:
+  openai_secret: openai-prod
+  keboola_secret: keboola-prod
+  component_id: kds-team.app-custom-python
+  # poll_interval: 30s              # 1s to 24h
+
+jobs:
+  my-first-job:                     # any name; with the batch ids it is what a job is known by
+    batch_ids: [batch_YOUR_ID]      # 1 to 10; the Keboola job starts when all of them have ended
+    config_id: "123456"             # the Keboola configuration to start
+    # branch_id: "789"              # for example; a Keboola development branch
+    # config_row_ids: ["1", "2"]    # for example; only these rows of the configuration
+    # mode: run                     # run | forceRun | debug
+    # variables: {dataset: products}    # for example; more variables for the Keboola job
+    # paused: false                 # true: no looks at the batches, no Keboola job
+"""
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that only its owner can read. Raises UsageError if there is one already."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise UsageError(
+            f"{path} is there already", "nothing is overwritten: choose another DIR"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another DIR") from None
+    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
+        file.write(text)
+        file.flush()
+        os.fsync(fd)
+
+
+def run_init(args: argparse.Namespace) -> int:
+    """Write a first config and a new key."""
+    directory = Path(args.directory)
+    config, key = directory / "config.yaml", directory / DEFAULT_KEY
+    for path in (config, key):  # so that not one of them is written where the other one is there
+        if is_there(path):
+            raise UsageError(
+                f"{path} is there already", "nothing is overwritten: choose another DIR"
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make {directory}: {error.strerror}", "choose another DIR"
+        ) from None
+    write_new(key, Fernet.generate_key().decode() + "\n")
+    write_new(config, EXAMPLE_CONFIG)
+    print(f"wrote {config} and {key}, which only you can read. Next:")
+    print(f"  1. edit {config}: your tokens in plain, the stack, your batch ids")
+    print(f"  2. teckochecker --config {config} encrypt")
+    print(f"  3. teckochecker --config {config} check, and then without `check`: the daemon")
+    return 0
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+
+def source_text(source: SecretSource) -> str:
+    """Return where a secret's value comes from; never the value."""
+    text = source.text.reveal()
+    if source.kind == "value":
+        return "value" if looks_encrypted(text) else "value, NOT ENCRYPTED: run `encrypt`"
+    return f"{source.kind} {one_line(text, 200)}"
+
+
+def run_secrets(args: argparse.Namespace) -> int:
+    """List the secrets, and who uses each."""
+    draft = read_draft(config_path(args), Files())
+    if draft.problems:
+        raise ConfigError(draft.problems)
+    config = draft.config
+    users: dict[str, list[str]] = {}
+    for job in config.jobs.values():
+        users.setdefault(job.openai_secret, []).append(job.name)
+        users.setdefault(job.keboola_secret, []).append(job.name)
+    kinds: list[tuple[str, OpenAISecret | KeboolaSecret]] = []
+    kinds += [("openai", secret) for secret in config.openai.values()]
+    kinds += [("keboola", secret) for secret in config.keboola.values()]
+    rows = [("SECRET", "TYPE", "FROM", "USED BY")]
+    for kind, secret in kinds:
+        jobs = ", ".join(users.get(secret.name, ())) or "nobody"
+        rows.append((secret.name, kind, source_text(secret.source), jobs))
+    print(table(rows) if kinds else "no secrets")
+    return 0
+
+
 # --- encrypt --------------------------------------------------------------------------------------
 
 
@@ -5421,6 +5576,8 @@ def run_status(args: argparse.Namespace) -> int:
         "loaded_at": meta.get("loaded_at"),
         "error": on_disk or meta.get("error"),
     }
+    is_bad = known["error"] is not None or any(map(needs_person, works))
+    code = 1 if args.check and is_bad else 0
     if args.json:
         document = {
             "version": __version__,
@@ -5429,12 +5586,12 @@ def run_status(args: argparse.Namespace) -> int:
             "jobs": [job_view(work) for work in works],
         }
         print(json.dumps(document, indent=2))
-        return 0
+        return code
     if known["error"]:
         print("The config file has problems; a running daemon goes on with the previous one:")
         print(known["error"], end="\n\n")
     print(job_details(works[0]) if args.job is not None else job_table(works))
-    return 0
+    return code
 
 
 def ratio(work: Work) -> str:
@@ -5458,12 +5615,49 @@ def note_of(work: Work) -> str:
     return ""
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n".join(line[:most] for line in lines)
+# --- logs and schema ------------------------------------------------------------------------------
+
+
+def log_line(row: LogRow) -> str:
+    """Return a row of the log as one line for people."""
+    subject = {"job": row.event.job} if row.event.job else {}
+    facts = [
+        f"{key}={one_line(str(value))}" for key, value in (subject | dict(row.event.fields)).items()
+    ]
+    return " ".join([rfc3339(row.at) or "", f"{row.event.level:<7}", row.event.name, *facts])
+
+
+def log_json(row: LogRow) -> str:
+    """Return a row of the log as one line of JSON."""
+    event = row.event
+    facts = {"at": rfc3339(row.at), "level": event.level, "event": event.name, "job": event.job}
+    return json.dumps(facts | {"fields": dict(event.fields)})
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Print the log that the state file keeps, and with --follow what comes."""
+    path = draft_for_reading(args).config.state_path
+    last, most = 0, args.n
+    while True:
+        with read_store(path) as store:
+            rows = store.logs(after=last, job=args.job, most=most) if store else []
+        for row in rows:
+            print(log_json(row) if args.json else log_line(row), flush=args.follow)
+            last = row.id
+        if not args.follow:
+            return 0
+        most = None
+        time.sleep(REQUESTS_LOOK_S)
+
+
+def run_schema(_: argparse.Namespace) -> int:
+    """Print the SQL of the state file."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        migrate(db, Path(":memory:"))
+        print(f"PRAGMA user_version = {len(MIGRATIONS)};")
+        for (sql,) in db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL"):
+            print(re.sub(r"\n {8}", "\n", sql.strip()) + ";")
+    return 0
 
 
 # --- retry ----------------------------------------------------------------------------------------
@@ -5507,6 +5701,11 @@ exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config er
 
 
 COMMAND_HELP: Final = {
+    "init": (
+        "write a commented config.yaml and a new key file",
+        "Both only for your eyes (mode 0600). What is there already is never overwritten.",
+        "init /srv/teckochecker",
+    ),
     "check": (
         "validate the config offline",
         """\
@@ -5522,10 +5721,25 @@ a whole. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckocheck
 or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts.""",
         "encrypt --rotate",
     ),
+    "secrets": (
+        "list the secrets and which jobs use each",
+        "Names, types and where the values come from; never a value.",
+        "secrets",
+    ),
     "status": (
         "show the jobs, or one job with its batches",
         "It reads the state file, also while the daemon runs. BATCHES is ended/all.",
         "status nightly-embeddings --json",
+    ),
+    "logs": (
+        "show what has happened, of all jobs or of one",
+        "It reads the log that the state file keeps, also while the daemon runs.",
+        "logs nightly-embeddings -n 20 --follow",
+    ),
+    "schema": (
+        "print the SQL of the state file",
+        "For whoever wants to read it with other programs. It needs no config.",
+        "schema",
     ),
     "retry": (
         "try a job again now",
@@ -5538,11 +5752,27 @@ otherwise the next start or --once.""",
 }
 
 
+def count_of(text: str) -> int:
+    """Return a number of lines. Raises argparse.ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of lines")
+    return int(text)
+
+
 def add_commands(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser
 ) -> None:
     """Add each command with its help and its own options."""
-    runs = {"check": run_check, "encrypt": run_encrypt, "status": run_status, "retry": run_retry}
+    runs = {
+        "init": run_init,
+        "check": run_check,
+        "encrypt": run_encrypt,
+        "secrets": run_secrets,
+        "status": run_status,
+        "logs": run_logs,
+        "schema": run_schema,
+        "retry": run_retry,
+    }
     parsers = {}
     for name, (text, more, example) in COMMAND_HELP.items():
         parsers[name] = commands.add_parser(
@@ -5562,6 +5792,14 @@ def add_commands(
     status = parsers["status"].add_argument
     status("job", nargs="?", metavar="JOB", help="show only this job, with every batch")
     status("--json", action="store_true", help="print JSON, for programs")
+    status("--check", action="store_true", help="exit 1 if anything needs a person")
+    init = parsers["init"].add_argument
+    init("directory", nargs="?", metavar="DIR", default=".", help="where (default: here)")
+    logs = parsers["logs"].add_argument
+    logs("job", nargs="?", metavar="JOB", help="only what concerns this job")
+    logs("-n", type=count_of, metavar="N", default=100, help="the last N lines (default: 100)")
+    logs("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    logs("--json", action="store_true", help="print a JSON object a line")
     retry = parsers["retry"].add_argument
     retry("job", metavar="JOB", help="the job's name")
     retry(

@@ -1,4 +1,4 @@
-"""`status` and `retry`, beside the daemon and without it."""
+"""What a person types, beside the daemon and without it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -380,3 +381,142 @@ def test_a_pass_prunes_the_log(workspace: Workspace) -> None:
     assert workspace.once().code == 0
     with closing(sqlite3.connect(workspace.state)) as db:
         assert db.execute("SELECT count(*) FROM logs WHERE at = 1").fetchone() == (0,)
+
+
+# ---- init, secrets, logs, schema ----
+
+
+def test_init(workspace: Workspace) -> None:
+    """A new directory gets a config and a key for its owner only; from there it is three steps."""
+    directory = workspace.directory / "new" / "place"
+    done = workspace.run("init", str(directory))
+    assert done.code == 0, done.stderr
+    config, key = directory / "config.yaml", directory / "teckochecker.key"
+    assert {file.stat().st_mode & 0o777 for file in (config, key)} == {0o600}
+    assert config.read_text() == (PROGRAM.parent / "config.example.yaml").read_text()
+    assert done.stdout.count(str(config)) == 4
+
+    config.write_text(config.read_text().replace("batch_YOUR_ID", "batch_1"))
+    workspace.path = config
+    assert workspace.run("encrypt").code == 0
+    assert workspace.run("check").stdout == f"{config}: fine: 1 job, 1 batch, 2 secrets\n"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "teckochecker.key"])
+def test_init_overwrites_nothing(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    """Where one of the two is there already, neither is written."""
+    directory = tmp_path / "own"
+    directory.mkdir()
+    (directory / name).write_text("mine")
+    done = workspace.run("init", str(directory))
+    assert done.code == 2
+    assert f"{directory / name} is there already; nothing is overwritten" in done.stderr
+    assert [(file.name, file.read_text()) for file in directory.iterdir()] == [(name, "mine")]
+
+
+def test_secrets(workspace: Workspace) -> None:
+    """Names, types, where values come from and who uses them, but never a value."""
+    workspace.secrets["plain"] = {"type": "openai", "value": "sk-in-plain-0123456789"}
+    workspace.secrets["away"] = {"type": "openai", "env": "AWAY_KEY"}
+    workspace.add_job("one", "batch_a")
+    workspace.add_job("two", "batch_b", openai_secret="away")
+    workspace.write()
+    done = workspace.run("secrets")
+    assert done.code == 0
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [
+        ["SECRET", "TYPE"],
+        ["openai", "openai"],
+        ["plain", "openai"],
+        ["away", "openai"],
+        ["keboola", "keboola"],
+    ]
+    assert "NOT ENCRYPTED" in rows[2][2]
+    assert rows[3][2].startswith("env AWAY_KEY")
+    assert [row[2].split("  ")[-1].strip() for row in rows[1:]] == [
+        "one",
+        "nobody",
+        "two",
+        "one, two",
+    ]
+    for secret in workspace.secrets.values():
+        assert secret.get("value", "sk-in-plain") not in done.stdout
+
+
+def test_logs(workspace: Workspace) -> None:
+    """The log of the state file, of one job or of all, the last lines, as text or as JSON."""
+    workspace.add_job("one", "batch_a")
+    workspace.add_job("two", "batch_b", status="failed")
+    assert workspace.once().code == 0
+    lines = workspace.run("logs").stdout.splitlines()
+    events = [json.loads(line) for line in workspace.run("logs", "--json").stdout.splitlines()]
+    assert [line.split()[2] for line in lines] == [event["event"] for event in events]
+    assert {event["job"] for event in events} == {None, "one", "two"}
+    assert all(re.fullmatch(r"20..-..-..T..:..:..Z", event["at"]) for event in events)
+    own = [json.loads(line) for line in workspace.run("logs", "two", "--json").stdout.splitlines()]
+    assert own == [event for event in events if event["job"] == "two"]
+    ended = next(event for event in own if event["event"] == "batch_status_changed")
+    assert (ended["level"], ended["fields"]) == (
+        "warning",
+        {"batch_id": "batch_b", "status": "failed"},
+    )
+    assert workspace.run("logs", "-n", "2").stdout.splitlines() == lines[-2:]
+    assert workspace.run("logs", "-n", "many").code == 2
+
+
+def test_logs_follow(workspace: Workspace) -> None:
+    """With --follow, what happens is told as it happens, also before there is a state file."""
+    workspace.add_job("one", "batch_a")
+    workspace.write()
+    command = [*workspace.command("logs", "--follow", "--json", "one")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        try:
+            workspace.daemon().wait_for_event("trigger_sent", job="one")
+            assert follower.stdout
+            told = (json.loads(line)["event"] for line in follower.stdout)
+            assert next(event for event in told if event == "trigger_sent")
+        finally:
+            follower.send_signal(signal.SIGINT)
+        assert follower.wait() == 130
+
+
+def test_schema(workspace: Workspace) -> None:
+    """It makes just the tables and indexes that a state file has."""
+    workspace.add_job("one", "batch_a")
+    assert workspace.once().code == 0
+    done = workspace.run("schema")
+    assert done.code == 0
+    with (
+        closing(sqlite3.connect(":memory:")) as made,
+        closing(sqlite3.connect(workspace.state)) as own,
+    ):
+        made.executescript(done.stdout)
+        shapes = [
+            {
+                (name, column)
+                for (name,) in db.execute("SELECT name FROM sqlite_schema").fetchall()
+                for (column,) in db.execute("SELECT name FROM pragma_table_info(?)", (name,))
+            }
+            for db in (made, own)
+        ]
+        assert (
+            made.execute("PRAGMA user_version").fetchone()
+            == own.execute("PRAGMA user_version").fetchone()
+        )
+    assert shapes[0] == shapes[1]
+
+
+def test_status_check(workspace: Workspace) -> None:
+    """For monitoring: exit code 1 as soon as anything needs a person, with either output."""
+    workspace.add_job("one", "batch_a")
+    assert workspace.once().code == 0
+    assert workspace.run("status", "--check").code == 0
+    workspace.add_job("two", "batch_gone")
+    workspace.sim.delete_batch("batch_gone")
+    assert workspace.once().code == 1
+    assert workspace.run("status", "--check").code == 1
+    assert workspace.run("status", "--check", "--json").code == 1
+    assert workspace.run("status", "one", "--check").code == 0
+    assert workspace.run("status").code == 0
+    workspace.write("jobs: [")
+    assert workspace.run("status", "one", "--check").code == 1
