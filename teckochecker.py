@@ -4132,8 +4132,10 @@ class ListReader:
         pages: list[Page] = []
         try:
             await all_of(self._read_page(look, known, cursor, pages) for cursor in cursors)
-        finally:
+        except Exception:  # not a cancellation: nothing begins at the end of the process
             self._take(look, pages)
+            raise
+        self._take(look, pages)
         return pages
 
     async def _read_page(

@@ -799,3 +799,38 @@ def test_a_look_is_over_when_it_is_over() -> None:
         assert len(world.requests) == made
 
     asyncio.run(play())
+
+
+def test_a_look_that_is_cancelled_records_nothing() -> None:
+    """At the end of the process, pages that have come beside one that has not begin nothing new."""
+    world = MovingWorld("honest", 1)
+    world.keys = [world._name(number) for number in range(400)]
+    world.born = {key: NOON - 2 * number for number, key in enumerate(world.keys)}
+    world.watched = world.keys[:]
+    world.moves_within = False
+    honest = world.page
+    hangs = False
+
+    async def page(cursor: str | None, watched: Mapping[str, Batch]) -> Page:
+        if hangs and cursor is not None:
+            await asyncio.Event().wait()
+        return await honest(cursor, watched)
+
+    async def play() -> None:
+        nonlocal hangs
+        poller, engine, watches = poller_of(world)
+        cast("Any", world).page = page
+        await poller._look(watches)
+        await engine.ended()
+        assert world.answered == {*world.watched}
+        world.answered.clear()
+        hangs = True
+        look = asyncio.ensure_future(poller._look(watches))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        look.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await look
+        assert not world.answered
+
+    asyncio.run(play())
