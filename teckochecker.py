@@ -19,8 +19,8 @@ Run it:
     teckochecker.py status                          what it knows; see --help for the other commands
 
 Sections: 1 Errors - 2 Model - 3 Config - 4 Secrets - 5 Decisions - 6 State - 7 OpenAI and Keboola -
-8 Daemon - 9 Commands - 10 main. Each uses only what stands above it. Where to look first: the
-decisions of the trigger are `next_step` and its neighbours (5), its steps are `Carrier` (8).
+8 Daemon - 9 Publishing - 10 Commands - 11 main. Each uses only what stands above it. Where to look
+first: the decisions of the trigger are `next_step` and its neighbours (5), its steps `Carrier` (8).
 
 Exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config error; 75 another
 instance holds the state file; 130 interrupted.
@@ -66,12 +66,21 @@ import tempfile
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
 import httpx
 import structlog
@@ -290,6 +299,8 @@ class SecretSource:
 class OpenAISecret:
     """An entry under `secrets` with `type: openai`."""
 
+    kind: ClassVar[str] = "openai"
+
     name: str
     source: SecretSource
     base_url: str
@@ -301,9 +312,32 @@ class OpenAISecret:
 class KeboolaSecret:
     """An entry under `secrets` with `type: keboola`: a token is valid on one stack only."""
 
+    kind: ClassVar[str] = "keboola"
+
     name: str
     source: SecretSource
     stack_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookSecret:
+    """An entry under `secrets` with `type: webhook`: its value is an address that takes a POST."""
+
+    kind: ClassVar[str] = "webhook"
+
+    name: str
+    source: SecretSource
+
+
+AnySecret = OpenAISecret | KeboolaSecret | WebhookSecret
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """An entry under `notify`: the webhook that is told, and of which events."""
+
+    secret: str
+    events: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +366,12 @@ class Job:
     variables: tuple[tuple[str, str], ...] = ()
     poll_interval_s: int = 30  # see the README on how many requests that takes
     paused: bool = False
+    done: bool = False  # by something else: nothing is to be started
+
+    @property
+    def rests(self) -> bool:
+        """Whether neither its batches are looked at nor its Keboola job is started."""
+        return self.paused or self.done
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,11 +401,19 @@ class Config:
     state_path: Path
     key_path: Path
     key_place: Place = Place()
+    publish_path: Path | None = None
     log: LogSettings = LogSettings()
     limits: Limits = Limits()
     openai: Mapping[str, OpenAISecret] = field(default_factory=dict)
     keboola: Mapping[str, KeboolaSecret] = field(default_factory=dict)
+    webhook: Mapping[str, WebhookSecret] = field(default_factory=dict)
+    notify: tuple[Hook, ...] = ()
     jobs: Mapping[str, Job] = field(default_factory=dict)
+
+    @property
+    def secrets(self) -> Mapping[str, AnySecret]:
+        """All entries of `secrets`, by name."""
+        return {**self.openai, **self.keboola, **self.webhook}
 
     def target(self, job: Job) -> Target:
         """Return what `job` starts."""
@@ -488,6 +536,7 @@ class Work:
     target: Target
     position: int | None  # its place among the config's jobs; None: not in the config
     paused: bool = False
+    done: bool = False
     rerun: int = 0
     error: str | None = None
     failures: int = 0
@@ -537,6 +586,18 @@ class LogRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """How the requests with one secret have fared since the state file began. Unix seconds."""
+
+    service: str  # the secret's type
+    requests: int = 0
+    errors: int = 0  # of the requests: all that brought no 2xx
+    last_success_at: float | None = None
+    refused_since: float | None = None  # the server has refused the key ever since
+    error: str | None = None  # what became of the last request, if it failed
+
+
+@dataclass(frozen=True, slots=True)
 class KeboolaJob:
     """A Keboola job as the queue shows it; `trigger_id` is None where the row does not tell."""
 
@@ -570,6 +631,7 @@ def rfc3339(unix_s: float | None) -> str | None:
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down at some 30,000
+TOO_DEEP: Final = (f"nests deeper than {MAX_DEPTH}", "flatten it")
 MAX_NODES: Final = 1_000_000  # 10,000 jobs have some 400,000
 MAX_ALIAS_NODES: Final = 250_000  # what aliases may add: 10,000 jobs with twelve merged keys each
 BYTE_ORDER_MARK: Final = "\ufeff"
@@ -597,6 +659,22 @@ _KEBOOLA_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
 _VARIABLE_NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _HEADER_VALUE: Final = r"[!-~]{1,255}"
+
+# What webhooks can be told, in the order of how much a person is needed.
+JOB_FAILED: Final = "job_failed"
+TRIGGER_UNKNOWN: Final = "trigger_unknown"
+ACCOUNT_FAILING: Final = "account_failing"
+CONFIG_REJECTED: Final = "config_rejected"
+COMPLETED_WITH_FAILURES: Final = "completed_with_failures"
+COMPLETED: Final = "completed"
+TOLD_EVENTS: Final = (
+    JOB_FAILED,
+    TRIGGER_UNKNOWN,
+    ACCOUNT_FAILING,
+    CONFIG_REJECTED,
+    COMPLETED_WITH_FAILURES,
+    COMPLETED,
+)
 
 TRIGGER_ID_VARIABLE: Final = "teckochecker_trigger_id"
 OWN_VARIABLES: Final = (
@@ -1038,12 +1116,13 @@ _HEADER = read_matching(_HEADER_VALUE, "write printable ASCII without spaces")
 _SECRET_READERS: Final[Mapping[str, Mapping[str, Reader]]] = {
     "openai": {"base_url": read_url, "organization": _HEADER, "project": _HEADER},
     "keboola": {"stack_url": read_stack_url},
+    "webhook": {},
 }
 
 
 def read_secret_kind(at: Cursor, entries: Mapping[str, Cursor]) -> str | None:
     """Read which type of secret an entry is. What stands there is never echoed."""
-    cure = "write type: openai or type: keboola"
+    cure = "write type: openai, type: keboola or type: webhook"
     if "type" not in entries:
         return at.bad("type is missing", cure, at.key_place)
     kind = entries["type"].text(cure)
@@ -1052,7 +1131,7 @@ def read_secret_kind(at: Cursor, entries: Mapping[str, Cursor]) -> str | None:
     return kind
 
 
-def read_secret(name: str, at: Cursor) -> OpenAISecret | KeboolaSecret | None:
+def read_secret(name: str, at: Cursor) -> AnySecret | None:
     """Read one entry of `secrets`."""
     entries = at.entries("write type: and what belongs to it, each on its own line")
     if not isinstance(at.node, yaml.MappingNode):
@@ -1074,6 +1153,8 @@ def read_secret(name: str, at: Cursor) -> OpenAISecret | KeboolaSecret | None:
         return None
     if kind == "keboola":
         return KeboolaSecret(name, source, **given(values))
+    if kind == "webhook":
+        return WebhookSecret(name, source)
     return OpenAISecret(name, source, **({"base_url": OPENAI_URL} | given(values)))
 
 
@@ -1092,6 +1173,7 @@ def job_readers(secret_kinds: Mapping[str, str | None]) -> dict[str, Reader]:
         "variables": read_variables,
         "poll_interval": read_duration(1, DAY_S),
         "paused": read_bool,
+        "done": read_bool,
     }
 
 
@@ -1114,22 +1196,49 @@ def read_job(
     return Job(name, **given(values))
 
 
+def read_hooks(at: Cursor, secret_kinds: Mapping[str, str | None]) -> tuple[Hook, ...]:
+    """Read `notify`; without `events`, a webhook is told all of them."""
+    read_event = read_choice(*TOLD_EVENTS)
+
+    def read_events(events: Cursor) -> tuple[str, ...] | None:
+        words = [read_event(item) for item in events.items("write a list of events")]
+        return None if None in words else tuple(str(word) for word in words)
+
+    cure = "write - {secret: NAME, events: [job_failed]}"
+    readers: dict[str, Reader] = {
+        "secret": read_secret_name("webhook", secret_kinds),
+        "events": read_events,
+    }
+    hooks = []
+    for item in at.items(cure):
+        values = read_values(item.fields(readers, cure), readers)
+        if isinstance(item.node, yaml.MappingNode) and values.get("secret") is None:
+            item.bad("secret is missing", "name a secret of type webhook")
+        elif "secret" in values and is_good(values):
+            hooks.append(Hook(values["secret"], values.get("events") or TOLD_EVENTS))
+    return tuple(hooks)
+
+
 def read_entries(at: Cursor | None, read: Callable[[str, Cursor], T | None]) -> dict[str, T | None]:
     """Return what `read` makes of each entry of a mapping, by name; None is what it refused."""
     entries = at.entries("write names, each with its own keys below it") if at else {}
     return {name: read(name, child) for name, child in entries.items()}
 
 
+_PATHS: Final = ("state", "key_file", "publish")
+_PARTS: Final = (*_PATHS, "log", "limits", "secrets", "notify", "defaults", "jobs")
+
+
 def read_config(root: Cursor, path: Path, sha256: str) -> Config:
     """Read the whole tree."""
-    parts = ("state", "key_file", "log", "limits", "secrets", "defaults", "jobs")
-    found = {k: at for k, at in root.fields(parts).items() if not at.is_null}
-    paths = {key: read_path(found[key]) for key in ("state", "key_file") if key in found}
+    found = {k: at for k, at in root.fields(_PARTS).items() if not at.is_null}
+    paths = {key: read_path(found[key]) for key in _PATHS if key in found}
     secrets = read_entries(found.get("secrets"), read_secret)
     openai = {name: s for name, s in secrets.items() if isinstance(s, OpenAISecret)}
     keboola = {name: s for name, s in secrets.items() if isinstance(s, KeboolaSecret)}
-    kinds = dict.fromkeys(openai, "openai") | dict.fromkeys(keboola, "keboola")
-    readers = job_readers({name: kinds.get(name) for name in secrets})
+    webhook = {name: s for name, s in secrets.items() if isinstance(s, WebhookSecret)}
+    kinds = {name: getattr(secret, "kind", None) for name, secret in secrets.items()}
+    readers = job_readers(kinds)
     defaults: dict[str, Any] = {}
     if "defaults" in found:
         defaults = read_values(found["defaults"].fields(readers), readers)
@@ -1142,8 +1251,10 @@ def read_config(root: Cursor, path: Path, sha256: str) -> Config:
         state_path=path.parent / (paths.get("state") or DEFAULT_STATE),
         key_path=path.parent / (paths.get("key_file") or DEFAULT_KEY),
         key_place=(found.get("key_file") or found.get("secrets") or root).place,
+        publish_path=path.parent / publish if (publish := paths.get("publish")) else None,
         openai=openai,
         keboola=keboola,
+        webhook=webhook,
         jobs={
             name: job
             for name, job in jobs.items()
@@ -1152,6 +1263,8 @@ def read_config(root: Cursor, path: Path, sha256: str) -> Config:
     )
     if "log" in found:
         config = replace(config, log=read_log(found["log"]))
+    if "notify" in found:
+        config = replace(config, notify=read_hooks(found["notify"], kinds))
     if "limits" in found:
         loopback_only = all(is_loopback(secret.stack_url) for secret in keboola.values())
         config = replace(config, limits=read_limits(found["limits"], loopback_only=loopback_only))
@@ -1194,7 +1307,7 @@ class SizeGuard:
         if isinstance(event, yaml.CollectionStartEvent):
             self._open.append((event.anchor, self._count))
             if len(self._open) > MAX_DEPTH:
-                raise RefusedError(place, f"nests deeper than {MAX_DEPTH}", "flatten it")
+                raise RefusedError(place, *TOO_DEEP)
         if isinstance(event, yaml.AliasEvent):
             self._see_alias(str(event.anchor), place)
         self._count += 1
@@ -1241,6 +1354,9 @@ def compose(text: str, path: Path, problems: list[Problem]) -> Cursor | None:
             filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))
         )
         place = place_of(mark) if mark else Place()
+        if "nesting depth" in what:  # a libyaml with a limit of its own reads ahead, and is faster
+            problems.append(Problem(str(path), place, "", *TOO_DEEP))
+            return None
         cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
         problems.append(Problem(str(path), place, "", f"is not YAML: {what or 'unreadable'}", cure))
         return None
@@ -1445,14 +1561,23 @@ class Opener:
 
     def open_all(self) -> dict[str, Secret]:
         """Return every secret that opens, by name; `problems` tells of the others."""
-        sources: dict[str, SecretSource] = {}
-        sources |= {name: secret.source for name, secret in self.config.openai.items()}
-        sources |= {name: secret.source for name, secret in self.config.keboola.items()}
+        sources = {name: secret.source for name, secret in self.config.secrets.items()}
         keyring = None
         if any(source.kind == "value" for source in sources.values()):
             keyring = self.keyring()
         opened = {name: self._open(name, source, keyring) for name, source in sources.items()}
-        return {name: secret for name, secret in opened.items() if secret is not None}
+        found = {name: secret for name, secret in opened.items() if secret is not None}
+        for name in self.config.webhook.keys() & found.keys():
+            self._check_address(name, found[name])
+        return found
+
+    def _check_address(self, name: str, address: Secret) -> None:
+        """Check what a webhook's secret holds. The query of an address may be its password."""
+        problem = url_problem(address.reveal().partition("?")[0])
+        if problem:
+            source = self.config.webhook[name].source
+            path = f"secrets.{name}.{source.kind}"
+            self.bad(source.place, path, f"the secret {problem}", "put the https address there")
 
     def keyring(self) -> Keyring | None:
         """Return the keys from the first of the three places that has any."""
@@ -1729,11 +1854,18 @@ def ours_oldest_first(jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJ
     return sorted(ours, key=lambda job: (job.created_time or never, len(job.id), job.id))
 
 
+def is_failure(batch: Batch) -> bool:
+    """Return whether a batch has ended otherwise than completed."""
+    return batch.is_terminal and batch.status != BatchStatus.COMPLETED
+
+
 def job_status(work: Work) -> JobStatus:
     """Return the status of a piece of work, as people see it."""
     if work.is_finished:
         whole = all(batch.status == BatchStatus.COMPLETED for batch in work.batches)
         return JobStatus.COMPLETED if whole else JobStatus.COMPLETED_WITH_FAILURES
+    if work.done:  # elsewhere: what is known of its batches may be old, or nothing
+        return JobStatus.COMPLETED
     if work.paused:
         return JobStatus.PAUSED
     if work.trigger and work.trigger.state == TriggerState.REJECTED:
@@ -1743,14 +1875,14 @@ def job_status(work: Work) -> JobStatus:
 
 def error_of(work: Work) -> str | None:
     """Return what is wrong with a piece of work now, or None."""
-    if work.is_finished:
+    if work.is_finished or work.done:
         return None
     return (work.trigger.error if work.trigger else None) or work.error
 
 
 def needs_person(work: Work) -> bool:
     """Return whether a job has an error or waits for someone, which is what exit code 1 says."""
-    if work.is_finished or work.paused:
+    if work.is_finished or work.paused or work.done:
         return False
     unsettled = work.trigger is not None and work.trigger.state != TriggerState.SENT
     return unsettled or error_of(work) is not None
@@ -1969,12 +2101,16 @@ def as_in_config(work: Work, job: Job, target: Target, position: int) -> Work:
     if tuple(batch.id for batch in batches) != job.batch_ids:
         by_id = {batch.id: batch for batch in batches}
         batches = tuple(by_id[batch_id] for batch_id in job.batch_ids)
-    now = (job.name, batches, target, position, job.paused)
-    if now == (work.name, work.batches, work.target, work.position, work.paused):
-        return work
-    return replace(
-        work, name=job.name, batches=batches, target=target, position=position, paused=job.paused
+    after = replace(
+        work,
+        name=job.name,
+        batches=batches,
+        target=target,
+        position=position,
+        paused=job.paused,
+        done=job.done,
     )
+    return work if after == work else after
 
 
 def claim_order(row: Known) -> tuple[bool, bool, int, int]:
@@ -2022,7 +2158,7 @@ class Spot(NamedTuple):
     """Where a batch stands: `row` counts from anywhere, `after` is the id of the row before it."""
 
     row: int
-    after: str | None  # None: it is the first one of the list
+    after: str | None  # None: it was the first one of the list
 
 
 @dataclass(frozen=True, slots=True)
@@ -2091,15 +2227,14 @@ class Chart:
         """Remember where a page has shown the watched batches."""
         rows = list(dict.fromkeys(page.ids))  # one that is there twice would be its own neighbour
         first = self._first_row(cursor, rows, page.batches)
+        # The next page may begin after the last row, and belongs to the same part then.
+        last = rows[-1:] if page.has_more else []
         before = cursor
         for offset, key in enumerate(rows):
-            if key in page.batches:
+            if key in page.batches or key in last:
                 self._spots[key] = Spot(first + offset, before)
                 self._misses.pop(key, None)
             before = key
-        if rows and rows[-1] not in page.batches and page.has_more:
-            # The next page may begin after it, and belongs to the same part then.
-            self._spots[rows[-1]] = Spot(first + len(rows) - 1, None)
         if page.has_more and page.oldest_at is not None and page.newest_at is not None:
             self._page_s = max(1.0, page.newest_at - page.oldest_at)
             end = (page.oldest_at, page.ids[-1])
@@ -2254,7 +2389,7 @@ def batch_event(work: Work, batch: Batch) -> Event:
     fields_ = {"batch_id": batch.id, "status": batch.status}
     if batch.status not in KNOWN_STATUSES:
         return Event("batch_status_unknown", "warning", work.name, fields_)
-    level = "warning" if batch.is_terminal and batch.status != BatchStatus.COMPLETED else "info"
+    level = "warning" if is_failure(batch) else "info"
     return Event("batch_status_changed", level, work.name, fields_)
 
 
@@ -2322,6 +2457,8 @@ def after_retry(
     trigger = work.trigger
     if is_posting:
         return work, "its Keboola job is being started now"
+    if work.done:
+        return work, "the config says that it is done; take done: out of it"
     if trigger is None:
         return replace(work, failures=0, next_check_at=now), None
     again = replace(trigger, failures=0, next_try_at=now)
@@ -2441,11 +2578,43 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
         "ALTER TABLE triggers ADD COLUMN unknown_uptime_s REAL NOT NULL DEFAULT 0",
         "CREATE INDEX jobs_by_batches ON jobs (batch_key)",  # a renamed job is found by its ids
     ),
+    (
+        "ALTER TABLE jobs ADD COLUMN done INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX logs_by_job ON logs (job, id) WHERE job IS NOT NULL",
+        """
+        CREATE TABLE accounts (               -- how the requests with each secret have fared
+            secret          TEXT PRIMARY KEY, -- its name
+            service         TEXT NOT NULL,
+            requests        INTEGER NOT NULL,
+            errors          INTEGER NOT NULL,
+            last_success_at REAL,
+            refused_since   REAL,
+            error           TEXT
+        ) STRICT, WITHOUT ROWID""",
+        """
+        CREATE TABLE alarms (                 -- what webhooks have been told and is not over
+            event   TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            job     TEXT,
+            at      REAL NOT NULL,
+            PRIMARY KEY (event, subject)
+        ) STRICT, WITHOUT ROWID""",
+        """
+        CREATE TABLE notices (                -- what webhooks are still to be told
+            id          INTEGER PRIMARY KEY,
+            at          REAL NOT NULL,
+            secret      TEXT NOT NULL,        -- the webhook
+            body        TEXT NOT NULL,        -- JSON object
+            failures    INTEGER NOT NULL DEFAULT 0,
+            next_try_at REAL NOT NULL
+        ) STRICT""",
+    ),
 )
 
 # The columns are the model's own names; a target has four, wherever it stands.
 _TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
 _BATCH_COLUMNS: Final = tuple(f.name for f in fields(Batch))
+_USAGE_COLUMNS: Final = tuple(f.name for f in fields(Usage))
 _TRIGGER_COLUMNS: Final = tuple(f.name for f in fields(Trigger) if f.name != "target")
 _WORK_COLUMNS: Final = tuple(
     f.name for f in fields(Work) if f.name not in {"batches", "target", "trigger"}
@@ -2608,7 +2777,7 @@ def picked(row: sqlite3.Row, columns: Sequence[str]) -> dict[str, Any]:
     return {column: row[column] for column in columns}
 
 
-def as_row(part: Target | Batch) -> dict[str, Any]:
+def as_row(part: Target | Batch | Usage) -> dict[str, Any]:
     """Return a part of the model as columns."""
     return {column: getattr(part, column) for column in part.__slots__}
 
@@ -2784,7 +2953,8 @@ class Store:
             triggers[row["job_id"], trigger.rerun] = trigger
         return [
             Work(
-                **picked(row, _WORK_COLUMNS) | {"paused": bool(row["paused"])},
+                **picked(row, _WORK_COLUMNS)
+                | {"paused": bool(row["paused"]), "done": bool(row["done"])},
                 batches=tuple(batches.get(row["id"], ())),
                 target=target_of(row),
                 trigger=triggers.get((row["id"], row["rerun"])),
@@ -2839,14 +3009,14 @@ class Store:
 
     def _insert(self, job: Job, target: Target, position: int) -> Work:
         row = {"name": job.name, "batch_key": batch_key(job.batch_ids), "position": position}
-        row |= {"paused": job.paused}
+        row |= {"paused": job.paused, "done": job.done}
         work_id = self._put("jobs", row | as_row(target), verb="INSERT")
         batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
         self._db.executemany(
             "INSERT INTO batches (job_id, position, id) VALUES (?, ?, ?)",
             [(work_id, place, batch.id) for place, batch in enumerate(batches)],
         )
-        return Work(work_id, job.name, batches, target, position, job.paused)
+        return Work(work_id, job.name, batches, target, position, job.paused, job.done)
 
     def save(
         self, changes: Iterable[tuple[Work, Work]], events: Sequence[Event], now: float
@@ -2907,10 +3077,10 @@ class Store:
 
     def logs(self, *, after: int, job: str | None, most: int | None) -> list[LogRow]:
         """Return log rows with a higher id, of one job or of all; the last `most`, in order."""
+        of_job = "" if job is None else "AND job = :job"  # so written, the index by job is used
         rows = self._db.execute(
-            "SELECT * FROM logs WHERE id > ?1 AND (?2 IS NULL OR job = ?2)"
-            " ORDER BY id DESC LIMIT ifnull(?3, -1)",
-            (after, job, most),
+            f"SELECT * FROM logs WHERE id > :after {of_job} ORDER BY id DESC LIMIT :most",
+            {"after": after, "job": job, "most": -1 if most is None else most},
         ).fetchall()
         return [
             LogRow(
@@ -2960,6 +3130,17 @@ class Store:
         with self.transaction():
             self._put("meta", {"key": key, "value": compact_json(value)})
             self._write_events(events, now)
+
+    def usages(self) -> dict[str, Usage]:
+        """Return how the requests with each secret have fared, by its name."""
+        rows = self._db.execute("SELECT * FROM accounts ORDER BY secret")
+        return {row["secret"]: Usage(**picked(row, _USAGE_COLUMNS)) for row in rows}
+
+    def save_usages(self, usages: Mapping[str, Usage]) -> None:
+        """Store how the requests with some secrets have fared."""
+        with self.transaction():
+            for secret, usage in usages.items():
+                self._put("accounts", {"secret": secret} | as_row(usage))
 
     def meta(self, key: str) -> Any:  # noqa: ANN401 - JSON
         """Return a stored fact, or None."""
@@ -3032,7 +3213,6 @@ MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
 REQUEST_BUDGET_S: Final = 60.0  # a request with all of its retries
 MAX_ATTEMPTS: Final = 4
-PAGE_ATTEMPTS: Final = 2
 SEARCH_LIMIT: Final = 500
 MAX_SEARCH_PAGES: Final = 40
 USER_AGENT: Final = f"teckochecker/{__version__}"
@@ -3392,7 +3572,8 @@ def is_batch_id(value: object) -> bool:
 def is_as_known(row: Mapping[str, object], known: Batch) -> bool:
     """Return whether a row shows a batch that runs as it is known: the same status and counts.
 
-    Nothing else of a batch changes before its end. This spares most rows of most pages the reading.
+    Nothing else that is remembered of a batch changes before its end (OpenAI's API reference, the
+    batch object). This spares most rows of most pages the reading.
     """
     counts = row.get("request_counts")
     return (
@@ -3524,11 +3705,7 @@ def parse_keboola_job(row: object) -> KeboolaJob:
 # --- asking ---------------------------------------------------------------------------------------
 
 
-async def with_retries(
-    attempt: Callable[[Budget], Coroutine[Any, Any, T]],
-    clock: Clock,
-    attempts: int = MAX_ATTEMPTS,
-) -> T:
+async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], clock: Clock) -> T:
     """Return what `attempt(budget)` returns, repeated while that may help; else its ApiError.
 
     Waits as the server asks, or exponentially with jitter, but never longer than PATIENCE_S at a
@@ -3545,7 +3722,7 @@ async def with_retries(
     def stop(state: tenacity.RetryCallState) -> bool:
         wait_s = state.upcoming_sleep
         is_long = wait_s > PATIENCE_S or wait_s > budget.left_s() - 1
-        return is_long or state.attempt_number >= attempts
+        return is_long or state.attempt_number >= MAX_ATTEMPTS
 
     retrying = tenacity.AsyncRetrying(
         # Only ApiError: cancellation must get through.
@@ -3606,9 +3783,8 @@ class OpenAIClient:
             except ValueError as error:
                 raise nonsense(f"OpenAI's answer is not a list: it {error}", answer) from None
 
-        # A page can be done without: what it would have shown is asked for one by one.
-        turn = functools.partial(self._in_turn, attempt, is_page=True)
-        return await with_retries(turn, self._clock, attempts=PAGE_ATTEMPTS)
+        # Not repeated: what it would have shown is asked for one by one.
+        return await self._in_turn(attempt, Budget(self._clock), is_page=True)
 
     async def _in_turn(
         self,
@@ -3653,11 +3829,11 @@ class OpenAIClient:
         """Return what stands in the way of any request to this account, where that takes long."""
         left_s = self._held_until - self._clock.mono()
         if left_s > PATIENCE_S:
-            return ApiError(self._held_for, status=429, retry_after_s=left_s)
+            return ApiError(self._held_for, status=429, retry_after_s=left_s, sent=False)
         # A dead server holds each request to its deadline: one at a time finds out when it is back,
         # and the places are left to other accounts.
         if self._silences >= self.SILENT_AFTER and self._in_flight:
-            return ApiError(self._silent_for)
+            return ApiError(self._silent_for, sent=False)
         return None
 
     async def _enter(self) -> None:
@@ -3938,7 +4114,6 @@ class Watch:
     job: Job | None = None  # None: these ids are not in the config now
     due: float = 0.0
     looked_at: float = 0.0  # Unix seconds
-    look_began: float = 0.0
     trigger_due: float = 0.0
     unknown_since: float = 0.0
     is_posting: bool = False
@@ -3984,6 +4159,8 @@ class Look:
     due: Mapping[str, Batch]
     risk: int = 0  # pages that may be asked for beyond what pages have saved
     saved: int = 0  # requests that pages have saved, less the pages themselves
+    pages: int = 0  # that were read
+    is_broken: bool = False  # a page has failed, and no more are asked for
     seen: dict[str, Batch | ApiError] = field(default_factory=dict)
     open: set[Watch] = field(default_factory=set)  # works that are not seen whole yet
 
@@ -4002,7 +4179,7 @@ class Look:
         Of what was risked in vain, as many wait for the next look, in which they come first.
         """
         missing = sorted(self.missing(), key=lambda batch: batch.id not in left_out)
-        return missing if self.saved >= 0 else missing[: self.saved]
+        return missing[: max(0, len(missing) + min(0, self.saved))]
 
     def goals(self, unplaced: Iterable[Batch], tried: Container[str]) -> list[Batch]:
         """Return what may still be looked for in the list."""
@@ -4018,9 +4195,28 @@ class Look:
         self.saved += gained
         return gained
 
+    def learn(self, shown: Mapping[str, Batch]) -> None:
+        """Note what a look that began later was shown of what is due here: it is newer."""
+        self.seen |= {key: shown[key] for key in self.due.keys() & shown.keys()}
+
+    def answer(self, answers: Iterable[tuple[str, Batch | ApiError]]) -> None:
+        """Note answers, but for what a later look was shown while they were on their way."""
+        for batch_id, answer in answers:
+            self.seen.setdefault(batch_id, answer)
+
+    def is_waiting(self, watch: Watch) -> bool:
+        """Return whether a work is fine and waits for a batch that was seen to go on."""
+        seen = self.seen_of(watch).values()
+        is_fine = watch.work.error is None and all(isinstance(batch, Batch) for batch in seen)
+        return is_fine and any(isinstance(b, Batch) and not b.is_terminal for b in seen)
+
     def seen_of(self, watch: Watch) -> dict[str, Batch | ApiError]:
         """Return what has been seen of a work that is unfinished."""
         return {key: self.seen[key] for key in watch.pending() if key in self.seen}
+
+    def whole(self, watches: Iterable[Watch]) -> set[Watch]:
+        """Return those of the open works that are seen whole now."""
+        return {w for w in watches if w in self.open and is_whole_look(w.work, self.seen)}
 
 
 class ListReader:
@@ -4044,10 +4240,12 @@ class ListReader:
         self._gate = Gate(self.PAGES_AT_ONCE)
         self._usable_from = -math.inf
         self._failures = 0
+        self._is_in_doubt = False  # whether there is a list: every cursor was refused
 
     def pays(self, look: Look) -> bool:
         """Return whether pages may be of use to a look."""
-        return len(look.due) >= LIST_MIN and self._usable_from <= look.begun_at
+        is_usable = self._usable_from <= look.begun_at and self._client.refusal() is None
+        return is_usable and len(look.due) >= LIST_MIN
 
     async def read(self, look: Look, known: Mapping[str, Batch]) -> None:
         """Read what pays; `known` are all unfinished batches of the account, due or not.
@@ -4059,7 +4257,8 @@ class ListReader:
             await self._read_known(look, known)
             await self._explore(look, known)
         except ApiError as error:
-            self._note_failure(error)
+            if error.sent:  # else it says nothing about the list
+                self._note_failure(error)
         except Exception as error:  # noqa: BLE001 - a bug in what may be done without
             self._usable_from = self._engine.clock.mono() + HOUR_S
             self._engine.note_bug(error, self._client.base_url)
@@ -4083,9 +4282,17 @@ class ListReader:
         """Find out where the others stand, as far as the savings of this look allow."""
         chart = self._chart
         look.risk = chart.allowance(len(look.due))
+        if self._is_in_doubt and look.credit > 0:
+            await self._read(look, known, [None])
         unplaced = chart.unplaced(look.missing())
-        if not unplaced:
-            return
+        if unplaced:
+            await self._find(look, known, unplaced)
+
+    async def _find(
+        self, look: Look, known: Mapping[str, Batch], unplaced: Sequence[Batch]
+    ) -> None:
+        """Look for batches in the list: first where they should be, then along the way to them."""
+        chart = self._chart
         ages = sorted((b.created_at, b.id) for b in known.values() if b.created_at)
         tried: set[str] = set()
         while goals := look.goals(unplaced, tried):
@@ -4141,18 +4348,29 @@ class ListReader:
     async def _read_page(
         self, look: Look, known: Mapping[str, Batch], cursor: str | None, pages: list[Page]
     ) -> None:
-        """Add a page to `pages`, unless its cursor is gone from the list. Raises ApiError."""
-        look.saved -= 1
-        try:
-            async with self._gate:
+        """Add a page to `pages`, unless its cursor is gone from the list. Raises ApiError.
+
+        Once a page has failed, those that wait for their turn are not asked for.
+        """
+        look.saved -= 1  # at once: the credit is for all that are read side by side
+        async with self._gate:
+            if look.is_broken:
+                look.saved += 1
+                return
+            try:
                 page = await self._client.page(cursor, known)
-        except ApiError as error:
-            if cursor is None or error.status not in {400, 404}:
-                raise
-            self._chart.lose_cursor(cursor)
-        else:
-            self._chart.learn(cursor, page)
-            pages.append(page)
+            except ApiError as error:
+                look.saved += not error.sent
+                if cursor is None or error.status not in {400, 404}:
+                    look.is_broken = True
+                    raise
+                self._chart.lose_cursor(cursor)
+                self._is_in_doubt = not look.pages
+            else:
+                look.pages += 1
+                self._is_in_doubt = False
+                self._chart.learn(cursor, page)
+                pages.append(page)
 
     def _note_failure(self, error: ApiError) -> None:
         """Do without the list for a while; for longer where there seems to be none."""
@@ -4170,7 +4388,9 @@ class Poller:
     """One OpenAI account: looks at the batches of all its jobs that are due, together.
 
     A look reads pages of the account's list where they pay, and asks for the other batches one by
-    one: never with more requests than one by one for all of them.
+    one. It never takes more requests than one by one for all of them: of what pages have cost in
+    vain, as many batches wait for the next look. With --once, which has none, they are those whose
+    answers would change nothing; only where there are too few of them it may take up to three more.
     """
 
     ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
@@ -4183,16 +4403,30 @@ class Poller:
         self._watches: dict[int, Watch] = {}  # those that are polled
         self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
         self._known: dict[str, Batch] = {}  # these batches, as they were seen last
-        self._busy: set[Watch] = set()  # those that a look is under way at
-        self._left_out: set[str] = set()  # batches that the last look could not afford
+        self._looks: set[Look] = set()  # those under way,
+        self._busy: set[Watch] = set()  # and the works that they are at
+        self._left_out: set[str] = set()  # batches that their last look could not afford
         self._until = math.inf  # when `run` looks around again
+        self._tasks: set[asyncio.Task[None]] = set()
         self.wake = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._spawn(self.run())
+
+    def stop(self) -> None:
+        """Begin nothing more, and give up what is under way: it has nothing to lose."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._engine.spawn(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def take(self, watches: Iterable[Watch]) -> None:
         """Have these works looked at from now on."""
         polled = [watch for watch in watches if self._engine.is_polled(watch)]
-        self._busy.intersection_update(polled)
         self._watches = {watch.work.id: watch for watch in polled}
         self._watchers = {}
         for watch in polled:
@@ -4200,6 +4434,7 @@ class Poller:
                 self._watchers.setdefault(batch_id, []).append(watch)
         batches = (batch for watch in polled for batch in watch.work.batches)
         self._known = {batch.id: batch for batch in batches if batch.id in self._watchers}
+        self._left_out &= self._watchers.keys()
         self.wake.set()
 
     def _follow(self, watch: Watch) -> None:
@@ -4232,66 +4467,64 @@ class Poller:
             await wait_for_event(self.wake, self._until - clock.mono())
             await asyncio.sleep(self.ROUND_S)
 
-    def _is_mine(self, watch: Watch) -> bool:
-        """Return whether a work is still polled here, after something was awaited."""
-        return self._watches.get(watch.work.id) is watch
-
     async def _look(self, watches: Sequence[Watch]) -> None:
         """Look at every unfinished batch of these works. What fails stays with its job."""
-        begun_at = self._engine.clock.mono()
-        for watch in watches:
-            watch.look_began = begun_at
-        self._busy.update(watches)
         due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
-        look = Look(begun_at, due)
+        look = Look(self._engine.clock.mono(), due)
+        self._looks.add(look)
+        self._busy.update(watches)
         if self._list.pays(look):
             await self._list.read(look, self._known)
         missing = {batch.id for batch in look.missing()}
         look.open = {watch for watch in watches if not missing.isdisjoint(watch.pending())}
         self._busy.difference_update(watches)
-        if look.open:
-            self._busy |= look.open
-            self._engine.spawn(self._ask_for(look))
+        self._busy |= look.open
+        self._spawn(self._ask_for(look))
 
     async def _ask_for(self, look: Look) -> None:
-        """Ask one by one for what no page has shown, and record each work that is seen whole."""
-        answers: asyncio.Queue[tuple[str, Batch | ApiError]] = asyncio.Queue()
-        todo = collections.deque(look.missing())
-        if not self._engine.once:  # which has no next look
-            todo = collections.deque(look.affordable(self._left_out))
-            self._left_out = {b.id for b in look.missing()} - {b.id for b in todo}
-        in_flight = 0
-        while todo or in_flight:
-            refusal = self._client.refusal()
-            while todo and in_flight < self.ASKED_AT_ONCE:
-                batch_id = todo.popleft().id
-                if batch_id not in self._watchers:
-                    continue  # its job has gone meanwhile
-                in_flight += 1
-                if refusal:
-                    answers.put_nowait((batch_id, refusal))
-                else:
-                    self._engine.spawn(self._ask(batch_id, answers))
-            come = [await answers.get()] if in_flight else []
-            while not answers.empty():  # what is answered together is recorded as one
-                come.append(answers.get_nowait())
-            in_flight -= len(come)
-            look.seen.update(come)
-            asking = {w for key, _ in come for w in self._watchers.get(key, ()) if w in look.open}
-            self._close(look, {w for w in asking if is_whole_look(w.work, look.seen)})
-            await asyncio.sleep(0)  # `get` does not let others run where there is something to get
+        """Ask one by one for what no page has shown, so far as the look can afford it."""
+        await self._ask_all(look, look.affordable(self._left_out))
+        if self._engine.once:
+            left = [batch for batch in look.missing() if self._matters(batch.id, look)]
+            await self._ask_all(look, left)
+        left_out = {batch.id for batch in look.missing()}
+        self._left_out -= look.due.keys() - left_out
+        self._left_out |= left_out & self._watchers.keys()
         for watch in look.open:  # not all of them was asked for
             if watch.due <= look.begun_at and watch.job:
                 watch.due = look.begun_at + min(watch.job.poll_interval_s, MINUTE_S)
         self._close(look, set(look.open))
+        self._looks.discard(look)
 
-    def _close(self, look: Look, watches: set[Watch]) -> None:
-        """Record the look at some works, which are free for the next one then."""
-        self._record([(watch, look.seen_of(watch)) for watch in watches if self._is_mine(watch)])
-        look.open -= watches
-        self._busy -= watches
-        if min((watch.due for watch in watches), default=math.inf) < self._until:
-            self.wake.set()
+    def _matters(self, batch_id: str, look: Look) -> bool:
+        """Return whether a batch may decide something for a job: no other one still runs."""
+        return not all(look.is_waiting(watch) for watch in self._watchers.get(batch_id, ()))
+
+    async def _ask_all(self, look: Look, batches: Iterable[Batch]) -> None:
+        """Ask for batches, and record each work that is seen whole then."""
+        answers: asyncio.Queue[tuple[str, Batch | ApiError]] = asyncio.Queue()
+        todo = collections.deque(batches)
+        in_flight = 0
+        async with asyncio.TaskGroup() as asking:  # who gives the look up gives up all of them
+            while todo or in_flight:
+                refusal = self._client.refusal()
+                while todo and in_flight < self.ASKED_AT_ONCE:
+                    batch_id = todo.popleft().id
+                    if batch_id in look.seen or batch_id not in self._watchers:
+                        continue  # a later look was shown it, or its job has gone
+                    in_flight += 1
+                    if refusal:
+                        answers.put_nowait((batch_id, refusal))
+                    else:
+                        asking.create_task(self._ask(batch_id, answers))
+                come = [await answers.get()] if in_flight else []
+                while not answers.empty():  # what is answered together is recorded as one
+                    come.append(answers.get_nowait())
+                in_flight -= len(come)
+                look.answer(come)
+                concerned = {w for key, _ in come for w in self._watchers.get(key, ())}
+                self._close(look, look.whole(concerned))
+                await asyncio.sleep(0)  # `get` lets nobody else run where there is something to get
 
     async def _ask(
         self, batch_id: str, answers: asyncio.Queue[tuple[str, Batch | ApiError]]
@@ -4307,44 +4540,49 @@ class Poller:
             answer = ApiError(f"internal error: {type(error).__name__}")
         answers.put_nowait((batch_id, answer))
 
-    def _record(self, looks: Sequence[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> None:
-        """Store what looks have brought, as one."""
-        try:
-            for watch in self._engine.record(looks):
-                self._follow(watch)
-        except (StorageError, sqlite3.Error) as error:
-            self._put_off(
-                looks, FIRST_TRIGGER_BACKOFF_S, functools.partial(self._engine.note_trouble, error)
-            )
-        except Exception as error:  # noqa: BLE001 - as in `_ask`
-            self._put_off(looks, MINUTE_S, functools.partial(self._engine.note_bug, error))
-
-    def _put_off(
-        self,
-        looks: Sequence[tuple[Watch, object]],
-        wait_s: float,
-        tell: Callable[[str], None],
-    ) -> None:
-        """Have those looked at again whose news could not be stored; `tell` of the first."""
-        now = self._engine.clock.mono()
-        late = [watch for watch, _ in looks if watch.due <= now]
-        for watch in late:
-            watch.due = now + wait_s
-        first = late[0] if late else looks[0][0]
-        tell(first.work.name)
-
     def _take(self, look: Look, pages: Iterable[Page]) -> None:
-        """Record what pages show, also of works that are not due yet."""
-        shown: set[str] = set()
+        """Record what pages show, also of works that are not due yet, or that others look at."""
+        shown: dict[str, Batch] = {}
         for page in pages:
             look.take(page)
-            for key in page.batches.keys() & self._known.keys():
-                self._known[key] = page.batches[key]
-                shown.add(key)
+            shown |= {key: page.batches[key] for key in page.batches.keys() & self._known.keys()}
+        self._known |= shown
+        for other in self._looks - {look}:
+            other.learn(shown)
+            self._close(other, other.whole(other.open))
         seen = {watch.work.id: watch for key in shown for watch in self._watchers.get(key, ())}
-        for watch in seen.values():
-            watch.look_began = look.begun_at
-        self._record([(watch, look.seen_of(watch)) for watch in seen.values()])
+        self._record(look, seen.values())
+
+    def _close(self, look: Look, watches: set[Watch]) -> None:
+        """Record the look at some works, which are free for the next one then."""
+        self._record(look, [watch for watch in watches if self._is_mine(watch)])
+        look.open -= watches
+        self._busy -= watches
+        if min((watch.due for watch in watches), default=math.inf) < self._until:
+            self.wake.set()
+
+    def _is_mine(self, watch: Watch) -> bool:
+        """Return whether a work is still polled here, after something was awaited."""
+        return self._watches.get(watch.work.id) is watch
+
+    def _record(self, look: Look, watches: Collection[Watch]) -> None:
+        """Store what a look has brought for some works, as one."""
+        looks = [(watch, look.seen_of(watch)) for watch in watches]
+        try:
+            for watch in self._engine.record(looks, look.begun_at):
+                self._follow(watch)
+        except (StorageError, sqlite3.Error) as error:
+            self._engine.note_trouble(error, self._put_off(watches, FIRST_TRIGGER_BACKOFF_S))
+        except Exception as error:  # noqa: BLE001 - as in `_ask`
+            self._engine.note_bug(error, self._put_off(watches, MINUTE_S))
+
+    def _put_off(self, watches: Collection[Watch], wait_s: float) -> str:
+        """Have works looked at again whose news could not be stored; returns one's name."""
+        now = self._engine.clock.mono()
+        late = [watch for watch in watches if watch.due <= now]
+        for watch in late:
+            watch.due = now + wait_s
+        return min(watch.work.name for watch in late or watches)
 
 
 class Carrier:
@@ -4632,6 +4870,8 @@ class Engine:
     async def drain(self, now: asyncio.Event) -> None:
         """Begin nothing new, and give POSTs in flight their time; `now` cuts it short."""
         self.is_stopping = True
+        for poller in self._pollers.values():
+            poller.stop()
         posting = {w.carrier for w in self.watches.values() if w.is_posting and w.carrier}
         hurry = asyncio.ensure_future(now.wait())
         deadline = self.clock.mono() + DRAIN_S
@@ -4741,14 +4981,11 @@ class Engine:
             if watch.job:
                 by_account.setdefault(account_of(self.setup, watch.job), []).append(watch)
         for account in [account for account in self._pollers if account not in by_account]:
-            poller = self._pollers.pop(account)
-            poller.take(())
-            if poller.task:
-                poller.task.cancel()
+            self._pollers.pop(account).stop()
         for account, watches in by_account.items():
             if account not in self._pollers:
-                new = self._pollers[account] = Poller(self, OpenAIClient(account, self._http))
-                new.task = self.spawn(new.run())
+                self._pollers[account] = Poller(self, OpenAIClient(account, self._http))
+                self._pollers[account].start()
             self._pollers[account].take(watches)
 
     # --- what pollers and carriers need ---
@@ -4760,7 +4997,7 @@ class Engine:
 
     def is_polled(self, watch: Watch) -> bool:
         """Return whether a work's batches are looked at."""
-        if watch.job is None or watch.job.paused or self.is_stopping:
+        if watch.job is None or watch.job.rests or self.is_stopping:
             return False
         return not (watch.work.is_ready or watch.work.trigger)
 
@@ -4770,7 +5007,7 @@ class Engine:
         Other ids under the same name do not stop it; a job that is gone or paused does.
         """
         job = self.setup.config.jobs.get(watch.work.name)
-        return job is not None and not job.paused and not self.is_stopping
+        return job is not None and not job.rests and not self.is_stopping
 
     def carry(self, watch: Watch) -> None:
         """Start a carrier for a work that may need one and has none."""
@@ -4812,20 +5049,21 @@ class Engine:
         """Remember beside the state file, too, that something is posted now."""
         self._lock.note_post(replace(self.clock.moment(), wall=sending.sending_at or 0.0))
 
-    def record(self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> list[Watch]:
-        """Store what looks have shown, as one, and start the triggers of which it was the last.
+    def record(
+        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
+    ) -> list[Watch]:
+        """Store what a look has shown, as one, and start the triggers of which it was the last.
 
         Returns what has changed. Of the others only the times are written, now and then: see
-        `flush`.
+        `flush`. `begun_at` is the monotonic time of the look's beginning.
         """
         now, mono = self.clock.wall(), self.clock.mono()
+        lag_s = mono - begun_at
         changed: list[tuple[Watch, Work]] = []
         news: list[Event] = []
         whole: list[tuple[Watch, float]] = []
         for watch, seen in looks:
             interval_s = watch.job.poll_interval_s if watch.job else 0
-            lag_s = mono - watch.look_began
-            is_whole = is_whole_look(watch.work, seen)
             if is_old_news(watch.work, seen):
                 self._note_look(watch, now - lag_s, mono + next_look_s(interval_s, lag_s))
                 continue
@@ -4845,18 +5083,18 @@ class Engine:
             news += events
             if after != watch.work:
                 changed.append((watch, after))
-            if is_whole:
+            if is_whole_look(watch.work, seen):
                 whole.append((watch, mono + max(0.0, (after.next_check_at or now) - now)))
         if changed:
             self.save(changed, news)
         for watch, due in whole:
-            self._note_look(watch, now - (mono - watch.look_began), due)
+            self._note_look(watch, now - lag_s, due)
             self.carry(watch)
         return [watch for watch, _ in changed]
 
-    def _note_look(self, watch: Watch, now: float, due: float) -> None:
+    def _note_look(self, watch: Watch, looked_at: float, due: float) -> None:
         """Remember when a work was looked at, and is to be looked at again."""
-        watch.looked_at, watch.due = now, due
+        watch.looked_at, watch.due = looked_at, due
         self._touched.add(watch)
 
     def summary(self) -> str:
@@ -5172,7 +5410,24 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
 
 
 # ==================================================================================================
-# 9. Commands: what a person types. Only these print
+# 9. Publishing: what is known at one moment, for people and for programs
+# ==================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is known at one moment: what `status`, the page and the metrics show."""
+
+    at: float  # Unix seconds
+    runs: str  # who acts on the state file: "daemon", "once", or "" for nobody
+    config: Mapping[str, str | None]  # path, sha256, loaded_at, error, as `status --json` has them
+    works: Sequence[Work]  # the config's, in its order
+    usages: Mapping[str, Usage]  # by the secret's name
+    last_events: Mapping[str, Sequence[LogRow]]  # of each job that has any
+
+
+# ==================================================================================================
+# 10. Commands: what a person types. Only these print
 # ==================================================================================================
 
 
@@ -5334,18 +5589,15 @@ def run_secrets(args: argparse.Namespace) -> int:
     if draft.problems:
         raise ConfigError(draft.problems)
     config = draft.config
-    users: dict[str, list[str]] = {}
+    users: dict[str, list[str]] = {hook.secret: ["notify"] for hook in config.notify}
     for job in config.jobs.values():
         users.setdefault(job.openai_secret, []).append(job.name)
         users.setdefault(job.keboola_secret, []).append(job.name)
-    kinds: list[tuple[str, OpenAISecret | KeboolaSecret]] = []
-    kinds += [("openai", secret) for secret in config.openai.values()]
-    kinds += [("keboola", secret) for secret in config.keboola.values()]
     rows = [("SECRET", "TYPE", "FROM", "USED BY")]
-    for kind, secret in kinds:
+    for secret in config.secrets.values():
         jobs = ", ".join(users.get(secret.name, ())) or "nobody"
-        rows.append((secret.name, kind, source_text(secret.source), jobs))
-    print(table(rows) if kinds else "no secrets")
+        rows.append((secret.name, secret.kind, source_text(secret.source), jobs))
+    print(table(rows) if config.secrets else "no secrets")
     return 0
 
 
@@ -5492,7 +5744,7 @@ def trigger_view(trigger: Trigger | None) -> dict[str, object] | None:
 
 def job_view(work: Work) -> dict[str, object]:
     """Return a job as `status --json` shows it."""
-    failed = sum(b.is_terminal and b.status != BatchStatus.COMPLETED for b in work.batches)
+    failed = sum(is_failure(b) for b in work.batches)
     status = job_status(work)
     return {
         "name": work.name,
@@ -5694,7 +5946,7 @@ def run_retry(args: argparse.Namespace) -> int:
 
 
 # ==================================================================================================
-# 10. main: the command line, and the one place where exceptions become exit codes
+# 11. main: the command line, and the one place where exceptions become exit codes
 # ==================================================================================================
 
 EXIT_CODES: Final = """\

@@ -460,8 +460,10 @@ class ModelEngine(Engine):
         super().keboola(trigger)  # whether the config has a token
         return FakeKeboola(self.process, trigger.target)
 
-    def record(self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> list[Watch]:
-        return super().record([(w, {**self._late(w), **seen}) for w, seen in looks])
+    def record(
+        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
+    ) -> list[Watch]:
+        return super().record([(w, {**self._late(w), **seen}) for w, seen in looks], begun_at)
 
     def _late(self, watch: Watch) -> dict[str, Batch]:
         """Return, now and then, batches that have ended as if they went on."""
@@ -503,9 +505,9 @@ class FakeOpenAI(OpenAIClient):
         ]
         is_new = process.applied_at == world.now
         world.claim(asking or is_new, f"{batch_id} is looked at, of jobs that are paused or gone")
+        fault = world.look_fault  # as it is now: the answer may be on its way for long
         await asyncio.sleep(world.random.uniform(0.01, 1))
         process.point("looked")
-        fault = world.look_fault
         if fault == "now and then":
             fault = world.random.choice(("", "error"))
         if fault:

@@ -350,14 +350,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="trigger in spite of `paused`",
-        old="return job is not None and not job.paused and not self.is_stopping",
+        old="return job is not None and not job.rests and not self.is_stopping",
         new="return job is not None and not self.is_stopping",
         tests=("test_engine.py::test_paused_during_the_search",),
     ),
     Mutant(
         name="trigger of a removed job",
-        old="return job is not None and not job.paused and not self.is_stopping",
-        new="return (job is None or not job.paused) and not self.is_stopping",
+        old="return job is not None and not job.rests and not self.is_stopping",
+        new="return (job is None or not job.rests) and not self.is_stopping",
         tests=("test_engine.py::test_no_post_for_what_is_gone_or_paused",),
     ),
     Mutant(
@@ -380,7 +380,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="a paused job looked at",
-        old="if watch.job is None or watch.job.paused or self.is_stopping:",
+        old="if watch.job is None or watch.job.rests or self.is_stopping:",
         new="if watch.job is None or self.is_stopping:",
         tests=("test_work.py::test_pause",),
     ),

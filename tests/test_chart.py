@@ -673,7 +673,9 @@ class LookEngine:
     def is_polled(self, _watch: Watch) -> bool:
         return True
 
-    def record(self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]]) -> list[Watch]:
+    def record(
+        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], _begun_at: float
+    ) -> list[Watch]:
         for watch, seen in looks:
             assert seen.keys() <= {batch.id for batch in watch.work.batches}
             self.world.answered |= seen.keys()

@@ -245,6 +245,17 @@ def test_job_status_for_every_combination() -> None:
         assert tc.job_status(one) == expected, (first, second, state, paused)
 
 
+def test_what_is_done_elsewhere_is_completed_and_needs_nobody() -> None:
+    """`done: true` says that nothing is to be started, whatever was seen of the batches before."""
+    for statuses in (("in_progress", None), ("failed",), ("completed",)):
+        one = work(*statuses, done=True, error="404", paused=True)
+        assert tc.job_status(one) == JobStatus.COMPLETED
+        assert tc.error_of(one) is None
+        assert not tc.needs_person(one)
+        why_not = "the config says that it is done; take done: out of it"
+        assert tc.after_retry(one, force=True, now=NOW) == (one, why_not)
+
+
 @pytest.mark.parametrize(
     ("one", "expected"),
     [

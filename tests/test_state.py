@@ -126,6 +126,7 @@ def full_work(work: Work) -> Work:
         target=Target("https://connection.y", "c2", "g2", "b2"),
         position=5,
         paused=True,
+        done=True,
         error="ouch",
         failures=9,
         last_check_at=NOW + 0.5,
@@ -166,11 +167,24 @@ def test_commits_survive_power_loss(store: Store) -> None:
     assert values == ["wal", 2, 1, len(tc.MIGRATIONS)]
 
 
+TABLES = (
+    "jobs",
+    "batches",
+    "triggers",
+    "logs",
+    "requests",
+    "meta",
+    "accounts",
+    "alarms",
+    "notices",
+)
+
+
 def test_every_table_is_strict(store: Store) -> None:
     """A value of a wrong type is refused, not stored as it came."""
     tables = [*store._db.execute("SELECT name, strict FROM pragma_table_list WHERE schema='main'")]
     ours = {name: strict for name, strict in tables if not name.startswith("sqlite_")}
-    assert ours == dict.fromkeys(("jobs", "batches", "triggers", "logs", "requests", "meta"), 1)
+    assert ours == dict.fromkeys(TABLES, 1)
     with pytest.raises(StorageError, match="cannot store TEXT value in REAL column"):
         store.log([Event("fact")], "yesterday")  # type: ignore[arg-type]
 

@@ -31,6 +31,22 @@ def test_pause(workspace: Workspace) -> None:
     workspace.assert_one_job("looked_at")
 
 
+def test_done_elsewhere(workspace: Workspace) -> None:
+    """A job that is `done` is neither looked at nor started; without the key, it is a new one."""
+    workspace.add_job("elsewhere", "batch_a", done=True)
+    workspace.add_job("other", "batch_other")
+    workspace.write()
+    assert workspace.run("--once").code == 0
+    assert workspace.statuses() == {"elsewhere": "completed", "other": "completed"}
+    assert workspace.looks("batch_a") == 0
+    assert workspace.run("retry", "elsewhere", "--force").code == 2
+
+    del workspace.jobs["elsewhere"]["done"]
+    workspace.write()
+    assert workspace.run("--once").code == 0
+    workspace.assert_one_job("elsewhere")
+
+
 def test_pause_with_an_intent(workspace: Workspace) -> None:
     """Paused between the decision and its POST, nothing is sent; unpaused, it is, once."""
     hold = workspace.sim.hold("queue.search", "after")
