@@ -46,9 +46,13 @@ import enum
 import errno
 import fcntl
 import functools
+import getpass
 import hashlib
+import html
 import importlib.util
+import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -63,6 +67,7 @@ import ssl
 import stat
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 import zlib
@@ -332,6 +337,17 @@ class WebhookSecret:
 AnySecret = OpenAISecret | KeboolaSecret | WebhookSecret
 
 
+class Told(enum.StrEnum):
+    """What webhooks can be told, in the order of how much a person is needed."""
+
+    JOB_FAILED = "job_failed"
+    TRIGGER_UNKNOWN = "trigger_unknown"
+    ACCOUNT_FAILING = "account_failing"
+    CONFIG_REJECTED = "config_rejected"
+    COMPLETED_WITH_FAILURES = "completed_with_failures"
+    COMPLETED = "completed"
+
+
 @dataclass(frozen=True, slots=True)
 class Hook:
     """An entry under `notify`: the webhook that is told, and of which events."""
@@ -598,6 +614,45 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """What webhooks are told of an event, once; and with `is_over` once more, when it is over.
+
+    `subject` tells it from the same event elsewhere: the number of a piece of work, or a secret.
+    """
+
+    event: Told
+    subject: str
+    text: str
+    job: str | None = None
+    is_over: bool = False
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is something that will be over some day."""
+        return self.event not in {Told.COMPLETED, Told.COMPLETED_WITH_FAILURES}
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """Messages, and what is to be posted for them: names of webhooks with JSON bodies."""
+
+    messages: Sequence[Message] = ()
+    copies: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A message on its way to one webhook. Times are Unix seconds."""
+
+    id: int
+    at: float
+    secret: str
+    body: str
+    failures: int
+    next_try_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class KeboolaJob:
     """A Keboola job as the queue shows it; `trigger_id` is None where the row does not tell."""
 
@@ -659,22 +714,6 @@ _KEBOOLA_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
 _VARIABLE_NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
 _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _HEADER_VALUE: Final = r"[!-~]{1,255}"
-
-# What webhooks can be told, in the order of how much a person is needed.
-JOB_FAILED: Final = "job_failed"
-TRIGGER_UNKNOWN: Final = "trigger_unknown"
-ACCOUNT_FAILING: Final = "account_failing"
-CONFIG_REJECTED: Final = "config_rejected"
-COMPLETED_WITH_FAILURES: Final = "completed_with_failures"
-COMPLETED: Final = "completed"
-TOLD_EVENTS: Final = (
-    JOB_FAILED,
-    TRIGGER_UNKNOWN,
-    ACCOUNT_FAILING,
-    CONFIG_REJECTED,
-    COMPLETED_WITH_FAILURES,
-    COMPLETED,
-)
 
 TRIGGER_ID_VARIABLE: Final = "teckochecker_trigger_id"
 OWN_VARIABLES: Final = (
@@ -1198,7 +1237,7 @@ def read_job(
 
 def read_hooks(at: Cursor, secret_kinds: Mapping[str, str | None]) -> tuple[Hook, ...]:
     """Read `notify`; without `events`, a webhook is told all of them."""
-    read_event = read_choice(*TOLD_EVENTS)
+    read_event = read_choice(*Told)
 
     def read_events(events: Cursor) -> tuple[str, ...] | None:
         words = [read_event(item) for item in events.items("write a list of events")]
@@ -1215,7 +1254,7 @@ def read_hooks(at: Cursor, secret_kinds: Mapping[str, str | None]) -> tuple[Hook
         if isinstance(item.node, yaml.MappingNode) and values.get("secret") is None:
             item.bad("secret is missing", "name a secret of type webhook")
         elif "secret" in values and is_good(values):
-            hooks.append(Hook(values["secret"], values.get("events") or TOLD_EVENTS))
+            hooks.append(Hook(values["secret"], values.get("events") or tuple(Told)))
     return tuple(hooks)
 
 
@@ -1389,14 +1428,19 @@ def parse_config(text: str, path: Path) -> Draft:
         return Draft(nothing, problems)
 
 
-def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, Cursor]:
-    """Return where each `secrets.NAME.value` stands, whatever else is wrong with the config."""
+def secret_entries(text: str, path: Path, problems: list[Problem]) -> dict[str, dict[str, Cursor]]:
+    """Return what stands under each name in `secrets`, whatever else is wrong with the config."""
 
     def entries(at: Cursor | None) -> dict[str, Cursor]:
         return at.entries("") if at and isinstance(at.node, yaml.MappingNode) else {}
 
     root = compose(text, path, problems)
-    inside = {name: entries(at) for name, at in entries(entries(root).get("secrets")).items()}
+    return {name: entries(at) for name, at in entries(entries(root).get("secrets")).items()}
+
+
+def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, Cursor]:
+    """Return where each `secrets.NAME.value` stands."""
+    inside = secret_entries(text, path, problems)
     return {name: found["value"] for name, found in inside.items() if "value" in found}
 
 
@@ -2474,6 +2518,162 @@ def after_retry(
     return replace(work, trigger=again), None
 
 
+# --- how the requests with a secret fare, and what webhooks are told ------------------------------
+
+REFUSED: Final = frozenset({401, 403})
+REFUSED_LONG_S: Final = 10 * MINUTE_S
+NOTICE_BACKOFF_S: Final = 5
+NOTICE_LIFE_S: Final = DAY_S
+NO_MAIL: Final = Mail()
+
+Alarm = tuple[str, str]  # the event and the subject of what has been told and is not over
+
+
+def after_request(usage: Usage, status: int | None, error: str | None, now: float) -> Usage:
+    """Return how a secret has fared after one more request; no `error` is a success.
+
+    Whatever a server says of a request other than that it refuses the key, it has taken the key.
+    """
+    requests = usage.requests + 1
+    if error is None:
+        return Usage(usage.service, requests, usage.errors, now)
+    since = usage.refused_since
+    if status in REFUSED:
+        since = now if since is None else since
+    elif status is not None and status < 500 and status not in RETRYABLE:
+        since = None
+    return replace(
+        usage, requests=requests, errors=usage.errors + 1, refused_since=since, error=error
+    )
+
+
+def alarm_of(work: Work) -> Told | None:
+    """Return what is wrong with a piece of work that a person should be told of, or None."""
+    state = work.trigger.state if work.trigger else None
+    if work.position is None or work.done:
+        return None
+    if state == TriggerState.REJECTED:
+        return Told.JOB_FAILED
+    return Told.TRIGGER_UNKNOWN if state == TriggerState.UNKNOWN else None
+
+
+def is_over(alarm: str, work: Work) -> bool:
+    """Return whether an alarm is over: not while the trigger is merely tried again."""
+    if work.is_finished or work.position is None or work.done:
+        return True
+    return alarm == Told.TRIGGER_UNKNOWN and alarm_of(work) == Told.JOB_FAILED
+
+
+def outcome_message(work: Work) -> Message:
+    """Return the news that a piece of work is finished."""
+    failed = sum(map(is_failure, work.batches))
+    trigger_ = work.trigger
+    job_id = trigger_.keboola_job_id if trigger_ else None
+    counts = f"{len(work.batches) - failed} of {len(work.batches)} batches completed"
+    link = f" {trigger_.url}" if trigger_ and trigger_.url else ""
+    text = f"job {work.name} has started Keboola job {job_id}: {counts}{link}"
+    event = Told.COMPLETED_WITH_FAILURES if failed else Told.COMPLETED
+    return Message(event, str(work.id), text, work.name)
+
+
+def work_messages(before: Work, after: Work, standing: Container[Alarm]) -> list[Message]:
+    """Return what webhooks are told of a change; where `before` is the same, of what stands."""
+    subject, messages = str(after.id), []
+    for event in (Told.JOB_FAILED, Told.TRIGGER_UNKNOWN):
+        if (event, subject) in standing and is_over(event, after):
+            why = "is taken out of the config"
+            if after.is_finished and after.trigger:
+                why = f"has its Keboola job {after.trigger.keboola_job_id} now"
+            elif after.position is not None:
+                why = "is done" if after.done else "has Keboola's answer now"
+            text = f"{event} is over: job {after.name} {why}"
+            messages.append(Message(event, subject, text, after.name, is_over=True))
+    alarm = alarm_of(after)
+    if alarm and (alarm, subject) not in standing:
+        what = "has failed" if alarm == Told.JOB_FAILED else "may have been started, or not"
+        text = f"job {after.name} {what}: {error_of(after)}"
+        messages.append(Message(alarm, subject, text, after.name))
+    if after.is_finished and not before.is_finished:
+        messages.append(outcome_message(after))
+    return messages
+
+
+def gone_messages(works: Iterable[Work], standing: Mapping[Alarm, str | None]) -> list[Message]:
+    """Return what webhooks are told of alarms whose work is not among those that are live."""
+    live = {str(work.id) for work in works}
+    return [
+        Message(
+            Told(event),
+            subject,
+            f"{event} is over: job {job} is taken out of the config",
+            job,
+            is_over=True,
+        )
+        for (event, subject), job in standing.items()
+        if event in {Told.JOB_FAILED, Told.TRIGGER_UNKNOWN} and subject not in live
+    ]
+
+
+def account_messages(
+    usages: Mapping[str, Usage], standing: Iterable[Alarm], now: float
+) -> list[Message]:
+    """Return what webhooks are told of keys that are refused for long, or no longer.
+
+    `usages` are those of the secrets that the config has.
+    """
+    event = Told.ACCOUNT_FAILING
+    messages = []
+    for _, name in sorted(alarm for alarm in standing if alarm[0] == event):
+        if name not in usages or usages[name].refused_since is None:
+            text = f"{event} is over: the secret {name} works again, or is no longer used"
+            messages.append(Message(event, name, text, is_over=True))
+    for name, usage in usages.items():
+        since = usage.refused_since
+        if since is not None and now - since > REFUSED_LONG_S and (event, name) not in standing:
+            text = f"the secret {name} has been refused for over 10 minutes: {usage.error}"
+            messages.append(Message(event, name, text))
+    return messages
+
+
+def config_messages(error: str | None, standing: Container[Alarm]) -> list[Message]:
+    """Return what webhooks are told of a config that was refused, or is good again."""
+    event = Told.CONFIG_REJECTED
+    if error is None and (event, "") in standing:
+        return [Message(event, "", f"{event} is over: the config file is good again", is_over=True)]
+    if error is None or (event, "") in standing:
+        return []
+    text = f"the config file has problems, the previous one still counts: {error}"
+    return [Message(event, "", text)]
+
+
+def message_body(message: Message) -> str:
+    """Return the JSON of a message. Angle brackets would be commands to some chat programs."""
+    text = one_line(f"TeckoChecker: {message.text}", 1000)
+    text = text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}")
+    text = text.replace(">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}")
+    body = {"text": text, "event": message.event, "job": message.job}
+    return compact_json(body | ({"over": True} if message.is_over else {}))
+
+
+def mail_of(messages: Sequence[Message], hooks: Iterable[Hook]) -> Mail:
+    """Return messages with a copy for each webhook that wants to be told of them."""
+    hooks = tuple(hooks)
+    copies = [
+        (hook.secret, message_body(message))
+        for message in messages
+        for hook in hooks
+        if message.event in hook.events
+    ]
+    return Mail(messages, copies)
+
+
+def after_failed_notice(notice: Notice, error: ApiError, now: float, jitter: float) -> Notice:
+    """Return a notice that could not be delivered: it is tried again, each time later."""
+    failures = notice.failures + 1
+    wait_s = backoff_s(failures, NOTICE_BACKOFF_S, jitter, error.retry_after_s)
+    return replace(notice, failures=failures, next_try_at=now + wait_s)
+
+
 # ==================================================================================================
 # 6. State: what must survive a crash, in one SQLite file
 # ==================================================================================================
@@ -2615,6 +2815,7 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
 _TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
 _BATCH_COLUMNS: Final = tuple(f.name for f in fields(Batch))
 _USAGE_COLUMNS: Final = tuple(f.name for f in fields(Usage))
+_NOTICE_COLUMNS: Final = tuple(f.name for f in fields(Notice))
 _TRIGGER_COLUMNS: Final = tuple(f.name for f in fields(Trigger) if f.name != "target")
 _WORK_COLUMNS: Final = tuple(
     f.name for f in fields(Work) if f.name not in {"batches", "target", "trigger"}
@@ -2689,9 +2890,28 @@ def inode_of(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+PAGE_FILE: Final = "status.html"  # what there is under `publish`
+STATUS_FILE: Final = "status.json"
+METRICS_FILE: Final = "metrics.prom"
+
+
+def new_name(name: str) -> str:
+    """Return the name under which a file is written before it takes its place."""
+    return f".{name}.new"
+
+
 def lock_path(state_path: Path) -> Path:
     """Return the lock file of a state file."""
     return state_path.with_name(state_path.name + ".lock")
+
+
+class Holder(enum.StrEnum):
+    """Who acts on a state file."""
+
+    DAEMON = "daemon"
+    ONCE = "--once"
+    NOBODY = ""
+    HIDDEN = "hidden"  # from a user who may not read the lock file
 
 
 class StateLock:
@@ -2815,16 +3035,34 @@ def check_file(path: Path) -> None:
 
     Through a connection of its own: one that may write folds the WAL in when it is closed.
     """
+    uri = path.absolute().as_uri() + "?mode=ro"
+    with seeing_damage(path), contextlib.closing(connect_readonly(uri)) as db:
+        check_version(db, path)
+        refuse_damage(db, path)
+
+
+def damaged(path: Path, what: str) -> StateError:
+    """Return the error of a damaged state file."""
+    return StateError(f"the state file {path} is damaged: {one_line(what)}", STATE_HINT)
+
+
+@contextlib.contextmanager
+def seeing_damage(path: Path) -> Iterator[None]:
+    """Have the damage that SQLite stumbles over told as a StateError."""
     try:
-        with contextlib.closing(connect_readonly(path.absolute().as_uri() + "?mode=ro")) as db:
-            check_version(db, path)
-            result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:  # some damage it reports, over some it stumbles
+        yield
+    except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
             raise
-        result = str(error)
-    if result != "ok":
-        raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
+        raise damaged(path, str(error)) from None
+
+
+def refuse_damage(db: sqlite3.Connection, path: Path) -> None:
+    """Raise StateError if SQLite's quick_check finds the file damaged."""
+    with seeing_damage(path):
+        result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if result != "ok":  # some damage it reports, over some it stumbles
+        raise damaged(path, result)
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
@@ -2899,6 +3137,10 @@ class Store:
     def be_quick(self) -> None:
         """Wait for another writer only as long as an event loop may stand still."""
         self._db.execute(f"PRAGMA busy_timeout = {round(self.LOOP_TIMEOUT_S * 1000)}")
+
+    def refuse_damage(self) -> None:
+        """Raise StateError if the file is damaged."""
+        refuse_damage(self._db, self.path)
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has committed something."""
@@ -3019,20 +3261,30 @@ class Store:
         return Work(work_id, job.name, batches, target, position, job.paused, job.done)
 
     def save(
-        self, changes: Iterable[tuple[Work, Work]], events: Sequence[Event], now: float
+        self,
+        changes: Iterable[tuple[Work, Work]],
+        events: Sequence[Event],
+        now: float,
+        mail: Mail = NO_MAIL,
     ) -> None:
-        """Store how works have changed, together with the log rows that tell of it."""
+        """Store how works have changed, together with log rows and mail that tell of it."""
         with self.transaction():
             for before, after in changes:
                 self._write(before, after)
             self._write_events(events, now)
+            self._write_mail(mail, now)
 
-    def touch(self, looks: Iterable[tuple[int, float, float]]) -> None:
-        """Store when works, by their ids, were looked at and will be: nothing else has changed."""
+    def touch(self, looks: Iterable[tuple[int, float, float]], usages: Mapping[str, Usage]) -> None:
+        """Store when works, by their ids, were looked at and will be: nothing else has changed.
+
+        With it, how the requests with some secrets have fared.
+        """
         with self.transaction():
             self._db.executemany(
                 "UPDATE jobs SET last_check_at = ?2, next_check_at = ?3 WHERE id = ?1", looks
             )
+            for secret, usage in usages.items():
+                self._put("accounts", {"secret": secret} | as_row(usage))
 
     def _write(self, before: Work, after: Work) -> None:
         """Write what differs between two states of one piece of work."""
@@ -3089,6 +3341,10 @@ class Store:
             for r in reversed(rows)
         ]
 
+    def last_log_id(self) -> int:
+        """Return the number of the newest log row, or 0."""
+        return int(self._db.execute("SELECT max(id) FROM logs").fetchone()[0] or 0)
+
     def prune(self, before: float) -> None:
         """Drop log rows and settled requests older than a Unix time."""
         with self.transaction():
@@ -3125,22 +3381,56 @@ class Store:
             self._db.execute("UPDATE requests SET done_at = ? WHERE id = ?", (now, request))
             self._write_events(events, now)
 
-    def put_meta(self, key: str, value: object, events: Sequence[Event], now: float) -> None:
+    def put_meta(
+        self, key: str, value: object, events: Sequence[Event], now: float, mail: Mail = NO_MAIL
+    ) -> None:
         """Store a fact about the process as JSON."""
         with self.transaction():
             self._put("meta", {"key": key, "value": compact_json(value)})
             self._write_events(events, now)
+            self._write_mail(mail, now)
+
+    # --- webhooks and accounts ---
+
+    def alarms(self) -> dict[Alarm, str | None]:
+        """Return what webhooks have been told and is not over, with the job that it is about."""
+        rows = self._db.execute("SELECT * FROM alarms")
+        return {(row["event"], row["subject"]): row["job"] for row in rows}
+
+    def _write_mail(self, mail: Mail, now: float) -> None:
+        for message in mail.messages:
+            alarm = {"event": message.event, "subject": message.subject}
+            if message.is_over:
+                where = "event = :event AND subject = :subject"
+                self._db.execute(f"DELETE FROM alarms WHERE {where}", alarm)
+            elif message.lasts:
+                self._put("alarms", alarm | {"job": message.job, "at": now})
+        for secret, body in mail.copies:
+            row = {"at": now, "secret": secret, "body": body, "next_try_at": now}
+            self._put("notices", row, verb="INSERT")
+
+    def notices(self) -> list[Notice]:
+        """Return what webhooks are still to be told, the oldest first."""
+        rows = self._db.execute("SELECT * FROM notices ORDER BY id")
+        return [Notice(**picked(row, _NOTICE_COLUMNS)) for row in rows]
+
+    def put_off(self, notices: Iterable[Notice]) -> None:
+        """Store when notices are tried again."""
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE notices SET failures = ?, next_try_at = ? WHERE id = ?",
+                [(notice.failures, notice.next_try_at, notice.id) for notice in notices],
+            )
+
+    def drop_notices(self, ids: Iterable[int]) -> None:
+        """Forget notices: they are delivered, or never will be."""
+        with self.transaction():
+            self._db.executemany("DELETE FROM notices WHERE id = ?", [(i,) for i in ids])
 
     def usages(self) -> dict[str, Usage]:
         """Return how the requests with each secret have fared, by its name."""
         rows = self._db.execute("SELECT * FROM accounts ORDER BY secret")
         return {row["secret"]: Usage(**picked(row, _USAGE_COLUMNS)) for row in rows}
-
-    def save_usages(self, usages: Mapping[str, Usage]) -> None:
-        """Store how the requests with some secrets have fared."""
-        with self.transaction():
-            for secret, usage in usages.items():
-                self._put("accounts", {"secret": secret} | as_row(usage))
 
     def meta(self, key: str) -> Any:  # noqa: ANN401 - JSON
         """Return a stored fact, or None."""
@@ -3199,10 +3489,16 @@ def shared_lock(state_path: Path) -> Iterator[bool]:
         os.close(fd)
 
 
-def is_acting(state_path: Path) -> bool:
-    """Return whether a daemon or a `--once` holds the state file now."""
+def holder_of(state_path: Path) -> Holder:
+    """Return who holds the state file now."""
     with shared_lock(state_path) as free:
-        return not free
+        if free:
+            return Holder.NOBODY
+    try:
+        label = lock_path(state_path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return Holder.HIDDEN
+    return Holder.ONCE if "(--once)" in label else Holder.DAEMON
 
 
 # ==================================================================================================
@@ -3734,13 +4030,31 @@ async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], cloc
     return await retrying(attempt, budget)
 
 
+Note = Callable[[Answer | ApiError], None]  # is told what has come of each request with a secret
+
+
+async def noted(request: Coroutine[Any, Any, Answer], note: Note | None) -> Answer:
+    """Return the answer to a request, and tell what has come of it. Raises its ApiError."""
+    came: Answer | ApiError | None = None
+    try:
+        came = await request
+    except ApiError as error:
+        came = error
+        raise
+    finally:
+        if note and came:
+            note(came)
+    return came
+
+
 class OpenAIClient:
     """One OpenAI account, and how it is doing: what it refuses for one batch may hold for all."""
 
     SILENT_AFTER: Final = 5  # requests in a row, for any batches, that no answer came to
 
-    def __init__(self, account: Account, http: Http) -> None:
+    def __init__(self, account: Account, http: Http, note: Note | None = None) -> None:
         self._http = http
+        self._tell = note
         self._clock = http.clock
         self.base_url = account.base_url
         self._headers = {"Authorization": f"Bearer {account.key.reveal()}"}
@@ -3813,7 +4127,8 @@ class OpenAIClient:
             return found
 
     async def _get(self, path: str, params: Mapping[str, str] | None, budget: Budget) -> Answer:
-        return await self._http.get(self.base_url + path, self._headers, params, budget=budget)
+        url = self.base_url + path
+        return await noted(self._http.get(url, self._headers, params, budget=budget), self._tell)
 
     def _json(self, answer: Answer) -> object:
         if not answer.is_success:
@@ -3862,9 +4177,15 @@ class KeboolaClient:
     """Keboola's queue on one stack, with one token."""
 
     def __init__(
-        self, stack_url: str, token: Secret, http: Http, queue_urls: dict[str, str]
+        self,
+        stack_url: str,
+        token: Secret,
+        http: Http,
+        queue_urls: dict[str, str],
+        note: Note | None = None,
     ) -> None:
         self._http = http
+        self._tell = note
         self._clock = http.clock
         self._stack_url = stack_url
         self._headers = {"X-StorageApi-Token": token.reveal()}
@@ -3876,7 +4197,8 @@ class KeboolaClient:
         """Return the JSON of a GET; raises ApiError after the retries."""
 
         async def attempt(budget: Budget) -> object:
-            answer = await self._http.get(url, headers, params, budget=budget)
+            tell = self._tell if headers else None  # without the token, it says nothing of it
+            answer = await noted(self._http.get(url, headers, params, budget=budget), tell)
             if not answer.is_success:
                 raise http_error("Keboola", answer, self._clock.wall())
             return parse_json(answer)
@@ -3906,6 +4228,18 @@ class KeboolaClient:
             retryable=True,
         )
 
+    async def verify(self) -> Mapping[str, Any]:
+        """Return what Keboola says of the token: its project, whether it expires."""
+        said = await self._get(f"{self._stack_url}/v2/storage/tokens/verify", self._headers)
+        return said if isinstance(said, dict) else {}
+
+    async def configuration(self, target: Target) -> Mapping[str, Any]:
+        """Return a configuration as Keboola has it; raises ApiError, with status 404 for none."""
+        branch = f"/branch/{target.branch_id}" if target.branch_id else ""
+        path = f"components/{target.component_id}/configs/{target.config_id}"
+        said = await self._get(f"{self._stack_url}/v2/storage{branch}/{path}", self._headers)
+        return said if isinstance(said, dict) else {}
+
     async def create(self, payload: str) -> KeboolaJob:
         """Start a job, in one attempt; raises ApiError, which `after_failed_post` understands.
 
@@ -3917,7 +4251,7 @@ class KeboolaClient:
             error.sent = False
             raise
         headers = {**self._headers, "Content-Type": "application/json"}
-        answer = await self._http.post(f"{url}/jobs", headers, payload)
+        answer = await noted(self._http.post(f"{url}/jobs", headers, payload), self._tell)
         if not answer.is_success:
             raise http_error("Keboola", answer, self._clock.wall())
         try:
@@ -4824,6 +5158,12 @@ class Engine:
         self._pruned_at = -math.inf
         self._data_version = -1
         self._trouble: dict[str | None, str] = {}
+        self._usages = store.usages()
+        self._used: set[str] = set()  # secrets whose usage is not written yet
+        self._accounts: dict[Account, str] = {}  # the names of their secrets
+        self._alarms = store.alarms()
+        self.news = asyncio.Event()  # there is something to publish,
+        self.mail = asyncio.Event()  # and something to tell webhooks
         self.clear_from = -math.inf  # a search before that, with nothing found, says nothing
         self.is_config_rejected = False
         self.has_failed = False  # something could not be written, or a bug was met
@@ -4893,6 +5233,7 @@ class Engine:
                 self.take_requests()
                 self.flush()
                 self.prune()
+                self.see_accounts()
             except (StorageError, sqlite3.Error) as error:
                 self.note_trouble(error)
             await asyncio.sleep(REQUESTS_LOOK_S)
@@ -4932,6 +5273,7 @@ class Engine:
             if carrier:
                 carrier.cancel()
         self.watches = watches
+        self._tell_standing()
         self._rearm()
         self._arrange_pollers()
         self.take_requests(at_once=True)
@@ -4979,12 +5321,15 @@ class Engine:
         by_account: dict[Account, list[Watch]] = {}
         for watch in self.watches.values():
             if watch.job:
-                by_account.setdefault(account_of(self.setup, watch.job), []).append(watch)
+                account = account_of(self.setup, watch.job)
+                by_account.setdefault(account, []).append(watch)
+                self._accounts[account] = watch.job.openai_secret
         for account in [account for account in self._pollers if account not in by_account]:
             self._pollers.pop(account).stop()
         for account, watches in by_account.items():
             if account not in self._pollers:
-                self._pollers[account] = Poller(self, OpenAIClient(account, self._http))
+                note = functools.partial(self._note_account, account)
+                self._pollers[account] = Poller(self, OpenAIClient(account, self._http, note))
                 self._pollers[account].start()
             self._pollers[account].take(watches)
 
@@ -5034,7 +5379,9 @@ class Engine:
             )
             raise ApiError(message, sent=False)
         name = trigger.secret if trigger.secret in names else names[0]
-        return KeboolaClient(stack_url, self.setup.secrets[name], self._http, self._queue_urls)
+        note = functools.partial(self.note_request, name, KeboolaSecret.kind)
+        token = self.setup.secrets[name]
+        return KeboolaClient(stack_url, token, self._http, self._queue_urls, note)
 
     def check_in_place(self) -> None:
         """Raise StateError if the state file was deleted or replaced under the process.
@@ -5118,10 +5465,11 @@ class Engine:
         """Commit the new states of works with the events that tell of them, then tell them."""
         told = [self._clean(event) for event in events]
         works = [(watch.work, after) for watch, after in changes]
-        self.store.save(works, told, self.clock.wall())
+        mail = self._mail(m for work, after in works for m in self._messages(work, after))
+        self.store.save(works, told, self.clock.wall(), mail)
         for watch, after in changes:
             watch.work = after
-        self._say(told)
+        self._say(told, mail)
 
     def note(self, *events: Event) -> None:
         """Tell events that go with no change of a job; a full disk must not silence the log."""
@@ -5150,13 +5498,25 @@ class Engine:
             loaded_at = rfc3339(self.clock.wall())
             known = {"path": str(config.path), "sha256": config.sha256, "loaded_at": loaded_at}
         told = [self._clean(event) for event in events]
-        self.store.put_meta("config", {**known, "error": error}, told, self.clock.wall())
-        self._say(told)
+        first = error.splitlines()[0] if error else None
+        mail = self._mail(config_messages(first, self._alarms))
+        self.store.put_meta("config", {**known, "error": error}, told, self.clock.wall(), mail)
+        self._say(told, mail)
 
-    def _say(self, events: Iterable[Event]) -> None:
+    def _say(self, events: Iterable[Event], mail: Mail = NO_MAIL) -> None:
+        """Tell what has been committed."""
         self._trouble.clear()
+        self.news.set()
         for event in events:
             say(event)
+        for message in mail.messages:
+            alarm = (message.event, message.subject)
+            if message.is_over:
+                self._alarms.pop(alarm, None)
+            elif message.lasts:
+                self._alarms[alarm] = message.job
+        if mail.copies:
+            self.mail.set()
 
     def _clean(self, event: Event) -> Event:
         """Return an event without secrets: the state file keeps it too."""
@@ -5166,15 +5526,72 @@ class Engine:
     def flush(self, *, at_once: bool = False) -> None:
         """Write when works were looked at, now and then: nothing depends on it."""
         wait_s = max(TOUCH_S, len(self._touched) * TOUCH_S_EACH)
-        if self._touched and (at_once or self.clock.mono() - self._touched_at >= wait_s):
+        is_time = at_once or self.clock.mono() - self._touched_at >= wait_s
+        if is_time and (self._touched or self._used):
             wall, mono = self.clock.wall(), self.clock.mono()
-            self.store.touch(
+            looks = [
                 (watch.work.id, watch.looked_at, wall + watch.due - mono)
                 for watch in self._touched
                 if not watch.work.is_ready
-            )
+            ]
+            self.store.touch(looks, {name: self._usages[name] for name in self._used})
             self._touched.clear()
+            self._used.clear()
             self._touched_at = self.clock.mono()
+
+    # --- accounts and webhooks ---
+
+    def usages(self) -> dict[str, Usage]:
+        """Return how the requests with each secret of the config have fared."""
+        secrets = self.setup.config.secrets
+        return {name: usage for name, usage in self._usages.items() if name in secrets}
+
+    def note_request(self, secret: str, service: str, came: Answer | ApiError) -> None:
+        """Remember how a request with a secret has fared."""
+        status, error = None, None
+        if isinstance(came, ApiError):
+            error = str(came)
+        elif not came.is_success:
+            status, error = came.status, f"{came.status}{server_words(came)}"
+        usage = self._usages.get(secret)
+        if usage is None or usage.service != service:
+            usage = Usage(service)
+        self._usages[secret] = after_request(usage, status, error, self.clock.wall())
+        self._used.add(secret)
+
+    def _note_account(self, account: Account, came: Answer | ApiError) -> None:
+        """Remember how a request to an account has fared, under its secret's present name."""
+        self.note_request(self._accounts[account], OpenAISecret.kind, came)
+
+    def see_accounts(self) -> None:
+        """Have webhooks told of keys that are refused for long."""
+        self._tell(account_messages(self.usages(), self._alarms, self.clock.wall()))
+
+    def _tell_standing(self) -> None:
+        """Have webhooks told of what is wrong already, and of what is over with its job."""
+        works = [watch.work for watch in self.watches.values()]
+        news = [message for work in works for message in self._messages(work, work)]
+        self._tell(news + gone_messages(works, self._alarms))
+
+    def _messages(self, before: Work, after: Work) -> list[Message]:
+        if not (self.setup.config.notify or self._alarms):
+            return []
+        return work_messages(before, after, self._alarms)
+
+    def _mail(self, messages: Iterable[Message]) -> Mail:
+        """Return mail without secrets: the state file keeps it, and others read it."""
+        redact = self._http.redactor.text
+        clean = [replace(message, text=redact(message.text)) for message in messages]
+        if not self.setup.config.notify:  # an alarm that nobody was told of does not stand
+            clean = [message for message in clean if message.is_over]
+        return mail_of(clean, self.setup.config.notify)
+
+    def _tell(self, messages: Sequence[Message]) -> None:
+        """Store messages that go with no other change."""
+        mail = self._mail(messages)
+        if mail.messages:
+            self.store.save((), (), self.clock.wall(), mail)
+            self._say((), mail)
 
     def take_requests(self, *, at_once: bool = False) -> None:
         """Do what people asked for with `retry` since the last time."""
@@ -5275,6 +5692,8 @@ class Reloader:
 
         state = self._engine.store.path.name
         ours = {state, state + "-wal", state + "-shm", state + "-journal", state + ".lock"}
+        for name in (PAGE_FILE, STATUS_FILE, METRICS_FILE):
+            ours |= {name, new_name(name)}
         while True:
             try:
                 async for _ in watchfiles.awatch(
@@ -5321,6 +5740,97 @@ class Reloader:
         engine.apply(setup)
         configure_logging(setup.config.log, self._redactor)
         note_loaded(engine, setup)
+
+
+class Teller:
+    """Delivers what webhooks are to be told. A dead one holds up its own messages, nothing else.
+
+    What is to be told was committed together with what it tells of, so that it is not lost; a
+    message whose answer is lost is sent again.
+    """
+
+    TIMEOUT_S: Final = 10
+
+    def __init__(self, engine: Engine, http: Http) -> None:
+        self._engine = engine
+        self._http = http  # of its own: its requests take none of the places of others
+        self._delivered: set[int] = set()  # that are not dropped from the state file yet
+
+    @classmethod
+    def limits(cls, limits: Limits) -> Limits:
+        """Return the limits for webhooks."""
+        timeout_s = min(cls.TIMEOUT_S, limits.request_timeout_s)
+        return replace(limits, request_timeout_s=timeout_s, max_concurrency=10)
+
+    async def run(self) -> None:
+        """Deliver whatever there is, as long as the process runs."""
+        while True:
+            self._engine.mail.clear()
+            wait_s = float(MINUTE_S)
+            try:
+                await self.deliver()
+                now = self._engine.clock.wall()
+                times = [notice.next_try_at - now for notice in self._engine.store.notices()]
+                wait_s = max(1.0, min(times, default=wait_s))
+            except (StorageError, sqlite3.Error) as error:
+                self._engine.note_trouble(error)
+            await wait_for_event(self._engine.mail, min(wait_s, MINUTE_S))
+
+    async def deliver(self) -> None:
+        """Try once to deliver what is due. Raises StorageError."""
+        now = self._engine.clock.wall()
+        due: dict[str, list[Notice]] = {}
+        for notice in self._engine.store.notices():
+            is_ahead = notice.next_try_at > now + MAX_BACKOFF_S or notice.at > now
+            if notice.secret in due or notice.next_try_at <= now or is_ahead:
+                due.setdefault(notice.secret, []).append(notice)
+        await all_of(self._deliver(secret, notices) for secret, notices in due.items())
+
+    async def _deliver(self, secret: str, notices: Sequence[Notice]) -> None:
+        """Deliver one webhook's messages, in their order, until one of them does not get through.
+
+        The others wait with it: a dead webhook is asked once, not once for each message.
+        """
+        address = self._engine.setup.secrets.get(secret)
+        hooks = self._engine.setup.config.webhook
+        for place, notice in enumerate(notices):
+            if address is None or secret not in hooks:
+                self._drop(notices[place:], "the config no longer has this webhook")
+                return
+            try:
+                if notice.id not in self._delivered:
+                    await self._post(address, notice)
+            except ApiError as error:
+                self._put_off(notices[place:], error)
+                return
+            self._delivered.add(notice.id)
+            self._engine.store.drop_notices([notice.id])
+            self._delivered.discard(notice.id)
+
+    async def _post(self, address: Secret, notice: Notice) -> None:
+        """Post one message; raises ApiError unless it was taken."""
+        headers = {"Content-Type": "application/json"}
+        answer = await self._http.post(address.reveal(), headers, notice.body)
+        if not answer.is_success:
+            raise http_error("the webhook", answer, self._engine.clock.wall())
+
+    def _put_off(self, notices: Sequence[Notice], error: ApiError) -> None:
+        """Have messages tried again later; those that are a day old are given up."""
+        now, jitter = self._engine.clock.wall(), self._engine.clock.jitter()
+        old = [notice for notice in notices if now - notice.at > NOTICE_LIFE_S]
+        if old:
+            self._drop(old, f"not delivered within a day: {error}")
+        first = after_failed_notice(notices[0], error, now, jitter)
+        later = [replace(first, id=notice.id) for notice in notices if notice not in old]
+        if notices[0].failures == 0:  # told once; it would go on for a day
+            fields_ = {"webhook": notices[0].secret, "error": str(error)}
+            self._engine.note(Event("notify_failed", "warning", None, fields_))
+        self._engine.store.put_off(later)
+
+    def _drop(self, notices: Sequence[Notice], why: str) -> None:
+        fields_ = {"webhook": notices[0].secret, "messages": len(notices), "why": why}
+        self._engine.note(Event("notify_dropped", "warning", None, fields_))
+        self._engine.store.drop_notices([notice.id for notice in notices])
 
 
 class Signals:
@@ -5373,45 +5883,14 @@ async def run_engine(
     return 0
 
 
-async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
-    """Be the daemon or, with `once`, one pass of it; returns the exit code.
-
-    Raises ConfigError, LockedError and StateError before anything was asked of a server.
-    """
-    redactor, files = Redactor(), Files()
-    setup = load_setup(path, files, env, redactor)
-    configure_logging(setup.config.log, redactor)
-    notifier = Notifier(env)
-    clock = SystemClock()
-    lock = StateLock(setup.config.state_path, "--once" if once else "daemon")
-    store = Store.open(setup.config.state_path)
-    http = Http(setup.config.limits, redactor, clock)
-    engine = Engine(setup, store, lock, http, once=once)
-    signals = Signals()
-    helpers: list[Helper] = []
-    if not once:
-        reloader = Reloader(engine, files, env, redactor, notifier)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.hangup.set)
-        alive = functools.partial(keep_alive, engine, notifier)
-        helpers = [alive, reloader.watch_clock, reloader.watch_files]
-    try:
-        note_loaded(engine, setup)
-        code = await run_engine(engine, signals, helpers, notifier)
-    finally:
-        await http.close()
-        store.close()
-        lock.close()
-    if code == 0 and once:
-        names = sorted(engine.in_need())
-        if names:  # said in every such pass: an exit code alone explains nothing
-            say(Event("jobs_need_attention", "warning", None, {"jobs": names}))
-        code = 1 if names or engine.has_failed else 0
-    return code
-
-
 # ==================================================================================================
 # 9. Publishing: what is known at one moment, for people and for programs
 # ==================================================================================================
+
+
+HEARTBEAT_S: Final = 30.0  # the longest that published files stay as they are
+PUBLISH_SHARE: Final = 1 / 30  # of the time, at the most, is spent on publishing
+LAST_EVENTS: Final = 3  # of each job, that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -5419,11 +5898,642 @@ class Report:
     """What is known at one moment: what `status`, the page and the metrics show."""
 
     at: float  # Unix seconds
-    runs: str  # who acts on the state file: "daemon", "once", or "" for nobody
+    runs: Holder
     config: Mapping[str, str | None]  # path, sha256, loaded_at, error, as `status --json` has them
     works: Sequence[Work]  # the config's, in its order
     usages: Mapping[str, Usage]  # by the secret's name
     last_events: Mapping[str, Sequence[LogRow]]  # of each job that has any
+    fresh_for_s: float = 0.0  # a page of the daemon's that is older has outlived it
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def in_words(seconds: float) -> str:
+    """Return a length of time as people say it: `3 min`."""
+    for unit, size in (("day", DAY_S), ("h", HOUR_S), ("min", MINUTE_S)):
+        count = round(seconds / size)
+        if seconds >= size * 0.99:
+            return f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
+    return f"{max(0, round(seconds))} s"
+
+
+def ago(unix_s: float | None, now: float) -> str:
+    """Return how long ago something was; what is recorded in the future is now."""
+    if unix_s is None:
+        return "never"
+    return f"{in_words(now - unix_s)} ago" if now - unix_s >= 1 else "just now"
+
+
+def until(unix_s: float | None, now: float) -> str:
+    """Return how long it is until something."""
+    return f"in {in_words(unix_s - now)}" if unix_s is not None and unix_s - now >= 1 else "now"
+
+
+def progress(batch: Batch) -> float:
+    """Return which share of a batch is done, from 0 to 1."""
+    if batch.is_terminal:
+        return 1.0
+    ended = (batch.completed or 0) + (batch.failed or 0)
+    return min(1.0, ended / batch.total) if batch.total else 0.0
+
+
+def ratio(work: Work) -> str:
+    """Return how many batches have ended: `1/2`."""
+    return f"{sum(batch.is_terminal for batch in work.batches)}/{len(work.batches)}"
+
+
+def next_of_trigger(trigger: Trigger, now: float) -> str:
+    """Return what happens next to a trigger that has not started a Keboola job yet."""
+    when = until(trigger.next_try_at, now)
+    match trigger.state:
+        case TriggerState.REJECTED if trigger.next_try_at is None:
+            return "wait for another target, variables or token, or `retry`"
+        case TriggerState.REJECTED:
+            return f"try again {when}, or `retry`"
+        case TriggerState.SENDING:
+            return "wait for Keboola's answer"
+        case TriggerState.UNKNOWN:
+            return f"search Keboola again {when}"
+        case _:
+            return f"search Keboola {when}, then start it"
+
+
+def what_next(work: Work, now: float) -> str:
+    """Return what happens next to a job, and when; or what has come of it."""
+    trigger = work.trigger
+    if work.is_finished and trigger:
+        return f"started as Keboola job {trigger.keboola_job_id}, {ago(trigger.sent_at, now)}"
+    if work.done or work.paused:
+        return "nothing: it is done elsewhere" if work.done else "nothing while it is paused"
+    if trigger:
+        return next_of_trigger(trigger, now)
+    return "start it now" if work.is_ready else f"look {until(work.next_check_at, now)}"
+
+
+def who_runs(report: Report) -> str:
+    """Return whether anyone acts on the state file, as a sentence."""
+    return {
+        Holder.DAEMON: "The daemon runs.",
+        Holder.ONCE: "A pass of --once is being made.",
+        Holder.NOBODY: "Nothing runs: start the daemon, or --once.",
+        Holder.HIDDEN: "Whether the daemon runs, this user may not see.",
+    }.get(report.runs, "")
+
+
+def in_need_first(works: Iterable[Work]) -> list[Work]:
+    """Return jobs in the order in which a person wants to see them: what needs them, then the rest.
+
+    What runs comes before what rests and what is finished.
+    """
+    last = {JobStatus.PAUSED: 2, JobStatus.COMPLETED: 3, JobStatus.COMPLETED_WITH_FAILURES: 3}
+    return sorted(works, key=lambda w: 0 if needs_person(w) else last.get(job_status(w), 1))
+
+
+def jobs_in_words(works: Iterable[Work]) -> str:
+    """Return how many jobs have which status, in one line."""
+    counts = collections.Counter(map(job_status, works))
+    return ", ".join(f"{counts[status]} {status}" for status in JobStatus if counts[status])
+
+
+# --- as JSON --------------------------------------------------------------------------------------
+
+
+def batch_view(batch: Batch) -> dict[str, object]:
+    """Return a batch as `status --json` shows it."""
+    counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
+    return {
+        "id": batch.id,
+        "status": batch.status,
+        "request_counts": counts if batch.total is not None else None,
+        "output_file_id": batch.output_file_id,
+        "error_file_id": batch.error_file_id,
+        "completed_at": rfc3339(batch.ended_at),
+    }
+
+
+def trigger_view(trigger: Trigger | None) -> dict[str, object] | None:
+    """Return a trigger as `status --json` shows it."""
+    if trigger is None:
+        return None
+    return {
+        "id": trigger.id,
+        "state": trigger.state,
+        "keboola_job_id": trigger.keboola_job_id,
+        "keboola_status": trigger.keboola_status,
+        "url": trigger.url,
+        "sent_at": rfc3339(trigger.sent_at),
+        "error": trigger.error,
+    }
+
+
+def job_view(work: Work) -> dict[str, object]:
+    """Return a job as `status --json` shows it."""
+    failed = sum(is_failure(b) for b in work.batches)
+    status = job_status(work)
+    return {
+        "name": work.name,
+        "status": status,
+        "error": error_of(work),
+        "batch_count": len(work.batches),
+        "completed_count": sum(b.status == BatchStatus.COMPLETED for b in work.batches),
+        "failed_count": failed,
+        "batches": [batch_view(batch) for batch in work.batches],
+        "last_check_at": rfc3339(work.last_check_at),
+        "next_check_at": rfc3339(work.next_check_at) if status == JobStatus.ACTIVE else None,
+        "completed_at": rfc3339(work.completed_at),
+        "trigger": trigger_view(work.trigger),
+    }
+
+
+def status_document(report: Report) -> dict[str, object]:
+    """Return what `status --json` prints and `status.json` holds."""
+    return {
+        "version": __version__,
+        "generated_at": rfc3339(report.at),
+        "config": dict(report.config),
+        "jobs": [job_view(work) for work in report.works],
+    }
+
+
+# --- as metrics -----------------------------------------------------------------------------------
+
+
+Sample = tuple[Mapping[str, str], float]
+
+
+def metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> list[str]:
+    """Return the lines of a metric in Prometheus' text format (version 0.0.4)."""
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    full = f"teckochecker_{name}"
+    lines = [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+    for labels, value in samples:
+        pairs = ",".join(f'{key}="{label.translate(escapes)}"' for key, label in labels.items())
+        lines.append(f"{full}{f'{{{pairs}}}' if pairs else ''} {value:.15g}")
+    return lines if len(lines) > 2 else []
+
+
+def by_label(label: str, names: Iterable[str], found: Iterable[str]) -> list[Sample]:
+    """Return how often each name was found; those that were not found are 0, not missing."""
+    counts = collections.Counter({str(name): 0 for name in names})
+    counts.update(map(str, found))
+    return [({label: name}, count) for name, count in counts.items()]
+
+
+def account_metrics(usages: Mapping[str, Usage]) -> list[str]:
+    """Return how the requests with each secret have fared."""
+    labels = {name: {"account": name, "service": use.service} for name, use in usages.items()}
+    return [
+        *metric(
+            "requests_total",
+            "counter",
+            "Requests made with a secret.",
+            [(labels[name], use.requests) for name, use in usages.items()],
+        ),
+        *metric(
+            "request_errors_total",
+            "counter",
+            "Requests with a secret that brought no success.",
+            [(labels[name], use.errors) for name, use in usages.items()],
+        ),
+        *metric(
+            "last_success_timestamp_seconds",
+            "gauge",
+            "When a request with a secret last succeeded.",
+            [(labels[n], use.last_success_at) for n, use in usages.items() if use.last_success_at],
+        ),
+        *metric(
+            "account_refused",
+            "gauge",
+            "Whether the server refuses the secret (401, 403).",
+            [(labels[name], use.refused_since is not None) for name, use in usages.items()],
+        ),
+    ]
+
+
+def config_metrics(config: Mapping[str, str | None]) -> list[str]:
+    """Return whether the config file counts, and since when the one that does."""
+    loaded_at = config.get("loaded_at")
+    loaded: list[Sample] = []
+    if loaded_at:
+        loaded = [({}, datetime.fromisoformat(loaded_at).timestamp())]
+    good: list[Sample] = [({}, config.get("error") is None)]
+    return [
+        *metric("config_last_reload_successful", "gauge", "Whether the config file counts.", good),
+        *metric(
+            "config_last_reload_success_timestamp_seconds",
+            "gauge",
+            "When the config that counts was loaded.",
+            loaded,
+        ),
+    ]
+
+
+def look_metrics(works: Iterable[Work], now: float) -> list[str]:
+    """Return how long ago batches were looked at."""
+    active = [work for work in works if job_status(work) == JobStatus.ACTIVE]
+    ages = [max(0.0, now - work.last_check_at) for work in active if work.last_check_at]
+    samples: list[list[Sample]] = [[({}, age)] for age in (min(ages), max(ages))] if ages else []
+    names = ("last_look_age_seconds", "oldest_look_age_seconds")
+    texts = (
+        "Seconds since the last look at the batches of any active job.",
+        "Seconds since the last look at the active job that has waited longest.",
+    )
+    lines = [metric(n, "gauge", t, s) for n, t, s in zip(names, texts, samples, strict=False)]
+    return [line for found in lines for line in found]
+
+
+def metrics(report: Report) -> str:
+    """Return the state of all jobs in Prometheus' text format, for its textfile collector."""
+    works = report.works
+    batches = (batch.status or "unseen" for work in works for batch in work.batches)
+    statuses = (*BatchStatus, "unseen")
+    states = (work.trigger.state for work in works if work.trigger)
+    needs: list[Sample] = [({}, sum(map(needs_person, works)))]
+    made: list[Sample] = [({}, report.at)]
+    info: list[Sample] = [({"version": __version__}, 1)]
+    runs: list[Sample] = [({}, report.runs == Holder.DAEMON)]
+    lines = [
+        *metric("info", "gauge", "The program's version.", info),
+        *metric("generated_timestamp_seconds", "gauge", "When this file was made.", made),
+        *metric("daemon_running", "gauge", "Whether the daemon ran then.", runs),
+        *metric(
+            "jobs",
+            "gauge",
+            "Jobs of the config by status.",
+            by_label("status", JobStatus, map(job_status, works)),
+        ),
+        *metric("jobs_in_need", "gauge", "Jobs that need a person.", needs),
+        *metric(
+            "batches",
+            "gauge",
+            "Batches of the config's jobs by status.",
+            by_label("status", statuses, batches),
+        ),
+        *metric(
+            "triggers",
+            "gauge",
+            "Starts of Keboola jobs by how far they have come.",
+            by_label("state", TriggerState, states),
+        ),
+        *look_metrics(works, report.at),
+        *account_metrics(report.usages),
+        *config_metrics(report.config),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+# --- as a page ------------------------------------------------------------------------------------
+
+PAGE_STYLE: Final = """
+:root { color-scheme: light dark; --ink: #1c2024; --dim: #555d66; --paper: #fff; --card: #f5f6f8;
+  --line: #d5d9de; --link: #0b57c2; --good: #17713a; --run: #2b66c9; --bad: #b3261e;
+  --wait: #8a5a00; --track: #c9ced6; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --dim: #a6adb7; --paper: #16181b;
+  --card: #202328; --line: #3a3f46; --link: #8ab8ff; --good: #62d68d; --run: #7fb0ff;
+  --bad: #ff8f86; --wait: #f2bd5c; --track: #444a53; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 0; flex: 1 1 12rem; }
+p, ul { margin: .25rem 0; }
+ul { padding-left: 1.2rem; }
+a { color: var(--link); }
+.dim { color: var(--dim); }
+.alarm { border: 2px solid var(--bad); border-radius: .5rem; padding: .75rem; margin: .75rem 0; }
+.alarm strong, .error { color: var(--bad); }
+.stale { display: none; font-size: 1.3rem; }
+.stale:target { display: block; }
+.job { background: var(--card); border: 1px solid var(--line);
+  border-left: .35rem solid var(--track); border-radius: .4rem; padding: .6rem .8rem;
+  margin: .5rem 0; }
+.job.need { border-left-color: var(--bad); }
+.job header { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
+.pill { font-weight: 600; }
+.failed, .completed_with_failures, .need .pill { color: var(--bad); }
+.completed { color: var(--good); }
+.active { color: var(--run); }
+.paused, .triggering { color: var(--wait); }
+.bar { display: block; width: 100%; height: .6rem; margin: .4rem 0 .2rem; }
+.bar .track { fill: var(--track); }
+.bar .run { fill: var(--run); }
+.bar .good { fill: var(--good); }
+.bar .bad { fill: var(--bad); }
+summary { cursor: pointer; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal; }
+.scroll { overflow-x: auto; }
+pre { white-space: pre-wrap; margin: .25rem 0; }
+"""
+
+
+def esc(text: object) -> str:
+    """Return text that is only text in HTML, in an attribute too."""
+    return html.escape(str(text), quote=True)
+
+
+def bar(work: Work) -> str:
+    """Return a job's batches as a picture of one piece each, filled as far as it is done."""
+    pieces = []
+    for place, batch in enumerate(work.batches):
+        done = progress(batch)
+        kind = "bad" if is_failure(batch) else "good" if batch.is_terminal else "run"
+        width = 1 if place == len(work.batches) - 1 else 0.97
+        filled = f'<rect class="{kind}" x="{place}" width="{width * done:.3g}" height="1"/>'
+        title = f"<title>{esc(batch.id)}: {esc(batch.status or 'not looked at yet')}</title>"
+        track = f'<rect class="track" x="{place}" width="{width}" height="1"/>'
+        pieces.append(f"<g>{title}{track}{filled if done else ''}</g>")
+    label = f"{ratio(work)} batches have ended"
+    box = f'viewBox="0 0 {len(work.batches)} 1" preserveAspectRatio="none"'
+    return f'<svg class="bar" role="img" aria-label="{label}" {box}>{"".join(pieces)}</svg>'
+
+
+def keboola_link(trigger: Trigger | None) -> str:
+    """Return the Keboola job of a trigger, as a link where its address is known."""
+    if trigger is None or trigger.keboola_job_id is None:
+        return ""
+    text = f"Keboola job {esc(trigger.keboola_job_id)}"
+    if not (trigger.url and trigger.url.startswith(("https://", "http://"))):
+        return f"{text}. "
+    return f'<a href="{esc(trigger.url)}" rel="noreferrer">{text}</a>. '
+
+
+def target_text(target: Target) -> str:
+    """Return what a job starts, in one line."""
+    branch = f", branch {target.branch_id}" if target.branch_id else ""
+    return f"{target.component_id} {target.config_id}{branch} on {target.stack_url}"
+
+
+def event_line(row: LogRow) -> str:
+    """Return an event without its job, in one line."""
+    facts = ", ".join(
+        f"{key} {one_line(str(value), 200)}" for key, value in row.event.fields.items()
+    )
+    return f"{rfc3339(row.at)} {row.event.name}{': ' if facts else ''}{facts}"
+
+
+def job_card(work: Work, events: Sequence[LogRow], now: float) -> str:
+    """Return one job of the page."""
+    status = job_status(work)
+    error = error_of(work)
+    ended_badly = [
+        f"{b.id} {b.status}" + (f": {b.error}" if b.error else "")
+        for b in work.batches
+        if is_failure(b)
+    ]
+    times = f"Last look {ago(work.last_check_at, now)}. Next: {what_next(work, now)}."
+    if work.is_finished:
+        times = f"Started {ago(work.completed_at, now)}."
+    lines = [
+        f'<article class="job{" need" if needs_person(work) else ""}">',
+        f'<header><h3>{esc(work.name)}</h3> <span class="pill {status}">',
+        f'{status.replace("_", " ")}</span> <span class="dim">{ratio(work)}</span></header>',
+        bar(work),
+        f'<p class="error">{esc(error)}</p>' if error else "",
+        f'<p>{keboola_link(work.trigger)}<span class="dim">{esc(times)} ',
+        f"Target: {esc(target_text(work.target))}.</span></p>",
+        *(f'<p class="error">{esc(line)}</p>' for line in ended_badly),
+    ]
+    if events:
+        items = "".join(f"<li>{esc(event_line(row))}</li>" for row in events)
+        lines.append(f"<details><summary>Last events</summary><ul>{items}</ul></details>")
+    return "".join([*lines, "</article>\n"])
+
+
+def account_table(usages: Mapping[str, Usage], now: float) -> str:
+    """Return how the requests with each secret have fared."""
+    rows = []
+    for name, use in usages.items():
+        since = use.refused_since
+        last = f'<span class="error">refused since {rfc3339(since)}</span>' if since else ""
+        if use.error and not since:
+            last = f"last request failed: {esc(use.error)}"
+        cells = (
+            esc(name),
+            esc(use.service),
+            use.requests,
+            use.errors,
+            ago(use.last_success_at, now),
+            last,
+        )
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n")
+    names = ("Secret", "Type", "Requests", "Errors", "Last success", "State")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = "".join(rows)
+    whole = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{whole}</table></div>\n'
+
+
+def page_alarms(report: Report) -> str:
+    """Return what a reader of the page has to see before anything else."""
+    parts = []
+    if report.runs == Holder.DAEMON:
+        # Shown only where the page is asked for anew and is still this one: see `page_head`.
+        parts.append(
+            f'<div class="alarm stale" role="alert" id="{page_id(report)}"><strong>This page is '
+            f"stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
+            "daemon has died, or cannot write here.</div>\n"
+        )
+    elif report.runs == Holder.NOBODY:
+        parts.append(
+            f'<div class="alarm" role="alert"><strong>The daemon was stopped</strong> at '
+            f"{rfc3339(report.at)}. Nothing is looked at and nothing is started.</div>\n"
+        )
+    if report.config.get("error"):
+        parts.append(
+            '<div class="alarm"><strong>The config file has problems;</strong> the previous one '
+            f"still counts.<pre>{esc(report.config['error'])}</pre></div>\n"
+        )
+    return "".join(parts)
+
+
+def page_id(report: Report) -> str:
+    """Return what tells this page from the next one."""
+    return f"made-{report.at:.3f}".replace(".", "-")
+
+
+def page_head(report: Report) -> str:
+    """Return the page's head. It needs no script, and would run none.
+
+    The page asks for itself anew when there must be another one: with an address that points at an
+    element of this one. Should it still be there, it is shown, and says that the page is stale.
+    """
+    digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
+    own = page_id(report)
+    again = f"{math.ceil(report.fresh_for_s)}; url={PAGE_FILE}?{own}#{own}"
+    if report.runs != Holder.DAEMON:
+        again = str(MINUTE_S)
+    needs = sum(map(needs_person, report.works))
+    title = f"{needs} in need - TeckoChecker" if needs else "TeckoChecker"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta http-equiv="refresh" content="{again}">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{PAGE_STYLE}</style>
+</head>
+"""
+
+
+def status_page(report: Report) -> str:
+    """Return the state of all jobs as one page of HTML."""
+    ordered = in_need_first(report.works)
+    needs = sum(map(needs_person, ordered))
+    cards = [job_card(w, report.last_events.get(w.name, ()), report.at) for w in ordered]
+    made = {Holder.DAEMON: who_runs(report), Holder.ONCE: "Made by a pass of --once."}
+    loaded = report.config.get("loaded_at")
+    parts = [
+        page_head(report),
+        "<body>\n<header>\n<h1>TeckoChecker</h1>\n",
+        f"<p>{jobs_in_words(report.works) or 'no jobs'}</p>\n",
+        f'<p class="dim">{made.get(Holder(report.runs), "")} Made at {rfc3339(report.at)}',
+        f"; config loaded at {esc(loaded)}</p>\n</header>\n" if loaded else "</p>\n</header>\n",
+        "<main>\n",
+        page_alarms(report),
+        f"<h2>Needs a person ({needs})</h2>\n{''.join(cards[:needs])}" if needs else "",
+        f"<h2>Jobs ({len(cards) - needs})</h2>\n{''.join(cards[needs:]) or '<p>none</p>'}",
+        f"<h2>Accounts</h2>\n{account_table(report.usages, report.at)}" if report.usages else "",
+        "</main>\n</body>\n</html>\n",
+    ]
+    return "".join(parts)
+
+
+# --- as files -------------------------------------------------------------------------------------
+
+
+class LastEvents:
+    """The last events of each job, read from the log as it grows."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, collections.deque[LogRow]] = {}
+        self._last_id = 0
+
+    def read(self, store: Store, jobs: Iterable[str]) -> Mapping[str, Sequence[LogRow]]:
+        """Return the last events of these jobs, the newest first."""
+        names = set(jobs)
+        self._rows = {name: rows for name, rows in self._rows.items() if name in names}
+        last_id = store.last_log_id()
+        if self._rows:
+            for row in store.logs(after=self._last_id, job=None, most=None):
+                if row.event.job in self._rows and row.id <= last_id:
+                    self._rows[row.event.job].appendleft(row)
+        for name in names - self._rows.keys():
+            rows = store.logs(after=0, job=name, most=LAST_EVENTS)
+            found = [row for row in reversed(rows) if row.id <= last_id]
+            self._rows[name] = collections.deque(found, maxlen=LAST_EVENTS)
+        self._last_id = last_id
+        return self._rows
+
+
+def put_file(directory: Path, name: str, text: str) -> None:
+    """Write a file that everyone may read, as a whole or not at all. Raises OSError.
+
+    It is not synced: after a power loss the next one comes soon.
+    """
+    new = directory / new_name(name)
+    new.unlink(missing_ok=True)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
+        os.fchmod(fd, 0o644)
+        file.write(text)
+    new.replace(directory / name)
+
+
+class Publisher:
+    """Writes `status.html`, `status.json` and `metrics.prom` whenever something has changed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._last_events = LastEvents()
+        self._one_at_a_time = threading.Lock()
+        self._trouble = ""
+        self._took_s = 0.0
+
+    async def run(self) -> None:
+        """Publish what has changed, and now and then what has not, while the process runs."""
+        while True:
+            self._engine.news.clear()
+            await self.publish(Holder.DAEMON)
+            pause_s = max(1.0, self._took_s / PUBLISH_SHARE)
+            await asyncio.sleep(pause_s)
+            await wait_for_event(self._engine.news, self._heartbeat_s() - pause_s)
+
+    def _heartbeat_s(self) -> float:
+        return max(HEARTBEAT_S, min(MINUTE_S, self._took_s / PUBLISH_SHARE))
+
+    async def publish(self, runs: Holder) -> None:
+        """Write the files, if the config has a place for them; trouble is told once."""
+        directory = self._engine.setup.config.publish_path
+        if directory is None:
+            return
+        report = self._report(runs)
+        trouble = await asyncio.to_thread(self._write, directory, report)
+        if trouble and trouble != self._trouble:
+            fields_ = {"directory": str(directory), "error": trouble}
+            self._engine.note(Event("publish_failed", "warning", None, fields_))
+        elif self._trouble and not trouble:
+            self._engine.note(Event("publish_recovered", "info"))
+        self._trouble = trouble
+
+    def _report(self, runs: Holder) -> Report:
+        """Return what the engine knows now; its works are not changed, only replaced."""
+        engine = self._engine
+        clock = engine.clock
+        wall, mono = clock.wall(), clock.mono()
+        watches = [watch for watch in engine.watches.values() if watch.job]
+        watches.sort(key=lambda watch: watch.work.position or 0)
+        return Report(
+            at=wall,
+            runs=runs,
+            config=config_view(engine.setup.config, engine.store.meta("config") or {}),
+            works=[as_looked_at(watch, wall, mono) for watch in watches],
+            usages=engine.usages(),
+            last_events={},
+            fresh_for_s=self._heartbeat_s() + HEARTBEAT_S / 2,
+        )
+
+    def _write(self, directory: Path, report: Report) -> str:
+        """Write the files, in a thread; returns what was in the way, or nothing."""
+        started = time.monotonic()
+        with self._one_at_a_time:
+            try:
+                with read_store(self._engine.store.path) as store:
+                    names = [work.name for work in report.works]
+                    events = self._last_events.read(store, names) if store else {}
+                report = replace(report, last_events=events)
+                directory.mkdir(exist_ok=True)
+                put_file(directory, STATUS_FILE, json.dumps(status_document(report)) + "\n")
+                put_file(directory, METRICS_FILE, metrics(report))
+                put_file(directory, PAGE_FILE, status_page(report))
+            except (OSError, TeckoError, sqlite3.Error) as error:
+                return one_line(str(error))
+        self._took_s = time.monotonic() - started
+        return ""
+
+
+def as_looked_at(watch: Watch, wall: float, mono: float) -> Work:
+    """Return a watch's work with the times of its looks, which the state file learns later."""
+    if not watch.looked_at or watch.work.is_ready:
+        return watch.work
+    return replace(watch.work, last_check_at=watch.looked_at, next_check_at=wall + watch.due - mono)
+
+
+def config_view(config: Config, meta: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the config that counts, as `status --json` shows it; `meta` is the process's word."""
+    return {
+        "path": meta.get("path", str(config.path)),
+        "sha256": meta.get("sha256", config.sha256),
+        "loaded_at": meta.get("loaded_at"),
+        "error": meta.get("error"),
+    }
 
 
 # ==================================================================================================
@@ -5435,6 +6545,59 @@ def config_path(args: argparse.Namespace) -> Path:
     """Return the config that a command is about."""
     given_path = getattr(args, "config", None)
     return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
+
+
+async def tell_once(engine: Engine, teller: Teller) -> None:
+    """Tell webhooks what a pass has found out; what takes long is for the next one."""
+    try:
+        engine.see_accounts()
+        async with asyncio.timeout(PATIENCE_S):
+            await teller.deliver()
+    except TimeoutError:
+        pass
+    except (StorageError, sqlite3.Error) as error:
+        engine.note_trouble(error)
+
+
+async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
+    """Be the daemon or, with `once`, one pass of it; returns the exit code.
+
+    Raises ConfigError, LockedError and StateError before anything was asked of a server.
+    """
+    redactor, files = Redactor(), Files()
+    setup = load_setup(path, files, env, redactor)
+    configure_logging(setup.config.log, redactor)
+    notifier = Notifier(env)
+    clock = SystemClock()
+    lock = StateLock(setup.config.state_path, Holder.ONCE if once else Holder.DAEMON)
+    store = Store.open(setup.config.state_path)
+    http = Http(setup.config.limits, redactor, clock)
+    engine = Engine(setup, store, lock, http, once=once)
+    publisher = Publisher(engine)
+    teller = Teller(engine, Http(Teller.limits(setup.config.limits), redactor, clock))
+    signals = Signals()
+    helpers: list[Helper] = []
+    if not once:
+        reloader = Reloader(engine, files, env, redactor, notifier)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.hangup.set)
+        alive = functools.partial(keep_alive, engine, notifier)
+        helpers = [alive, reloader.watch_clock, reloader.watch_files, publisher.run, teller.run]
+    try:
+        note_loaded(engine, setup)
+        code = await run_engine(engine, signals, helpers, notifier)
+        if once and code == 0:
+            await tell_once(engine, teller)
+        await publisher.publish(Holder.ONCE if once else Holder.NOBODY)
+    finally:
+        await http.close()
+        store.close()
+        lock.close()
+    if code == 0 and once:
+        names = sorted(engine.in_need())
+        if names:  # said in every such pass: an exit code alone explains nothing
+            say(Event("jobs_need_attention", "warning", None, {"jobs": names}))
+        code = 1 if names or engine.has_failed else 0
+    return code
 
 
 def run_daemon(args: argparse.Namespace) -> int:
@@ -5472,12 +6635,27 @@ def run_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as aligned columns."""
+RED: Final = "\033[31m"
+GREEN: Final = "\033[32m"
+DIM: Final = "\033[2m"
+PLAIN: Final = "\033[0m"
+
+
+def painted(text: str, colour: str) -> str:
+    """Return text in a colour, on a terminal whose owner wants colours (https://no-color.org)."""
+    is_wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return f"{colour}{text}{PLAIN}" if colour and text and is_wanted else text
+
+
+def table(rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> str:
+    """Return rows as aligned columns; on a terminal, cut to its width and in colours."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n".join(line[:most] for line in lines)
+    return "\n".join(
+        painted(line[:most], colour)
+        for line, colour in itertools.zip_longest(lines, colours, fillvalue="")
+    )
 
 
 # --- init -----------------------------------------------------------------------------------------
@@ -5681,28 +6859,90 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def new_secret(name: str, kind: str | None) -> Secret:
+    """Return a secret that a person types, unseen, or that comes over standard input.
+
+    Raises UsageError for what can be none.
+    """
+    try:
+        if sys.stdin.isatty():
+            text = getpass.getpass(f"{name}: ")
+        else:
+            text = sys.stdin.read(MAX_FILE_BYTES)
+    except (EOFError, UnicodeDecodeError):
+        text = ""
+    text = text.strip()
+    problem = check_secret_value(text)
+    if problem is None and kind == WebhookSecret.kind:
+        problem = url_problem(text.partition("?")[0])
+    if problem:
+        raise UsageError(f"what was given for {name} {problem}", "nothing is changed")
+    return Secret(text)
+
+
+def text_with_value(text: str, found: Mapping[str, Cursor], token: str) -> str:
+    """Return the config's text with a token as the `value` of a secret; `found` are its keys."""
+    if "value" in found:
+        node = found["value"].node
+        start, end = node.start_mark.index, node.end_mark.index
+        new = spliced(text[start:end], token) if end > start else f" {token}"
+        return text[:start] + new + text[end:]
+    last = found["type"]
+    place = last.node.end_mark.index
+    if last.key is None or text[place:].lstrip(" ")[:1] in {",", "}"}:  # in braces, on one line
+        return f"{text[:place]}, value: {token}{text[place:]}"
+    place += len(text[place:].partition("\n")[0].rstrip("\r"))  # behind a comment
+    indent = " " * last.key.start_mark.column
+    return f"{text[:place]}\n{indent}value: {token}{text[place:]}"
+
+
+def set_value(text: str, path: Path, name: str, keyring: Keyring) -> str:
+    """Return the config's text with a new value for one secret. Raises TeckoError."""
+    problems: list[Problem] = []
+    entries = secret_entries(text, path, problems)
+    if problems:
+        raise ConfigError(problems)
+    found = entries.get(name, {})
+    other = next((kind for kind in ("env", "file") if kind in found), None)
+    if "type" not in found:
+        cure = f"write {name}: with its type: (and stack_url:) there first"
+        raise UsageError(f"{path} has no secret {quoted(name)} under secrets", cure)
+    if other:
+        raise UsageError(f"the secret {name} has {other}:", f"take {other}: out first")
+    secret = new_secret(name, found["type"].text(""))
+    text = text_with_value(text, found, keyring.encrypt(secret))
+    again = secret_values(text, path, problems).get(name)
+    if problems or again is None or keyring.decrypt(str(again.node.value)) != secret:
+        cure = f"write {name}: with type: and value: each on its own line"
+        raise TeckoError("the value would not read back the same", cure)
+    return text
+
+
 def run_encrypt(args: argparse.Namespace) -> int:
-    """Encrypt the plain values of the config, in place."""
+    """Encrypt the plain values of the config, in place; or a new value for one secret."""
     path, files = config_path(args), Files()
     draft = read_draft(path, files)
     if not draft.config.sha256:
         raise ConfigError(draft.problems)
     data = files.read(path).data
     text = data.decode().removeprefix(BYTE_ORDER_MARK)
+    mark = data[: len(data) - len(text.encode())]
     problems: list[Problem] = []
     values = secret_values(text, path, problems)
     if problems:
         raise ConfigError(problems)
     names: list[str] = []
-    if values:
+    if values or args.set:
         opener = Opener(draft.config, files, os.environ)
         keyring = opener.keyring()
         if keyring is None:
             raise ConfigError(opener.problems)
-        text, names = encrypted_text(text, values, keyring, rotate=args.rotate)
+        if args.set:
+            text, names = set_value(text, path, args.set, keyring), [args.set]
+        else:
+            text, names = encrypted_text(text, values, keyring, rotate=args.rotate)
     try:
         if names:
-            mark = data[: len(data) - len(data.decode().removeprefix(BYTE_ORDER_MARK).encode())]
             replace_file(path, data, mark + text.encode())
     except OSError as error:
         hint = "run this as the file's owner, with room on the disk"
@@ -5711,61 +6951,406 @@ def run_encrypt(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- doctor ---------------------------------------------------------------------------------------
+
+LEAST_FREE_BYTES: Final = 100 * 1024 * 1024
+MOST_SKEW_S: Final = MINUTE_S
+EXPIRES_SOON_S: Final = 14 * DAY_S
+DOCTOR_TIMEOUT_S: Final = 10
+VARIABLES_COMPONENT: Final = "keboola.variables"
+
+
+class Doctor:
+    """Tries out everything that has to be right, and prints a line about each."""
+
+    def __init__(self, draft: Draft, secrets: Mapping[str, Secret], redactor: Redactor) -> None:
+        self.config = draft.config
+        self.is_ill = False
+        self._secrets = secrets
+        self._redactor = redactor
+        self._skews: dict[str, float] = {}  # by the secret whose server told the time
+
+    def good(self, text: str) -> None:
+        """Tell what is right."""
+        print(painted("✓", GREEN), one_line(self._redactor.text(text), 1000), flush=True)
+
+    def bad(self, text: str, cure: str = "") -> None:
+        """Tell what is wrong, and what to do about it."""
+        self.is_ill = True
+        line = f"{text}; {cure}" if cure else text
+        print(painted("✗", RED), one_line(self._redactor.text(line), 1000), flush=True)
+
+    def see_files(self) -> None:
+        """Check what lies on this machine's disk."""
+        path = self.config.state_path
+        self._see_directory(path.parent, "the state file")
+        if self.config.publish_path:
+            place = self.config.publish_path
+            self._see_directory(place if is_there(place) else place.parent, "published files")
+        try:
+            with read_store(path) as store:
+                if store:
+                    store.refuse_damage()
+                there = "is whole" if store else "is not there yet: the first start makes it"
+            self.good(f"the state file {path} {there}")
+        except TeckoError as error:
+            self.bad(str(error))
+        holder = holder_of(path)
+        running = {Holder.NOBODY: "nothing runs now", Holder.HIDDEN: "something may run now"}
+        self.good(running.get(holder, f"running now: {holder}"))
+
+    def _see_directory(self, directory: Path, what: str) -> None:
+        """Check that files can be made in a directory, and that its disk has room."""
+        try:
+            free = shutil.disk_usage(directory).free
+        except OSError as error:
+            cure = "create it (under systemd, the unit does)"
+            return self.bad(f"{directory}, for {what}: {error.strerror}", cure)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            cure = "as the daemon's user, it would have to be: chown it, or run this as that user"
+            return self.bad(f"{directory}, for {what}, cannot be written by this user", cure)
+        if free < LEAST_FREE_BYTES:
+            return self.bad(f"{directory}, for {what}, has {free >> 20} MiB left", "free the disk")
+        return self.good(f"{directory}, for {what}: {free >> 20:,} MiB free")
+
+    async def see_servers(self) -> None:
+        """Ask OpenAI and Keboola with every secret, about everything that the jobs need of them."""
+        limits = replace(self.config.limits, request_timeout_s=DOCTOR_TIMEOUT_S)
+        http = Http(limits, self._redactor, SystemClock())
+        try:
+            opened = self._secrets.keys()
+            await all_of(self._see_openai(n, http) for n in self.config.openai if n in opened)
+            await all_of(self._see_keboola(n, http) for n in self.config.keboola if n in opened)
+        finally:
+            await http.close()
+        self._see_skews()
+
+    def _note_time(self, name: str, came: Answer | ApiError) -> None:
+        """Remember how far a server's clock is from ours."""
+        server_s = None if isinstance(came, ApiError) else http_date(came.headers.get("date", ""))
+        if server_s is not None:
+            self._skews[name] = time.time() - server_s
+
+    def _see_skews(self) -> None:
+        wrong = {name: skew for name, skew in self._skews.items() if abs(skew) > MOST_SKEW_S}
+        for name, skew in wrong.items():
+            side = "ahead of" if skew > 0 else "behind"
+            cure = "let NTP set it (systemd-timesyncd, chrony)"
+            self.bad(f"the clock is {in_words(abs(skew))} {side} the server's of {name}", cure)
+        if self._skews and not wrong:
+            most = max(map(abs, self._skews.values()))
+            self.good(f"the clock agrees with the servers' to {most:.0f} s")
+
+    # --- OpenAI ---
+
+    async def _see_openai(self, name: str, http: Http) -> None:
+        """Check an OpenAI key, and whether it reads the batches that are watched with it."""
+        secret = self.config.openai[name]
+        account = Account(self._secrets[name], secret.base_url, secret.organization, secret.project)
+        client = OpenAIClient(account, http, functools.partial(self._note_time, name))
+        jobs = [j for j in self.config.jobs.values() if j.openai_secret == name and not j.done]
+        watched = {batch_id: Batch(batch_id) for job in jobs for batch_id in job.batch_ids}
+        readable: set[str] = set()
+        try:
+            page = await client.page(None, watched)
+            readable |= page.batches.keys()
+            self.good(f"{name}: {secret.base_url} takes the key")
+        except ApiError as error:
+            if error.status not in {404, 405}:  # no list: batches are asked for one by one
+                self.bad(f"{name}: {secret.base_url}: {error}", self._cure_for(name, error))
+                if error.status is None or error.status in REFUSED:
+                    return
+        failures = await self._unreadable(client, [key for key in watched if key not in readable])
+        for job in jobs:
+            for batch_id in job.batch_ids:
+                if batch_id in failures:
+                    self.bad(f"job {job.name}: {batch_id}: {failures[batch_id]}")
+        if watched:
+            self.good(f"{name}: reads {len(watched) - len(failures)} of {len(watched)} batches")
+
+    async def _unreadable(
+        self, client: OpenAIClient, batch_ids: Sequence[str]
+    ) -> dict[str, ApiError]:
+        """Return which batches cannot be read, and why."""
+        failures: dict[str, ApiError] = {}
+
+        async def see(batch_id: str) -> None:
+            try:
+                await client.batch(batch_id)
+            except ApiError as error:
+                failures[batch_id] = error
+
+        await all_of(map(see, batch_ids))
+        return failures
+
+    def _cure_for(self, name: str, error: ApiError) -> str:
+        """Return what to do where a server takes no request with a secret."""
+        if error.status in REFUSED:
+            return f"run `encrypt --set {name}` with a token that is valid"
+        if error.status is None:
+            return "check the address, the network and the proxy"
+        return "see the server's own words, and its status page"
+
+    # --- Keboola ---
+
+    async def _see_keboola(self, name: str, http: Http) -> None:
+        """Check a Keboola token, its queue, and every configuration that is started with it."""
+        stack_url = self.config.keboola[name].stack_url
+        note = functools.partial(self._note_time, name)
+        client = KeboolaClient(stack_url, self._secrets[name], http, {}, note)
+        try:
+            self._see_token(name, await client.verify())
+        except ApiError as error:
+            self.bad(f"{name}: {stack_url}: {error}", self._cure_for(name, error))
+            return
+        jobs = [j for j in self.config.jobs.values() if j.keboola_secret == name and not j.done]
+        await self._see_queue(name, client, jobs)
+        await all_of(self._see_target(client, job) for job in jobs)
+
+    def _see_token(self, name: str, said: Mapping[str, Any]) -> None:
+        owner = said.get("owner")
+        project = text_or_none(owner.get("name")) if isinstance(owner, dict) else None
+        expires = None
+        with contextlib.suppress(ValueError):
+            expires = datetime.fromisoformat(str(said.get("expires"))).timestamp()
+        left_s = math.inf if expires is None else expires - time.time()
+        until_then = "" if expires is None else f", expires in {in_words(left_s)}"
+        text = f"{name}: the token is one of project {quoted(project or 'unknown')}{until_then}"
+        if left_s < EXPIRES_SOON_S:
+            self.bad(text, f"make a new one, then run `encrypt --set {name}`")
+        else:
+            self.good(text)
+
+    async def _see_queue(self, name: str, client: KeboolaClient, jobs: Sequence[Job]) -> None:
+        """Check that the queue is there, and that it can be searched."""
+        try:
+            url = await client.queue_url()
+            if jobs:
+                await client.search(self.config.target(jobs[0]), time.time() - MINUTE_S, "-")
+            self.good(f"{name}: the queue is {url}")
+        except ApiError as error:
+            self.bad(f"{name}: the queue: {error}", self._cure_for(name, error))
+
+    async def _see_target(self, client: KeboolaClient, job: Job) -> None:
+        """Check that a job's configuration is there, enabled, and gets all its variables."""
+        target = self.config.target(job)
+        text = f"job {job.name}: {target_text(target)}"
+        try:
+            said = await client.configuration(target)
+            needed = await self._variables_of(client, target, said)
+        except ApiError as error:
+            cure = "correct component_id, config_id, branch_id or the token's rights"
+            return self.bad(f"{text}: {error}", cure)
+        missing = [n for n in needed or () if n not in {*OWN_VARIABLES, *dict(job.variables)}]
+        if said.get("isDisabled") is True:
+            return self.bad(f"{text} is disabled", "enable it in Keboola")
+        if missing:
+            cure = "add them to the job's variables: what is sent replaces the defaults"
+            return self.bad(f"{text} needs the variables {', '.join(missing)}", cure)
+        takes = "takes its variables" if needed is not None else "takes no variables, also no ids"
+        return self.good(f"{text} is there; it {takes}")
+
+    async def _variables_of(
+        self, client: KeboolaClient, target: Target, said: Mapping[str, Any]
+    ) -> list[str] | None:
+        """Return the names of the variables that a configuration declares; None: it takes none."""
+        inner = said.get("configuration")
+        variables_id = inner.get("variables_id") if isinstance(inner, dict) else None
+        if not isinstance(variables_id, str | int):
+            return None
+        where = replace(target, component_id=VARIABLES_COMPONENT, config_id=str(variables_id))
+        found = (await client.configuration(where)).get("configuration")
+        variables = found.get("variables") if isinstance(found, dict) else None
+        rows = variables if isinstance(variables, list) else []
+        return [str(row.get("name")) for row in rows if isinstance(row, dict)]
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Try out everything that has to be right."""
+    redactor, files = Redactor(), Files()
+    draft = read_draft(config_path(args), files)
+    opener = Opener(draft.config, files, os.environ)
+    secrets = opener.open_all()
+    redactor.learn((*secrets.values(), *opener.keys))
+    doctor = Doctor(draft, secrets, redactor)
+    problems = sorted([*draft.problems, *opener.problems], key=lambda problem: problem.place)
+    for problem in problems:
+        doctor.bad(str(problem))
+    if not problems:
+        jobs, count = len(draft.config.jobs), len(secrets)
+        words = f"{counted(jobs, 'job')}, {counted(count, 'secret')}, and every secret opens"
+        doctor.good(f"{draft.config.path}: {words}")
+    for warning in opener.warnings:
+        doctor.bad(warning)
+    if draft.config.sha256:
+        doctor.see_files()
+        asyncio.run(doctor.see_servers())
+    return 1 if doctor.is_ill else 0
+
+
+# --- import ---------------------------------------------------------------------------------------
+
+OLD_KEY_VARIABLE: Final = "SECRET_KEY"
+_OLD_SECRETS: Final = "SELECT id, name, type, value FROM secrets ORDER BY id"
+_OLD_JOBS: Final = """
+SELECT id, name, openai_secret_id, keboola_secret_id, keboola_stack_url, keboola_component_id,
+       keboola_configuration_id, poll_interval_seconds, status
+FROM polling_jobs ORDER BY id"""
+_OLD_BATCHES: Final = "SELECT job_id, batch_id FROM job_batches ORDER BY id"
+_OLD_DONE: Final = frozenset({"completed", "completed_with_failures"})
+
+
+def name_for_secret(text: str, taken: Container[str]) -> str:
+    """Return a name for a secret that is like `text`, and not taken."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80] or "secret"
+    return next(n for n in numbered(plain) if n not in taken)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """Return a name, then the same with numbers behind it."""
+    yield name
+    for number in itertools.count(2):
+        yield f"{name}-{number}"
+
+
+class Importer:
+    """Makes a config of the database of TeckoChecker 0.9; `notes` tell what a person has to see."""
+
+    def __init__(self, db: sqlite3.Connection, old: Fernet, new: Keyring) -> None:
+        db.row_factory = sqlite3.Row
+        self._db = db
+        self._old = old
+        self._new = new
+        self.notes: list[str] = []
+        self._rows = {row["id"]: row for row in db.execute(_OLD_SECRETS)}
+        self._names: dict[tuple[int, str], str] = {}  # of secrets, by old id and stack
+        self._secrets: dict[str, dict[str, str]] = {}
+
+    def config(self) -> dict[str, object]:
+        """Return the config as plain data. Raises TeckoError where a secret does not open."""
+        batches: dict[int, list[str]] = {}
+        for row in self._db.execute(_OLD_BATCHES):
+            ids = batches.setdefault(row["job_id"], [])
+            if row["batch_id"] not in ids:
+                ids.append(str(row["batch_id"]))
+        jobs: dict[str, object] = {}
+        for row in self._db.execute(_OLD_JOBS):
+            name = next(n for n in numbered(str(row["name"]).strip()) if n not in jobs)
+            job = self._job(name, row, batches.get(row["id"], []))
+            if job:
+                jobs[name] = job
+        for old_id, row in self._rows.items():
+            if not any(key[0] == old_id for key in self._names):
+                self.notes.append(f"the secret {row['name']} is left out: no job uses it")
+        return {"secrets": self._secrets, "jobs": jobs}
+
+    def _job(self, name: str, row: sqlite3.Row, batch_ids: list[str]) -> dict[str, object] | None:
+        if not batch_ids or len(batch_ids) > 10:
+            self.notes.append(f"job {name} is left out: it has {counted(len(batch_ids), 'batch')}")
+            return None
+        stack_url = str(row["keboola_stack_url"] or "").strip().rstrip("/")
+        openai_secret = self._secret(row["openai_secret_id"], "")
+        keboola_secret = self._secret(row["keboola_secret_id"], stack_url)
+        if openai_secret is None or keboola_secret is None:
+            self.notes.append(f"job {name} is left out: one of its secrets is not there")
+            return None
+        job: dict[str, object] = {
+            "batch_ids": batch_ids,
+            "openai_secret": openai_secret,
+            "keboola_secret": keboola_secret,
+            "component_id": str(row["keboola_component_id"]),
+            "config_id": str(row["keboola_configuration_id"]),
+            "poll_interval": show_exact_duration(row["poll_interval_seconds"]),
+        }
+        return job | self._status(name, str(row["status"]).lower())
+
+    def _status(self, name: str, status: str) -> dict[str, object]:
+        """Return what keeps a job from starting again, as far as its status asks for that."""
+        if status in _OLD_DONE:
+            return {"done": True}
+        if status == "active":
+            return {}
+        if status != "paused":
+            words = "take out paused: to start it, or write done: true"
+            self.notes.append(f"job {name} was {status}, and is paused now: {words}")
+        return {"paused": True}
+
+    def _secret(self, old_id: int, stack_url: str) -> str | None:
+        """Return the name of a secret in the config; a token used with two stacks becomes two."""
+        if old_id not in self._rows:
+            return None
+        if (old_id, stack_url) not in self._names:
+            row = self._rows[old_id]
+            text = str(row["name"])
+            if any(key[0] == old_id for key in self._names):
+                host = urllib.parse.urlsplit(stack_url).hostname or "other"
+                text = f"{text}-{host.removeprefix('connection.').removesuffix('.keboola.com')}"
+            name = name_for_secret(text, self._secrets)
+            self._names[old_id, stack_url] = name
+            kind = KeboolaSecret.kind if stack_url else OpenAISecret.kind
+            self._secrets[name] = {"type": kind, "value": self._reencrypted(row)}
+            if stack_url:
+                self._secrets[name]["stack_url"] = stack_url
+        return self._names[old_id, stack_url]
+
+    def _reencrypted(self, row: sqlite3.Row) -> str:
+        """Return a secret's value, closed with our key."""
+        value = row["value"]
+        try:
+            token = value if isinstance(value, bytes) else str(value).encode()
+            return self._new.encrypt(Secret(self._old.decrypt(token).decode().strip()))
+        except (InvalidToken, ValueError):
+            cure = f"set ${OLD_KEY_VARIABLE} as the old program had it"
+            message = f"${OLD_KEY_VARIABLE} does not open the secret {quoted(str(row['name']))}"
+            raise TeckoError(message, cure) from None
+
+
+def show_exact_duration(seconds: object) -> str:
+    """Return an old interval as the config writes it, within its limits."""
+    return f"{min(DAY_S, max(1, count_or_none(seconds) or 120))}s"
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Print a config made of the database of TeckoChecker 0.9."""
+    old_key = os.environ.get(OLD_KEY_VARIABLE, "")
+    if not old_key:
+        cure = "set it as the old program had it: it opens the old secrets"
+        raise UsageError(f"${OLD_KEY_VARIABLE} is not set", cure)
+    path, files = config_path(args), Files()
+    opener = Opener(read_draft(path, files).config, files, os.environ)
+    keyring = opener.keyring()
+    if keyring is None:
+        raise ConfigError(opener.problems)
+    old = Path(args.old)
+    if not is_there(old):
+        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
+    key = base64.urlsafe_b64encode(hashlib.sha256(old_key.encode()).digest())
+    try:
+        with contextlib.closing(connect_readonly(old.absolute().as_uri() + "?mode=ro")) as db:
+            importer = Importer(db, Fernet(key), keyring)
+            config = importer.config()
+    except sqlite3.Error as error:
+        cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
+        raise UsageError(f"cannot import {old}: {error}", cure) from None
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
+    problems = parse_config(text, Path("<imported>")).problems
+    for note in (*importer.notes, *map(str, problems)):
+        print(f"teckochecker: {note}", file=sys.stderr)
+    print(f"# Imported from {one_line(str(old))}. Check it, put it into config.yaml, run `check`.")
+    print(text, end="")
+    return 1 if importer.notes or problems else 0
+
+
 # --- status ---------------------------------------------------------------------------------------
 
 
-def batch_view(batch: Batch) -> dict[str, object]:
-    """Return a batch as `status --json` shows it."""
-    counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
-    return {
-        "id": batch.id,
-        "status": batch.status,
-        "request_counts": counts if batch.total is not None else None,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
-        "completed_at": rfc3339(batch.ended_at),
-    }
+def read_report(draft: Draft, *, events_of: Container[str] = ()) -> Report:
+    """Return what the state file knows of the config's jobs, with the last events of some.
 
-
-def trigger_view(trigger: Trigger | None) -> dict[str, object] | None:
-    """Return a trigger as `status --json` shows it."""
-    if trigger is None:
-        return None
-    return {
-        "id": trigger.id,
-        "state": trigger.state,
-        "keboola_job_id": trigger.keboola_job_id,
-        "keboola_status": trigger.keboola_status,
-        "url": trigger.url,
-        "sent_at": rfc3339(trigger.sent_at),
-        "error": trigger.error,
-    }
-
-
-def job_view(work: Work) -> dict[str, object]:
-    """Return a job as `status --json` shows it."""
-    failed = sum(is_failure(b) for b in work.batches)
-    status = job_status(work)
-    return {
-        "name": work.name,
-        "status": status,
-        "error": error_of(work),
-        "batch_count": len(work.batches),
-        "completed_count": sum(b.status == BatchStatus.COMPLETED for b in work.batches),
-        "failed_count": failed,
-        "batches": [batch_view(batch) for batch in work.batches],
-        "last_check_at": rfc3339(work.last_check_at),
-        "next_check_at": rfc3339(work.next_check_at) if status == JobStatus.ACTIVE else None,
-        "completed_at": rfc3339(work.completed_at),
-        "trigger": trigger_view(work.trigger),
-    }
-
-
-def state_of(config: Config) -> tuple[list[Work], dict[str, Any]]:
-    """Return the config's pieces of work and what is known of the process, for reading.
-
-    Where nothing has run yet, they are what the first start would make of the config.
+    Where nothing has run yet, it is what the first start would make of the config.
     """
+    config = draft.config
+    runs = holder_of(config.state_path)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(read_store(config.state_path))
         if store is None:
@@ -5776,32 +7361,64 @@ def state_of(config: Config) -> tuple[list[Work], dict[str, Any]]:
             store = Store(db, config.state_path)
             targets = {name: config.target(job) for name, job in config.jobs.items()}
             store.sync(config.jobs, targets, store.works())
-        return store.works("position IS NOT NULL"), store.meta("config") or {}
+        works = store.works("position IS NOT NULL")
+        names = [work.name for work in works if work.name in events_of]
+        view = config_view(config, store.meta("config") or {})
+        on_disk = "\n".join(map(str, draft.problems)) or None
+        usages = store.usages()
+        return Report(
+            at=time.time(),
+            runs=runs,
+            config=view | {"error": on_disk or view["error"]},
+            works=works,
+            usages={name: usages[name] for name in config.secrets if name in usages},
+            last_events={name: store.logs(after=0, job=name, most=10) for name in names},
+        )
 
 
-def job_table(works: Sequence[Work]) -> str:
-    """Return the jobs as a table; on a terminal, as wide as it is."""
+def progress_bar(work: Work, width: int = 10) -> str:
+    """Return how far a job's batches are: on a terminal as a bar, elsewhere in numbers only."""
+    share = sum(map(progress, work.batches)) / len(work.batches)
+    numbers = f"{ratio(work):>5} {math.floor(100 * share):>3}%"
+    if not sys.stdout.isatty():
+        return numbers.strip()
+    full, empty = (
+        ("█", "░") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
+    )
+    done = math.floor(width * share)
+    return f"{full * done}{empty * (width - done)} {numbers}"
+
+
+def job_table(works: Sequence[Work], now: float) -> str:
+    """Return the jobs as a table, those first that need a person."""
     if not works:
         return "no jobs"
-    rows = [("JOB", "STATUS", "BATCHES", "LAST LOOK", "NOTE")]
-    rows += [(w.name, job_status(w), ratio(w), ago(w.last_check_at), note_of(w)) for w in works]
-    return table(rows)
+    rows = [("JOB", "STATUS", "PROGRESS", "LAST LOOK", "NEXT")]
+    colours = [""]
+    for work in in_need_first(works):
+        error, step = error_of(work), what_next(work, now)
+        note = f"{step}; {one_line(error)}" if error else step
+        status = job_status(work)
+        rows.append((work.name, status, progress_bar(work), ago(work.last_check_at, now), note))
+        is_done = status in {JobStatus.COMPLETED, JobStatus.PAUSED}
+        colours.append(RED if needs_person(work) else DIM if is_done else "")
+    return table(rows, colours)
 
 
-def job_details(work: Work) -> str:
-    """Return everything about one job, with every batch."""
-    target, trigger = work.target, work.trigger
-    branch = f", branch {target.branch_id}" if target.branch_id else ""
+def job_details(work: Work, events: Sequence[LogRow], now: float) -> str:
+    """Return everything about one job, with every batch and what happened last."""
+    trigger = work.trigger
     facts = [
         ("job", work.name),
         ("status", job_status(work)),
         ("error", error_of(work)),
-        ("batches", f"{ratio(work)} ended"),
-        ("target", f"{target.component_id} {target.config_id}{branch} on {target.stack_url}"),
-        ("last look", rfc3339(work.last_check_at)),
-        ("next look", job_view(work)["next_check_at"]),
+        ("batches", progress_bar(work)),
+        ("target", target_text(work.target)),
+        ("last look", ago(work.last_check_at, now)),
+        ("next", what_next(work, now)),
         ("trigger", f"{trigger.state} {trigger.id}" if trigger else None),
         ("Keboola job", trigger.keboola_job_id if trigger else None),
+        ("address", trigger.url if trigger else None),
         ("started", rfc3339(work.completed_at)),
     ]
     lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
@@ -5811,62 +7428,61 @@ def job_details(work: Work) -> str:
         rows.append(
             (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
         )
-    return "\n".join([*lines, "", table(rows)])
+    happened = [event_line(row) for row in events]
+    return "\n".join([*lines, "", table(rows), *([""] if happened else []), *happened])
+
+
+def status_text(report: Report, job: str | None) -> str:
+    """Return a report for people: of all jobs, or of one."""
+    lines = []
+    if report.config["error"]:
+        lines += ["The config file has problems; a running daemon goes on with the previous one:"]
+        lines += [painted(report.config["error"], RED), ""]
+    if job is not None:
+        events = report.last_events.get(job, ())
+        return "\n".join([*lines, job_details(report.works[0], events, report.at)])
+    lines.append(f"{who_runs(report)} {jobs_in_words(report.works) or 'No jobs.'}")
+    return "\n".join([*lines, "", job_table(report.works, report.at)])
+
+
+WATCH_S: Final = 2.0
+
+
+def watch_status(args: argparse.Namespace) -> NoReturn:
+    """Draw the status again and again, until Ctrl-C."""
+    if not sys.stdout.isatty():
+        raise UsageError("--watch draws on a terminal", "use --json, or `logs --follow`")
+    while True:
+        text = status_text(chosen_report(args), args.job)
+        lines = text.splitlines()[: shutil.get_terminal_size().lines - 1]
+        print(
+            "\033[H" + "".join(f"{line}\033[K\n" for line in lines) + "\033[J", end="", flush=True
+        )
+        time.sleep(WATCH_S)
+
+
+def chosen_report(args: argparse.Namespace) -> Report:
+    """Return the report on all jobs, or on the one that was named. Raises UsageError."""
+    report = read_report(draft_for_reading(args), events_of=(args.job,))
+    if args.job is None:
+        return report
+    works = [work for work in report.works if work.name == args.job]
+    if not works:
+        raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
+    return replace(report, works=works)
 
 
 def run_status(args: argparse.Namespace) -> int:
     """Show what is known of the jobs."""
-    draft = draft_for_reading(args)
-    config = draft.config
-    works, meta = state_of(config)
-    if args.job is not None:
-        works = [work for work in works if work.name == args.job]
-        if not works:
-            raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
-    on_disk = "\n".join(map(str, draft.problems)) or None
-    known = {
-        "path": meta.get("path", str(config.path)),
-        "sha256": meta.get("sha256", config.sha256),
-        "loaded_at": meta.get("loaded_at"),
-        "error": on_disk or meta.get("error"),
-    }
-    is_bad = known["error"] is not None or any(map(needs_person, works))
-    code = 1 if args.check and is_bad else 0
+    if args.watch:
+        watch_status(args)
+    report = chosen_report(args)
     if args.json:
-        document = {
-            "version": __version__,
-            "generated_at": rfc3339(time.time()),
-            "config": known,
-            "jobs": [job_view(work) for work in works],
-        }
-        print(json.dumps(document, indent=2))
-        return code
-    if known["error"]:
-        print("The config file has problems; a running daemon goes on with the previous one:")
-        print(known["error"], end="\n\n")
-    print(job_details(works[0]) if args.job is not None else job_table(works))
-    return code
-
-
-def ratio(work: Work) -> str:
-    """Return how many batches have ended: `1/2`."""
-    ended = sum(batch.is_terminal for batch in work.batches)
-    return f"{ended}/{len(work.batches)}"
-
-
-def ago(unix_s: float | None) -> str:
-    """Return how long ago something was."""
-    return f"{show_duration(time.time() - unix_s)} ago" if unix_s is not None else "never"
-
-
-def note_of(work: Work) -> str:
-    """Return what is most worth knowing of a job, in one line."""
-    error = error_of(work)
-    if error:
-        return one_line(error)
-    if work.trigger and work.trigger.keboola_job_id:
-        return f"Keboola job {work.trigger.keboola_job_id}"
-    return ""
+        print(json.dumps(status_document(report), indent=2))
+    else:
+        print(status_text(report, args.job))
+    is_bad = report.config["error"] is not None or any(map(needs_person, report.works))
+    return 1 if args.check and is_bad else 0
 
 
 # --- logs and schema ------------------------------------------------------------------------------
@@ -5919,11 +7535,11 @@ def run_schema(_: argparse.Namespace) -> int:
 
 def run_retry(args: argparse.Namespace) -> int:
     """Ask for a job to be tried again, through the state file."""
-    config = draft_for_reading(args).config
-    path = config.state_path
+    draft = draft_for_reading(args)
+    path = draft.config.state_path
     if not is_there(path):
         raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
-    works = {work.name: work for work in state_of(config)[0]}
+    works = {work.name: work for work in read_report(draft).works}
     if args.job not in works:
         raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
     now = time.time()
@@ -5936,7 +7552,7 @@ def run_retry(args: argparse.Namespace) -> int:
     ) as db:
         check_version(db, path)
         Store(db, path).ask(works[args.job], force=args.force, now=now)
-    acting = is_acting(path)
+    acting = holder_of(path) != Holder.NOBODY
     print(
         "asked: the running daemon does it within two seconds"
         if acting
@@ -5971,9 +7587,18 @@ problem is one line with its place and its cure. No server is asked.""",
         "encrypt every plain value under secrets, in place",
         """\
 Comments and layout stay, and so do the file's mode and owner; the file is replaced as
-a whole. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key
+a whole. With --set, it takes one secret from a prompt, or from standard input, and puts it
+in its place. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key
 or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts.""",
         "encrypt --rotate",
+    ),
+    "doctor": (
+        "try out everything that has to be right",
+        """\
+Config, key, permissions, disk, state file, clock, every OpenAI key and watched batch, every
+Keboola token, queue and configuration: a line each, ✗ with the cure. Nothing is started,
+nothing is changed; it works beside the daemon. Exits 1 if there is any ✗.""",
+        "doctor --config /etc/teckochecker/config.yaml",
     ),
     "secrets": (
         "list the secrets and which jobs use each",
@@ -5982,13 +7607,23 @@ or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encryp
     ),
     "status": (
         "show the jobs, or one job with its batches",
-        "It reads the state file, also while the daemon runs. BATCHES is ended/all.",
+        """\
+It reads the state file, whether the daemon runs or not, and says which. PROGRESS is
+batches ended/all, and how much of their requests is done.""",
         "status nightly-embeddings --json",
     ),
     "logs": (
         "show what has happened, of all jobs or of one",
         "It reads the log that the state file keeps, also while the daemon runs.",
         "logs nightly-embeddings -n 20 --follow",
+    ),
+    "import": (
+        "print a config made of a database of TeckoChecker 0.9",
+        """\
+The old secrets are opened with $SECRET_KEY and closed again with our key. Jobs that were
+completed come with done: true, so that nothing starts again. Exits 1 if something is left
+out, which is told on standard error.""",
+        "import old/teckochecker.db > config.yaml",
     ),
     "schema": (
         "print the SQL of the state file",
@@ -6021,7 +7656,9 @@ def add_commands(
         "init": run_init,
         "check": run_check,
         "encrypt": run_encrypt,
+        "doctor": run_doctor,
         "secrets": run_secrets,
+        "import": run_import,
         "status": run_status,
         "logs": run_logs,
         "schema": run_schema,
@@ -6038,14 +7675,18 @@ def add_commands(
             epilog=f"example: teckochecker {example}\n\n{EXIT_CODES}",
         )
         parsers[name].set_defaults(run=runs[name])
-    parsers["encrypt"].add_argument(
+    encrypt = parsers["encrypt"].add_mutually_exclusive_group().add_argument
+    encrypt(
         "--rotate",
         action="store_true",
         help="also encrypt again, under the first key, what is encrypted already",
     )
+    encrypt("--set", metavar="NAME", help="ask for this secret's value, and put it there")
+    parsers["import"].add_argument("old", metavar="OLD.db", help="the old program's database")
     status = parsers["status"].add_argument
     status("job", nargs="?", metavar="JOB", help="show only this job, with every batch")
     status("--json", action="store_true", help="print JSON, for programs")
+    status("--watch", action="store_true", help="draw it again every two seconds, until Ctrl-C")
     status("--check", action="store_true", help="exit 1 if anything needs a person")
     init = parsers["init"].add_argument
     init("directory", nargs="?", metavar="DIR", default=".", help="where (default: here)")
@@ -6099,6 +7740,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.once and args.run is not run_daemon:
         parser.error("--once goes without a command")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no crash
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = int(args.run(args))
         sys.stdout.flush()

@@ -35,6 +35,7 @@ class CrashingStore(program.Store):
         changes: Iterable[tuple[program.Work, program.Work]],
         events: Sequence[program.Event],
         now: float,
+        mail: program.Mail = program.NO_MAIL,
     ) -> None:
         """Save, unless this is the moment."""
         changes = list(changes)
@@ -45,7 +46,7 @@ class CrashingStore(program.Store):
         is_the_one = self.commits_left == 0
         if is_the_one and self.when == "before":
             die()
-        super().save(changes, events, now)
+        super().save(changes, events, now, mail)
         if is_the_one and self.when == "after":
             die()
 

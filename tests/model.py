@@ -38,6 +38,7 @@ from teckochecker import (
     KeboolaSecret,
     Limits,
     Moment,
+    Note,
     Notifier,
     OpenAIClient,
     OpenAISecret,
@@ -488,8 +489,8 @@ class ModelEngine(Engine):
 class FakeOpenAI(OpenAIClient):
     """Tells the world's batches, or what is wrong."""
 
-    def __init__(self, account: Account, http: Http) -> None:
-        super().__init__(account, http)
+    def __init__(self, account: Account, http: Http, note: Note | None = None) -> None:
+        super().__init__(account, http, note)
         clock = http.clock
         if not isinstance(clock, ProcessClock):
             raise TypeError("a process of the model has its own clock")

@@ -474,7 +474,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="the POST repeated at once",
-        old='answer = await self._http.post(f"{url}/jobs", headers, payload)',
+        old='answer = await noted(self._http.post(f"{url}/jobs", headers, payload), self._tell)',
         new=(
             "try:\n"
             '            answer = await self._http.post(f"{url}/jobs", headers, payload)\n'

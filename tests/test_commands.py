@@ -161,8 +161,11 @@ def test_status_table(workspace: Workspace) -> None:
     assert workspace.once().code == 1
     done = workspace.run("status")
     assert (done.code, done.stderr) == (0, "")
-    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert re.search(r"\bactive +1/2\b", rows["half"])
+    head, _, *lines = done.stdout.splitlines()
+    assert head.startswith("Nothing runs: start the daemon, or --once. 2 active, 1 paused, 1 ")
+    assert [line.split()[0] for line in lines] == ["JOB", "gone", "half", "quiet", "whole"]
+    rows = {line.split()[0]: line for line in lines}
+    assert re.search(r"\bactive +1/2 +50%", rows["half"])
     assert re.search(r"\bcompleted_with_failures +2/2\b", rows["whole"])
     assert re.search(r"\bpaused +0/1\b", rows["quiet"])
     assert "404" in rows["gone"]

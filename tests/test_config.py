@@ -400,7 +400,7 @@ jobs:
     )  # fmt: skip
     assert config.publish_path == Path("www")
     assert config.webhook["w"].source.kind == "value"
-    some, every = ("completed", "job_failed"), tecko.TOLD_EVENTS
+    some, every = ("completed", "job_failed"), tuple(tecko.Told)
     assert config.notify == (tecko.Hook("w", some), tecko.Hook("w", every))
     assert config.target(job) == tecko.Target("https://connection.keboola.com", "c", "1", "2")
 

@@ -564,11 +564,13 @@ def test_a_sync_that_fails_changes_nothing(path: Path, store: Store) -> None:
 
 
 def test_touch_writes_only_the_times(store: Store) -> None:
-    """A look without news stores when it was and when the next one is."""
+    """A look without news stores when it was, when the next one is, and what it took."""
     [work] = sync(store, job("a"))
     looked = replace(work, last_check_at=NOW, next_check_at=NOW + 60)
-    store.touch([(work.id, NOW, NOW + 60)])
+    usage = tc.Usage("openai", 3, 1, NOW, NOW - 1, "503")
+    store.touch([(work.id, NOW, NOW + 60)], {"o": usage})
     assert store.works() == [looked]
+    assert store.usages() == {"o": usage}
 
 
 # ---- log, requests, facts ----
@@ -714,12 +716,12 @@ def test_a_second_process_is_told_who_holds_the_lock(
     """The loser names the holder's pid and purpose, and exits 75; after a kill the lock is free."""
     monkeypatch.setattr(StateLock, "PATIENCE_S", 0.01)
     with another_holder(path) as holder:
-        assert tc.is_acting(path)
+        assert tc.holder_of(path) == tc.Holder.DAEMON
         with pytest.raises(LockedError) as caught:
             StateLock(path, "once")
         assert f"another instance holds {path}.lock: pid {holder.pid} (daemon)" in str(caught.value)
         assert caught.value.exit_code == 75
-    assert not tc.is_acting(path)
+    assert tc.holder_of(path) == tc.Holder.NOBODY
     StateLock(path, "once").close()
 
 
