@@ -2557,7 +2557,7 @@ def alarm_of(work: Work) -> Told | None:
     return Told.TRIGGER_UNKNOWN if state == TriggerState.UNKNOWN else None
 
 
-def is_over(alarm: str, work: Work) -> bool:
+def has_ended(alarm: str, work: Work) -> bool:
     """Return whether an alarm is over: not while the trigger is merely tried again."""
     if work.is_finished or work.position is None or work.done:
         return True
@@ -2580,7 +2580,7 @@ def work_messages(before: Work, after: Work, standing: Container[Alarm]) -> list
     """Return what webhooks are told of a change; where `before` is the same, of what stands."""
     subject, messages = str(after.id), []
     for event in (Told.JOB_FAILED, Told.TRIGGER_UNKNOWN):
-        if (event, subject) in standing and is_over(event, after):
+        if (event, subject) in standing and has_ended(event, after):
             why = "is taken out of the config"
             if after.is_finished and after.trigger:
                 why = f"has its Keboola job {after.trigger.keboola_job_id} now"
@@ -5766,25 +5766,37 @@ class Teller:
         """Deliver whatever there is, as long as the process runs."""
         while True:
             self._engine.mail.clear()
-            wait_s = float(MINUTE_S)
-            try:
-                await self.deliver()
-                now = self._engine.clock.wall()
-                times = [notice.next_try_at - now for notice in self._engine.store.notices()]
-                wait_s = max(1.0, min(times, default=wait_s))
-            except (StorageError, sqlite3.Error) as error:
-                self._engine.note_trouble(error)
-            await wait_for_event(self._engine.mail, min(wait_s, MINUTE_S))
+            await self.deliver()
+            await wait_for_event(self._engine.mail, self._wait_s())
+
+    def _wait_s(self) -> float:
+        """Return how long it is until something is due."""
+        now = self._engine.clock.wall()
+        with contextlib.suppress(sqlite3.Error):
+            times = [notice.next_try_at - now for notice in self._engine.store.notices()]
+            return max(1.0, min((MINUTE_S, *times)))
+        return MINUTE_S
 
     async def deliver(self) -> None:
-        """Try once to deliver what is due. Raises StorageError."""
+        """Try once to deliver what is due. Never raises: no job depends on it."""
+        try:
+            await all_of(self._deliver(secret, notices) for secret, notices in self._due().items())
+        except (StorageError, sqlite3.Error) as error:
+            self._engine.note_trouble(error)
+        except Exception as error:  # noqa: BLE001 - a bug here is not the jobs'
+            self._engine.note_bug(error, "notify")
+
+    def _due(self) -> dict[str, list[Notice]]:
+        """Return all messages of each webhook that is due for one, in their order."""
         now = self._engine.clock.wall()
-        due: dict[str, list[Notice]] = {}
+        by_webhook: dict[str, list[Notice]] = {}
+        due = set()
         for notice in self._engine.store.notices():
-            is_ahead = notice.next_try_at > now + MAX_BACKOFF_S or notice.at > now
-            if notice.secret in due or notice.next_try_at <= now or is_ahead:
-                due.setdefault(notice.secret, []).append(notice)
-        await all_of(self._deliver(secret, notices) for secret, notices in due.items())
+            by_webhook.setdefault(notice.secret, []).append(notice)
+            is_ahead = notice.at > now or notice.next_try_at > now + MAX_BACKOFF_S
+            if is_ahead or notice.next_try_at <= now:  # ahead: the clock was set back
+                due.add(notice.secret)
+        return {secret: notices for secret, notices in by_webhook.items() if secret in due}
 
     async def _deliver(self, secret: str, notices: Sequence[Notice]) -> None:
         """Deliver one webhook's messages, in their order, until one of them does not get through.
@@ -6474,8 +6486,11 @@ class Publisher:
         directory = self._engine.setup.config.publish_path
         if directory is None:
             return
-        report = self._report(runs)
-        trouble = await asyncio.to_thread(self._write, directory, report)
+        try:
+            trouble = await asyncio.to_thread(self._write, directory, self._report(runs))
+        except Exception as error:  # noqa: BLE001 - a bug here is not the jobs'
+            self._engine.note_bug(error, "publish")
+            return
         if trouble and trouble != self._trouble:
             fields_ = {"directory": str(directory), "error": trouble}
             self._engine.note(Event("publish_failed", "warning", None, fields_))
@@ -6551,12 +6566,11 @@ async def tell_once(engine: Engine, teller: Teller) -> None:
     """Tell webhooks what a pass has found out; what takes long is for the next one."""
     try:
         engine.see_accounts()
-        async with asyncio.timeout(PATIENCE_S):
-            await teller.deliver()
-    except TimeoutError:
-        pass
     except (StorageError, sqlite3.Error) as error:
         engine.note_trouble(error)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_S):
+            await teller.deliver()
 
 
 async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
@@ -6587,7 +6601,8 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         code = await run_engine(engine, signals, helpers, notifier)
         if once and code == 0:
             await tell_once(engine, teller)
-        await publisher.publish(Holder.ONCE if once else Holder.NOBODY)
+        if not signals.now.is_set():
+            await publisher.publish(Holder.ONCE if once else Holder.NOBODY)
     finally:
         await http.close()
         store.close()

@@ -670,6 +670,37 @@ MUTANTS: tuple[Mutant, ...] = (
         new="lambda e: not isinstance(e, ApiError) or e.retryable)",
         tests=("test_http.py::test_cancellation_is_no_failure_to_retry",),
     ),
+    # --- what webhooks are told ---
+    Mutant(
+        name="a message not committed with what it tells of",
+        old="self.store.save(works, told, self.clock.wall(), mail)",
+        new="self.store.save(works, told, self.clock.wall())",
+        tests=("test_notify.py::test_what_was_not_told_is_told_after_a_kill",),
+    ),
+    Mutant(
+        name="an alarm forgotten between two passes",
+        old="self._alarms = store.alarms()",
+        new="self._alarms: dict[Alarm, str | None] = {}",
+        tests=("test_notify.py::test_once_tells_too",),
+    ),
+    Mutant(
+        name="webhooks behind the gate of the jobs",
+        old="teller = Teller(engine, Http(Teller.limits(setup.config.limits), redactor, clock))",
+        new="teller = Teller(engine, http)",
+        tests=("test_notify.py::test_a_dead_webhook_delays_nothing",),
+    ),
+    Mutant(
+        name="each try told as a failure of its own",
+        old="    if alarm and (alarm, subject) not in standing:",
+        new="    if alarm:",
+        tests=("test_notify.py::test_what_a_change_is_told_as",),
+    ),
+    Mutant(
+        name="a message kept for ever",
+        old="if now - notice.at > NOTICE_LIFE_S]",
+        new="if now - notice.at > 1000 * NOTICE_LIFE_S]",
+        tests=("test_notify.py::test_a_day_is_enough",),
+    ),
     # --- the config, while it runs ---
     Mutant(
         name="config swapped before decrypting",
