@@ -6682,6 +6682,7 @@ EXAMPLE_CONFIG: Final = """\
 
 # state: teckochecker.db            # the SQLite file; relative paths are relative to this file
 # key_file: teckochecker.key        # encrypts the values under `secrets`; mode 0600
+# publish: www                      # for example; a directory for a status page and metrics
 
 # log:
 #   level: info                     # debug | info | warning | error
@@ -6705,6 +6706,12 @@ secrets:
     type: keboola
     value: YOUR-KEBOOLA-TOKEN       # env: and file: work here too
     stack_url: https://connection.keboola.com    # the address in your browser, up to the first /
+  # alerts:                         # for example; a webhook, which `notify` below makes use of
+  #   type: webhook
+  #   value: https://hooks.slack.com/services/T0/B0/XYZ    # the address is a secret: encrypt it
+
+# notify:                           # for example; without events: all of them
+#   - {secret: alerts, events: [job_failed, trigger_unknown, account_failing, config_rejected]}
 
 # Any key of a job may stand here; the job's own value wins.
 defaults:
@@ -6722,6 +6729,7 @@ jobs:
     # mode: run                     # run | forceRun | debug
     # variables: {dataset: products}    # for example; more variables for the Keboola job
     # paused: false                 # true: no looks at the batches, no Keboola job
+    # done: false                   # true: something else has started it; nothing is to be done
 """
 
 
