@@ -262,10 +262,15 @@ def jobs_of(accounts: Sequence[Account], size: int) -> list[JobSpec]:
 
 
 def config_text(
-    sim: Simulated, jobs: Sequence[JobSpec], interval: str, component: str = "bench.app"
+    sim: Simulated,
+    jobs: Sequence[JobSpec],
+    interval: str,
+    component: str = "bench.app",
+    publish: str = "null",
 ) -> str:
     numbers = sorted({job.account for job in jobs})
     lines = [
+        f"publish: {publish}",
         f"limits: {{max_concurrency: {CONCURRENCY}, trigger_grace: 30s}}",
         "secrets:",
         *(
@@ -710,28 +715,56 @@ def measure_start(options: argparse.Namespace) -> Iterator[Row]:
             yield Row(what, statistics.median(found), "s", limit)
 
 
-def measure_latency(options: argparse.Namespace) -> Iterator[Row]:
-    """From a batch's end to the arrival of its job's POST; an idle daemon's CPU meanwhile."""
-    window_s = 15 if options.quick else 30
-    with (
-        ThreadPoolExecutor() as pool,
-        simulated([newest(1000)]) as (folder, sim, accounts),
-    ):
-        idle = pool.submit(idle_cpu, window_s)
+def waits_for_posts(window_s: float, publish: str = "null") -> list[float]:
+    """Seconds from the end of each job's last batch to the arrival of its POST, in order."""
+    with simulated([newest(1000)]) as (folder, sim, accounts):
         config, jobs = folder / "config.yaml", jobs_of(accounts, 5)
         sim.set_latency(0.1)
-        write_config(config, config_text(sim, jobs, "5s"))
+        write_config(config, config_text(sim, jobs, "5s", publish=publish))
         with daemon(config, environment(accounts)) as program:
             next_burst(sim, program, 5)
             ended = end_all(sim, jobs, window_s)
             program.wait_until(lambda: len(sim.births()) == len(jobs), "all POSTs", 0.5)
             births = sim.births()
-        waits = sorted(births[number][0] - at for number, at in ended.items())
         assert all(len(times) == 1 for times in births.values())
+        return sorted(births[number][0] - at for number, at in ended.items())
+
+
+def measure_latency(options: argparse.Namespace) -> Iterator[Row]:
+    """From a batch's end to the arrival of its job's POST; an idle daemon's CPU meanwhile."""
+    window_s = 15 if options.quick else 30
+    with ThreadPoolExecutor() as pool:
+        idle = pool.submit(idle_cpu, window_s)
+        waits = waits_for_posts(window_s)
         what = f"a batch's end to the POST, 1,000 batches every 5 s, {latency_text(0.1)}"
         yield Row(f"{what}: median", statistics.median(waits), "s", 4)
         yield Row("  99th percentile", waits[round(0.99 * (len(waits) - 1))], "s", 8)
         yield Row("CPU of an idle daemon, 100 finished jobs, a minute", idle.result(), "s", 0.1)
+
+
+def measure_publish(options: argparse.Namespace) -> Iterator[Row]:
+    """What `publish` adds, over some minutes of looks, and to the time until the POST."""
+    interval_s, minutes = 5, 1 if options.quick else 3
+    with simulated([newest(10_000)]) as (folder, sim, accounts):
+        jobs, found = jobs_of(accounts, 10), {}
+        for publish in ("null", "www"):
+            config = folder / f"{publish}.yaml"
+            text = config_text(sim, jobs, f"{interval_s}s", publish=publish)
+            write_config(config, f"state: {publish}.db\n{text}")
+            with daemon(config, environment(accounts)) as program:
+                burst = next_burst(sim, program, interval_s)
+                looks = minutes * 60 // interval_s
+                found[publish], _ = measured_looks(sim, program, burst, interval_s, looks)
+        what = f"CPU of looks at 1,000 jobs x 10 batches for {minutes} min, with publish"
+        yield Row(what, found["www"].cpu_s / found["null"].cpu_s, "x", 1.05)
+    waits = waits_for_posts(15 if options.quick else 30, "www")
+    yield Row(
+        "a batch's end to the POST, as above, with publish: median",
+        statistics.median(waits),
+        "s",
+        4,
+    )
+    yield Row("CPU of an idle daemon, 100 finished jobs, with publish", idle_cpu(60, "www"), "s")
 
 
 def end_all(sim: Simulated, jobs: Sequence[JobSpec], window_s: float) -> dict[str, float]:
@@ -745,11 +778,11 @@ def end_all(sim: Simulated, jobs: Sequence[JobSpec], window_s: float) -> dict[st
     return ended
 
 
-def idle_cpu(window_s: float) -> float:
+def idle_cpu(window_s: float, publish: str = "null") -> float:
     """CPU seconds a minute of a daemon whose jobs are all finished."""
     with simulated([newest(100, others=0)], "completed") as (folder, sim, accounts):
         config, env = folder / "config.yaml", environment(accounts)
-        write_config(config, config_text(sim, jobs_of(accounts, 1), "1s"))
+        write_config(config, config_text(sim, jobs_of(accounts, 1), "1s", publish=publish))
         run(once(config), env)
         with daemon(config, env) as program:
             time.sleep(3)  # its start is not what is measured
@@ -835,6 +868,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Cost | Row]]] = {
     "start": measure_start,
     "once": measure_once,
     "latency": measure_latency,
+    "publish": measure_publish,
     "reload": measure_reload,
 }
 

@@ -15,7 +15,7 @@ import json
 import random
 import selectors
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from unittest import mock
 
 import teckochecker
 from teckochecker import (
+    NO_MAIL,
     TERMINAL,
     Account,
     ApiError,
@@ -31,12 +32,14 @@ from teckochecker import (
     Config,
     Engine,
     Event,
+    Hook,
     Http,
     Job,
     KeboolaClient,
     KeboolaJob,
     KeboolaSecret,
     Limits,
+    Mail,
     Moment,
     Note,
     Notifier,
@@ -54,6 +57,7 @@ from teckochecker import (
     StorageError,
     Store,
     Target,
+    Told,
     Trigger,
     TriggerState,
     Watch,
@@ -187,6 +191,7 @@ class World:
             state_path=self.path,
             key_path=self.directory / "key",
             limits=Limits(trigger_grace_s=self.grace_s),
+            notify=(Hook("hook", tuple(Told)),),
             openai={name: OpenAISecret(name, source, f"https://{name}.test") for name in OPENAI},
             keboola={name: KeboolaSecret(name, source, url) for name, url in STACKS.items()},
             jobs=dict(self.jobs),
@@ -402,6 +407,26 @@ class ModelStore(Store):
         )
         return live
 
+    def save(
+        self,
+        changes: Iterable[tuple[Work, Work]],
+        events: Sequence[Event],
+        now: float,
+        mail: Mail = NO_MAIL,
+    ) -> None:
+        """Webhooks are told of each start with its commit, and of each alarm once."""
+        changes = list(changes)
+        claim = self.process.world.claim
+        started = [str(w.id) for old, w in changes if w.is_finished and not old.is_finished]
+        told = [message.subject for message in mail.messages if not message.lasts]
+        claim(started == told, f"{started} are started, and {told} told")
+        standing = self.alarms()
+        for message in mail.messages:
+            is_known = (message.event, message.subject) in standing
+            claim(message.is_over == is_known, f"told twice, or over what never was: {message}")
+        claim(len(mail.copies) == len(mail.messages), "a message without a copy")
+        super().save(changes, events, now, mail)
+
     def _write(self, before: Work, after: Work) -> None:
         claim = self.process.world.claim
         for batch in after.batches:
@@ -502,7 +527,7 @@ class FakeOpenAI(OpenAIClient):
         asking = [
             job
             for job in process.engine.setup.config.jobs.values()
-            if batch_id in job.batch_ids and not job.paused
+            if batch_id in job.batch_ids and not job.rests
         ]
         is_new = process.applied_at == world.now
         world.claim(asking or is_new, f"{batch_id} is looked at, of jobs that are paused or gone")
@@ -564,7 +589,7 @@ class FakeKeboola(KeboolaClient):
         world.claim(trigger.target == self._target, "a POST to another target than the intent's")
         world.claim(process.engine.store.is_in_place(), "a POST without its state file")
         job = process.engine.setup.config.jobs.get(work.name)
-        world.claim(job and not job.paused, f"a POST for {work.name}, which is paused or gone")
+        world.claim(job and not job.rests, f"a POST for {work.name}, which is paused or gone")
         world.claim(not process.engine.is_stopping, "a POST after SIGTERM")
         world.claim(all(b.status in TERMINAL for b in work.batches), "a POST before the end")
         world.check_doubt(trigger)

@@ -296,8 +296,13 @@ class History:
         if job := self._job():
             self._save(replace(job, paused=True))
 
+    def do_elsewhere(self) -> None:
+        if job := self._job():
+            self._save(replace(job, done=True))
+
     def unpause(self) -> None:
-        self._save(*(replace(job, paused=False) for job in self.world.jobs.values()))
+        jobs = self.world.jobs.values()
+        self._save(*(replace(job, paused=False, done=False) for job in jobs))
 
     # --- a person asks ---
 
@@ -477,8 +482,8 @@ WEIGHTS = {
     "add_job": 3, "copy_job": 1, "rename": 4, "remove": 3, "bring_back": 4,
     "remove_for_a_while": 4, "refused_and_removed": 3,
     "new_ids": 2, "earlier_ids": 2, "other_variables": 2, "other_target": 2,
-    "other_account": 1, "other_token": 1, "other_order": 1, "pause": 3, "unpause": 3,
-    "retry": 2, "retry_force": 1,
+    "other_account": 1, "other_token": 1, "other_order": 1,
+    "pause": 3, "do_elsewhere": 1, "unpause": 3, "retry": 2, "retry_force": 1,
     "kill": 4, "kill_soon": 6, "stop": 1, "daemon_instead": 2, "one_pass": 3, "second_process": 1,
     "clock_forward": 1, "clock_back": 1, "reboot": 3, "disk_full": 2, "disk_free": 3,
     "back_up": 1, "lose_state": 1, "restore_state": 1,
