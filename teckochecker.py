@@ -8,8 +8,9 @@ once, and remembers what it did in a SQLite file. It opens no network port.
     config.yaml --> Config --> Setup --+                       (3, 4: read, check, decrypt)
                                        v
     OpenAI  <-- look -->  Engine: decide what to do next  <--> State (SQLite)     (5, 6, 7, 8)
-                                       |
-                                       v  intent, search, sending, POST, result
+                                       |               |
+              intent, search, sending, POST, result    +-----> webhooks, page, metrics  (8, 9)
+                                       v
                                     Keboola                                       (5, 7, 8)
 
 Run it:
