@@ -14,13 +14,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -93,8 +94,16 @@ def tail(text: str) -> str:
 
 
 def tied(*command: str) -> list[str]:
-    """The command as one that dies with the process that starts it."""
-    return ["setpriv", "--pdeathsig", "KILL", *command]
+    """The command as one that dies with the process that starts it, and all that it has begun.
+
+    It has processes and mounts of its own, which end with its first process.
+    """
+    apart = ["unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    return ["setpriv", "--pdeathsig", "KILL", *apart, *command]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextmanager
@@ -149,10 +158,8 @@ def tree() -> Path:
     path = CACHE / f"{SUITE}-{digest(PACKAGES)}"
     if path.is_dir():
         return path
-    # debootstrap mounts /proc and /sys: with this namespace they go, whatever becomes of it.
-    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
     options = ["--variant=minbase", f"--include={PACKAGES}"]
-    return make(path, *apart, "debootstrap", *options, SUITE, str(path), mirror())
+    return make(path, "debootstrap", *options, SUITE, str(path), mirror())
 
 
 def wheels() -> Path:
@@ -204,23 +211,25 @@ class Machine:
 
     def _wait_for_boot(self, ready: socket.socket) -> str:
         """The number of its first process here, as soon as it has booted."""
-        leader, deadline = "", time.monotonic() + BOOT_S
+        deadline = time.monotonic() + BOOT_S
         ready.settimeout(0.1)
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 lines = ready.recv(4096).decode().splitlines()
             except TimeoutError:
                 continue
-            for line in lines:
-                leader = line.removeprefix("X_NSPAWN_LEADER_PID=") if "LEADER" in line else leader
             if "READY=1" in lines:
-                return leader
+                (nspawn,) = children(self._process.pid)
+                (leader,) = children(nspawn)
+                return str(leader)
         raise CannotBoot(f"systemd does not boot here: {tail(self._log.read_text())}")
 
     def close(self) -> None:
         """Ends it, and all that runs in it."""
-        for _ in range(2):  # the first one asks for a shutdown, the second one says now
-            self._process.terminate()
+        with suppress(OSError):  # it has ended
+            for nspawn in children(self._process.pid):
+                for _ in range(2):  # the first one asks for a shutdown, the second one says now
+                    os.kill(nspawn, signal.SIGTERM)
         try:
             self._process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
