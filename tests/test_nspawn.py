@@ -2,8 +2,8 @@
 
 The container (systemd-nspawn) shares this machine's network, so the simulator on its loopback is
 OpenAI and Keboola to it. Its tree, made by debootstrap, stays in CACHE for the next run; what a
-run writes lies in memory over it and goes with it. Only one container runs at a time. All that
-starts one, dies with the process that tests, however that ends.
+run writes lies in memory over it and goes with it. Only one container runs at a time. All of
+it dies with the process that tests, however that ends.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def make(path: Path, *command: str) -> Path:
                 tied(*build), capture_output=True, text=True, timeout=BUILD_S, check=False
             )
             if done.returncode:
-                raise CannotBoot(f"{command[-1]}: {tail(done.stdout + done.stderr)}")
+                raise CannotBoot(f"no {path.name}: {tail(done.stdout + done.stderr)}")
             part.rename(path)
     return path
 
@@ -507,10 +507,10 @@ def test_reload_takes_a_new_config_and_survives_a_bad_one(site: Site) -> None:
 
 def test_a_hung_daemon_is_restarted(site: Site) -> None:
     """The watchdog leaves alone what works, and ends and starts anew what stands still."""
-    drop_in = "[Service]\nWatchdogSec=2s\nRestartSec=100ms\n"
+    drop_in = "[Service]\nWatchdogSec=3s\nRestartSec=100ms\n"
     site.machine.write_drop_in(site.unit, drop_in)
     begun = site.launch()
-    site.wait_for_looks("batch_a", 4)  # one second apart
+    site.wait_for_looks("batch_a", 5)  # one second apart
     assert site.show()["MainPID"] == begun["MainPID"]
     site.systemctl("kill", "--kill-who=main", "--signal=STOP")
     shown = site.machine.wait_for(site.unit, NRestarts="1", ActiveState="active")
