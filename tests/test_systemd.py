@@ -166,7 +166,7 @@ def test_the_sandbox_is_the_same_everywhere() -> None:
     [
         ("Service.Type", "notify"),
         ("Service.NotifyAccess", "main"),
-        ("Service.ExecReload", "/bin/kill -HUP $MAINPID"),
+        ("Service.ExecReload", "/bin/sh -c 'kill -HUP $MAINPID'"),
         ("Service.Restart", "on-failure"),
         ("Service.RestartPreventExitStatus", "2"),
         ("Unit.StartLimitIntervalSec", "0"),

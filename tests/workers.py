@@ -28,7 +28,14 @@ import pytest
 FORK = multiprocessing.get_context("fork")
 CORES = os.cpu_count() or 1
 # They begin first, so that none of them is left alone at the end.
-LONGEST = ("test_soak.py", "test_crash.py", "test_hostile.py", "test_trigger.py", "test_storage.py")
+LONGEST = (
+    "test_nspawn.py",
+    "test_soak.py",
+    "test_crash.py",
+    "test_hostile.py",
+    "test_trigger.py",
+    "test_storage.py",
+)
 
 Files = Sequence[Sequence[pytest.Item]]
 Data = dict[str, Any]  # a report as it travels
