@@ -576,6 +576,19 @@ def test_nothing_is_readable_to_others(site: Site) -> None:
         assert site.machine.run_as("65534", "test", "-e", name).code == 1
 
 
+def test_a_page_that_a_web_server_may_read(site: Site) -> None:
+    """With the README's two lines, others read what is published."""
+    lines = re.findall(r"`(RuntimeDirectory\w*=\w+)`", (CHECKOUT / "README.md").read_text())
+    assert len(lines) == 2
+    site.machine.write_drop_in(site.unit, "\n".join(["[Service]", *lines, ""]))
+    site.config["publish"] = "/run/teckochecker"
+    site.write()
+    site.launch()
+    page = "/run/teckochecker/status.html"
+    wait_until(lambda: site.machine.run_as("65534", "test", "-r", page).code == 0, "the page")
+    assert "nightly" in site.machine.run_as("65534", "cat", page).stdout
+
+
 def test_root_asks_and_decides_while_the_daemon_runs(site: Site) -> None:
     """`status`, `logs` and `retry` as root are heard and leave nothing of root's behind."""
     user = site.launch()["UID"]
