@@ -2891,8 +2891,10 @@ def inode_of(path: Path) -> tuple[int, int] | None:
 
 
 PAGE_FILE: Final = "status.html"  # what there is under `publish`
+AGAIN_FILE: Final = "status-again.html"  # the same page; see `page_head`
 STATUS_FILE: Final = "status.json"
 METRICS_FILE: Final = "metrics.prom"
+PUBLISHED: Final = (STATUS_FILE, METRICS_FILE, PAGE_FILE, AGAIN_FILE)
 
 
 def new_name(name: str) -> str:
@@ -5692,7 +5694,7 @@ class Reloader:
 
         state = self._engine.store.path.name
         ours = {state, state + "-wal", state + "-shm", state + "-journal", state + ".lock"}
-        for name in (PAGE_FILE, STATUS_FILE, METRICS_FILE):
+        for name in PUBLISHED:
             ours |= {name, new_name(name)}
         while True:
             try:
@@ -5889,7 +5891,7 @@ async def run_engine(
 
 
 HEARTBEAT_S: Final = 30.0  # the longest that published files stay as they are
-PUBLISH_SHARE: Final = 1 / 30  # of the time, at the most, is spent on publishing
+PUBLISH_SHARE: Final = 1 / 30  # of the time is spent on it, or more if it takes over a second
 LAST_EVENTS: Final = 3  # of each job, that are shown
 
 
@@ -6054,6 +6056,12 @@ def status_document(report: Report) -> dict[str, object]:
         "config": dict(report.config),
         "jobs": [job_view(work) for work in report.works],
     }
+
+
+def status_json(report: Report) -> str:
+    """Return the document as JSON. Job by job: other threads wait while one piece is encoded."""
+    head, end = json.dumps(status_document(replace(report, works=()))).rsplit("[]", 1)
+    return f"{head}[{', '.join(json.dumps(job_view(work)) for work in report.works)}]{end}\n"
 
 
 # --- as metrics -----------------------------------------------------------------------------------
@@ -6242,10 +6250,15 @@ def bar(work: Work) -> str:
         done = progress(batch)
         kind = "bad" if is_failure(batch) else "good" if batch.is_terminal else "run"
         width = 1 if place == len(work.batches) - 1 else 0.97
-        filled = f'<rect class="{kind}" x="{place}" width="{width * done:.3g}" height="1"/>'
+        parts = ((kind, done), ("track", 1 - done))
+        rects = [
+            f'<rect class="{name}" x="{place + (name == "track") * width * done:.4g}" '
+            f'width="{width * share:.3g}" height="1"/>'
+            for name, share in parts
+            if share
+        ]
         title = f"<title>{esc(batch.id)}: {esc(batch.status or 'not looked at yet')}</title>"
-        track = f'<rect class="track" x="{place}" width="{width}" height="1"/>'
-        pieces.append(f"<g>{title}{track}{filled if done else ''}</g>")
+        pieces.append(f"<g>{title}{''.join(rects)}</g>")
     label = f"{ratio(work)} batches have ended"
     box = f'viewBox="0 0 {len(work.batches)} 1" preserveAspectRatio="none"'
     return f'<svg class="bar" role="img" aria-label="{label}" {box}>{"".join(pieces)}</svg>'
@@ -6355,18 +6368,26 @@ def page_id(report: Report) -> str:
     return f"made-{report.at:.3f}".replace(".", "-")
 
 
-def page_head(report: Report) -> str:
+def page_refresh(report: Report, name: str) -> str:
+    """Return when the page that stands in a file is to be asked for anew, and from where."""
+    other = AGAIN_FILE if name == PAGE_FILE else PAGE_FILE
+    if report.runs != Holder.DAEMON:  # there may never be another one
+        return f"{MINUTE_S}; url={other}"
+    own = page_id(report)
+    return f"{math.ceil(report.fresh_for_s)}; url={other}?{own}#{own}"
+
+
+def page_head(report: Report, name: str = PAGE_FILE) -> str:
     """Return the page's head. It needs no script, and would run none.
 
     The page asks for itself anew when there must be another one: with an address that points at an
     element of this one. Should it still be there, it is shown, and says that the page is stale.
+
+    Browsers do not load again what they show already, they only go to its element. So the page
+    is there under two names, each of which asks for the other one.
     """
     digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-    own = page_id(report)
-    again = f"{math.ceil(report.fresh_for_s)}; url={PAGE_FILE}?{own}#{own}"
-    if report.runs != Holder.DAEMON:
-        again = str(MINUTE_S)
     needs = sum(map(needs_person, report.works))
     title = f"{needs} in need - TeckoChecker" if needs else "TeckoChecker"
     return f"""<!doctype html>
@@ -6375,7 +6396,7 @@ def page_head(report: Report) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta http-equiv="refresh" content="{again}">
+<meta http-equiv="refresh" content="{page_refresh(report, name)}">
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>{PAGE_STYLE}</style>
@@ -6383,15 +6404,14 @@ def page_head(report: Report) -> str:
 """
 
 
-def status_page(report: Report) -> str:
-    """Return the state of all jobs as one page of HTML."""
+def page_body(report: Report) -> str:
+    """Return the page below its head: what needs a person first."""
     ordered = in_need_first(report.works)
     needs = sum(map(needs_person, ordered))
     cards = [job_card(w, report.last_events.get(w.name, ()), report.at) for w in ordered]
     made = {Holder.DAEMON: who_runs(report), Holder.ONCE: "Made by a pass of --once."}
     loaded = report.config.get("loaded_at")
     parts = [
-        page_head(report),
         "<body>\n<header>\n<h1>TeckoChecker</h1>\n",
         f"<p>{jobs_in_words(report.works) or 'no jobs'}</p>\n",
         f'<p class="dim">{made.get(Holder(report.runs), "")} Made at {rfc3339(report.at)}',
@@ -6404,6 +6424,11 @@ def status_page(report: Report) -> str:
         "</main>\n</body>\n</html>\n",
     ]
     return "".join(parts)
+
+
+def status_page(report: Report, name: str = PAGE_FILE) -> str:
+    """Return the state of all jobs as one page of HTML."""
+    return page_head(report, name) + page_body(report)
 
 
 # --- as files -------------------------------------------------------------------------------------
@@ -6441,10 +6466,20 @@ def put_file(directory: Path, name: str, text: str) -> None:
     new = directory / new_name(name)
     new.unlink(missing_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
+    # A descriptor, not a path; and what cannot be encoded must not end the process.
+    with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
         os.fchmod(fd, 0o644)
         file.write(text)
     new.replace(directory / name)
+
+
+def published(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield what is published, by the names of the files, each when the one before is written."""
+    yield STATUS_FILE, status_json(report)
+    yield METRICS_FILE, metrics(report)
+    body = page_body(report)
+    for name in (PAGE_FILE, AGAIN_FILE):
+        yield name, page_head(report, name) + body
 
 
 class Publisher:
@@ -6462,12 +6497,9 @@ class Publisher:
         while True:
             self._engine.news.clear()
             await self.publish(Holder.DAEMON)
-            pause_s = max(1.0, self._took_s / PUBLISH_SHARE)
+            pause_s = min(HEARTBEAT_S, max(1.0, self._took_s / PUBLISH_SHARE))
             await asyncio.sleep(pause_s)
-            await wait_for_event(self._engine.news, self._heartbeat_s() - pause_s)
-
-    def _heartbeat_s(self) -> float:
-        return max(HEARTBEAT_S, min(MINUTE_S, self._took_s / PUBLISH_SHARE))
+            await wait_for_event(self._engine.news, HEARTBEAT_S - pause_s)
 
     async def publish(self, runs: Holder) -> None:
         """Write the files, if the config has a place for them; trouble is told once."""
@@ -6488,16 +6520,18 @@ class Publisher:
         engine = self._engine
         clock = engine.clock
         wall, mono = clock.wall(), clock.mono()
+        config, usages = engine.setup.config, engine.usages()
+        kinds = {name: s.kind for name, s in (*config.openai.items(), *config.keboola.items())}
         watches = [watch for watch in engine.watches.values() if watch.job]
         watches.sort(key=lambda watch: watch.work.position or 0)
         return Report(
             at=wall,
             runs=runs,
-            config=config_view(engine.setup.config, engine.store.meta("config") or {}),
+            config=config_view(config, engine.store.meta("config") or {}),
             works=[as_looked_at(watch, wall, mono) for watch in watches],
-            usages=engine.usages(),
+            usages={name: usages.get(name, Usage(kind)) for name, kind in kinds.items()},
             last_events={},
-            fresh_for_s=self._heartbeat_s() + HEARTBEAT_S / 2,
+            fresh_for_s=1.5 * HEARTBEAT_S + 2 * self._took_s,
         )
 
     def _write(self, directory: Path, report: Report) -> str:
@@ -6510,9 +6544,8 @@ class Publisher:
                     events = self._last_events.read(store, names) if store else {}
                 report = replace(report, last_events=events)
                 directory.mkdir(exist_ok=True)
-                put_file(directory, STATUS_FILE, json.dumps(status_document(report)) + "\n")
-                put_file(directory, METRICS_FILE, metrics(report))
-                put_file(directory, PAGE_FILE, status_page(report))
+                for name, text in published(report):
+                    put_file(directory, name, text)
             except (OSError, TeckoError, sqlite3.Error) as error:
                 return one_line(str(error))
         self._took_s = time.monotonic() - started
