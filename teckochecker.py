@@ -6205,14 +6205,17 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--paper)
   font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0; flex: 1 1 12rem; }
+h3 { font-size: 1rem; margin: 0; flex: 1 1 8rem; }
 p, ul { margin: .25rem 0; }
 ul { padding-left: 1.2rem; }
 a { color: var(--link); }
 .dim { color: var(--dim); }
 .alarm { border: 2px solid var(--bad); border-radius: .5rem; padding: .75rem; margin: .75rem 0; }
-.alarm strong, .error { color: var(--bad); }
-.stale { display: none; font-size: 1.3rem; }
+.alarm strong, .need .error { color: var(--bad); }
+.error { color: var(--wait); }
+.loud { background: #a3170f; border-color: #a3170f; color: #fff; font-size: 1.3rem; }
+.loud strong, .loud a { color: inherit; }
+.stale { display: none; }
 .stale:target { display: block; }
 .job { background: var(--card); border: 1px solid var(--line);
   border-left: .35rem solid var(--track); border-radius: .4rem; padding: .6rem .8rem;
@@ -6220,10 +6223,10 @@ a { color: var(--link); }
 .job.need { border-left-color: var(--bad); }
 .job header { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
 .pill { font-weight: 600; }
-.failed, .completed_with_failures, .need .pill { color: var(--bad); }
-.completed { color: var(--good); }
+.completed, .good { color: var(--good); }
 .active { color: var(--run); }
-.paused, .triggering { color: var(--wait); }
+.paused, .triggering, .completed_with_failures { color: var(--wait); }
+.failed, .need .pill { color: var(--bad); }
 .bar { display: block; width: 100%; height: .6rem; margin: .4rem 0 .2rem; }
 .bar .track { fill: var(--track); }
 .bar .run { fill: var(--run); }
@@ -6232,7 +6235,8 @@ a { color: var(--link); }
 summary { cursor: pointer; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: normal; }
+  white-space: nowrap; vertical-align: top; }
+td:last-child { white-space: normal; min-width: 14rem; }
 .scroll { overflow-x: auto; }
 pre { white-space: pre-wrap; margin: .25rem 0; }
 """
@@ -6241,6 +6245,11 @@ pre { white-space: pre-wrap; margin: .25rem 0; }
 def esc(text: object) -> str:
     """Return text that is only text in HTML, in an attribute too."""
     return html.escape(str(text), quote=True)
+
+
+def dim(text: object) -> str:
+    """Return text that is not so important."""
+    return f'<span class="dim">{esc(text)}</span>'
 
 
 def bar(work: Work) -> str:
@@ -6297,22 +6306,25 @@ def job_card(work: Work, events: Sequence[LogRow], now: float) -> str:
         for b in work.batches
         if is_failure(b)
     ]
-    times = f"Last look {ago(work.last_check_at, now)}. Next: {what_next(work, now)}."
+    is_needy = needs_person(work)
+    looked = dim(f"Last look {ago(work.last_check_at, now)}.")
+    times = f"Next: {esc(what_next(work, now))}. {looked}"
     if work.is_finished:
-        times = f"Started {ago(work.completed_at, now)}."
+        times = dim(f"Started {ago(work.completed_at, now)}.")
     lines = [
-        f'<article class="job{" need" if needs_person(work) else ""}">',
-        f'<header><h3>{esc(work.name)}</h3> <span class="pill {status}">',
-        f'{status.replace("_", " ")}</span> <span class="dim">{ratio(work)}</span></header>',
+        f'<article class="job{" need" if is_needy else ""}">',
+        f'<header><h3>{esc(work.name)}</h3><span><span class="pill {status}">',
+        f'{status.replace("_", " ")}</span> <span class="dim">{ratio(work)}</span></span></header>',
         bar(work),
         f'<p class="error">{esc(error)}</p>' if error else "",
-        f'<p>{keboola_link(work.trigger)}<span class="dim">{esc(times)} ',
-        f"Target: {esc(target_text(work.target))}.</span></p>",
         *(f'<p class="error">{esc(line)}</p>' for line in ended_badly),
+        f"<p>{keboola_link(work.trigger)}{times}</p>",
+        f'<p class="dim">Target: {esc(target_text(work.target))}</p>',
     ]
     if events:
         items = "".join(f"<li>{esc(event_line(row))}</li>" for row in events)
-        lines.append(f"<details><summary>Last events</summary><ul>{items}</ul></details>")
+        opened = " open" if is_needy else ""
+        lines.append(f"<details{opened}><summary>Last events</summary><ul>{items}</ul></details>")
     return "".join([*lines, "</article>\n"])
 
 
@@ -6337,7 +6349,8 @@ def account_table(usages: Mapping[str, Usage], now: float) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = "".join(rows)
     whole = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{whole}</table></div>\n'
+    scroll = 'class="scroll" role="region" aria-label="Accounts" tabindex="0"'
+    return f"<div {scroll}><table>{whole}</table></div>\n"
 
 
 def page_alarms(report: Report) -> str:
@@ -6346,19 +6359,19 @@ def page_alarms(report: Report) -> str:
     if report.runs == Holder.DAEMON:
         # Shown only where the page is asked for anew and is still this one: see `page_head`.
         parts.append(
-            f'<div class="alarm stale" role="alert" id="{page_id(report)}"><strong>This page is '
-            f"stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
-            "daemon has died, or cannot write here.</div>\n"
+            f'<div class="alarm loud stale" role="alert" id="{page_id(report)}"><strong>This page '
+            f"is stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
+            f'daemon has died, or cannot write here. <a href="{PAGE_FILE}">Look again</a></div>\n'
         )
     elif report.runs == Holder.NOBODY:
         parts.append(
-            f'<div class="alarm" role="alert"><strong>The daemon was stopped</strong> at '
+            f'<div class="alarm loud" role="alert"><strong>The daemon was stopped</strong> at '
             f"{rfc3339(report.at)}. Nothing is looked at and nothing is started.</div>\n"
         )
     if report.config.get("error"):
         parts.append(
-            '<div class="alarm"><strong>The config file has problems;</strong> the previous one '
-            f"still counts.<pre>{esc(report.config['error'])}</pre></div>\n"
+            '<div class="alarm" role="alert"><strong>The config file has problems;</strong> the '
+            f"previous one still counts.<pre>{esc(report.config['error'])}</pre></div>\n"
         )
     return "".join(parts)
 
@@ -6409,16 +6422,17 @@ def page_body(report: Report) -> str:
     ordered = in_need_first(report.works)
     needs = sum(map(needs_person, ordered))
     cards = [job_card(w, report.last_events.get(w.name, ()), report.at) for w in ordered]
-    made = {Holder.DAEMON: who_runs(report), Holder.ONCE: "Made by a pass of --once."}
+    made = {Holder.DAEMON: "Made by the daemon", Holder.ONCE: "Made by a pass of --once"}
     loaded = report.config.get("loaded_at")
     parts = [
-        "<body>\n<header>\n<h1>TeckoChecker</h1>\n",
+        f"<body>\n<header>\n{page_alarms(report)}<h1>TeckoChecker</h1>\n",
         f"<p>{jobs_in_words(report.works) or 'no jobs'}</p>\n",
-        f'<p class="dim">{made.get(Holder(report.runs), "")} Made at {rfc3339(report.at)}',
+        f'<p class="dim">{made.get(report.runs, "Made")} at {rfc3339(report.at)}',
         f"; config loaded at {esc(loaded)}</p>\n</header>\n" if loaded else "</p>\n</header>\n",
         "<main>\n",
-        page_alarms(report),
-        f"<h2>Needs a person ({needs})</h2>\n{''.join(cards[:needs])}" if needs else "",
+        f"<h2>Needs a person ({needs})</h2>\n{''.join(cards[:needs])}"
+        if needs
+        else '<p class="good">No job needs a person.</p>\n',
         f"<h2>Jobs ({len(cards) - needs})</h2>\n{''.join(cards[needs:]) or '<p>none</p>'}",
         f"<h2>Accounts</h2>\n{account_table(report.usages, report.at)}" if report.usages else "",
         "</main>\n</body>\n</html>\n",
@@ -6521,7 +6535,8 @@ class Publisher:
         clock = engine.clock
         wall, mono = clock.wall(), clock.mono()
         config, usages = engine.setup.config, engine.usages()
-        kinds = {name: s.kind for name, s in (*config.openai.items(), *config.keboola.items())}
+        asked = dict.fromkeys(config.openai, OpenAISecret.kind)
+        asked |= dict.fromkeys(config.keboola, KeboolaSecret.kind)
         watches = [watch for watch in engine.watches.values() if watch.job]
         watches.sort(key=lambda watch: watch.work.position or 0)
         return Report(
@@ -6529,7 +6544,7 @@ class Publisher:
             runs=runs,
             config=config_view(config, engine.store.meta("config") or {}),
             works=[as_looked_at(watch, wall, mono) for watch in watches],
-            usages={name: usages.get(name, Usage(kind)) for name, kind in kinds.items()},
+            usages={name: usages.get(name, Usage(kind)) for name, kind in asked.items()},
             last_events={},
             fresh_for_s=1.5 * HEARTBEAT_S + 2 * self._took_s,
         )

@@ -211,8 +211,16 @@ class Page:
         self._browser.wait_for(lambda: self.loads > after, "a page is loaded")
 
     def value(self, expression: str) -> Any:  # noqa: ANN401 - whatever JSON can say
-        """What an expression comes to: the tests may run scripts, whatever the page allows."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What an expression comes to: the tests may run scripts, whatever the page allows.
+
+        It is asked for again where the page has just gone to another one.
+        """
+        try:
+            result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        except BrowserError as error:
+            if not any(words in str(error) for words in ("navigated", "execution context")):
+                raise
+            return self.value(expression)
         if "exceptionDetails" in result:
             raise BrowserError(str(result["exceptionDetails"]))
         return result["result"].get("value")
