@@ -6520,8 +6520,13 @@ class Publisher:
         directory = self._engine.setup.config.publish_path
         if directory is None:
             return
-        report = self._report(runs)
-        trouble = await asyncio.to_thread(self._write, directory, report)
+        trouble = ""
+        try:
+            await asyncio.to_thread(self._write, directory, self._report(runs))
+        except (OSError, TeckoError, sqlite3.Error) as error:
+            trouble = one_line(str(error))
+        except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+            trouble = one_line(f"{type(error).__name__}: {error}")
         if trouble and trouble != self._trouble:
             fields_ = {"directory": str(directory), "error": trouble}
             self._engine.note(Event("publish_failed", "warning", None, fields_))
@@ -6549,22 +6554,17 @@ class Publisher:
             fresh_for_s=1.5 * HEARTBEAT_S + 2 * self._took_s,
         )
 
-    def _write(self, directory: Path, report: Report) -> str:
-        """Write the files, in a thread; returns what was in the way, or nothing."""
+    def _write(self, directory: Path, report: Report) -> None:
+        """Write the files, in a thread."""
         started = time.monotonic()
         with self._one_at_a_time:
-            try:
-                with read_store(self._engine.store.path) as store:
-                    names = [work.name for work in report.works]
-                    events = self._last_events.read(store, names) if store else {}
-                report = replace(report, last_events=events)
-                directory.mkdir(exist_ok=True)
-                for name, text in published(report):
-                    put_file(directory, name, text)
-            except (OSError, TeckoError, sqlite3.Error) as error:
-                return one_line(str(error))
+            with read_store(self._engine.store.path) as store:
+                names = [work.name for work in report.works]
+                events = self._last_events.read(store, names) if store else {}
+            directory.mkdir(exist_ok=True)
+            for name, text in published(replace(report, last_events=events)):
+                put_file(directory, name, text)
         self._took_s = time.monotonic() - started
-        return ""
 
 
 def as_looked_at(watch: Watch, wall: float, mono: float) -> Work:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import http.server
 import itertools
+import math
+import struct
 import sys
 import tempfile
 import threading
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,146 +24,15 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Browser, Page
 from harness import wait_until
+from reports import EVIL, NOW, full_of_evil, morning
 
 import teckochecker as tc
-from teckochecker import (
-    Batch,
-    Event,
-    Holder,
-    LogRow,
-    Report,
-    Target,
-    Trigger,
-    TriggerState,
-    Usage,
-    Work,
-)
+from teckochecker import Holder, Report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 
-NOW = 1_795_426_200.0  # 2026-11-23T09:30:00Z
-HOST = "https://connection.eu-central-1.keboola.com"
-TARGET = Target(HOST, "kds-team.app-custom-python", "7203114")
 PICTURE = Path(__file__).with_name("status-page.png")
 PHONE = 360
-EVIL = "<script>alert(1)</script>"
-
-
-# ---- a morning with some trouble ----
-
-
-def batches(name: str, *parts: tuple[str | None, int]) -> tuple[Batch, ...]:
-    """Batches, each with its status and how many of its 1000 requests are done."""
-    return tuple(
-        Batch(f"batch_{name}_{n}", status, 1000, done, 0, ended_at=NOW - 600 * n)
-        for n, (status, done) in enumerate(parts, 1)
-    )
-
-
-def work(name: str, *parts: tuple[str | None, int], **more: Any) -> Work:  # noqa: ANN401
-    """A piece of work that was looked at 12 seconds ago."""
-    slug = "".join(c for c in name if c.isalnum())[:12]
-    plain = Work(1, name, batches(slug, *parts), TARGET, 0, last_check_at=NOW - 12)
-    return replace(plain, **({"next_check_at": NOW + 18} | more))
-
-
-def trigger(state: TriggerState, **more: Any) -> Trigger:  # noqa: ANN401
-    plain = Trigger("4f" * 32, 0, state, TARGET, "keboola-prod", "{}", "basis", NOW - 900)
-    return replace(plain, **more)
-
-
-def sent(number: str, hours_ago: float) -> Trigger:
-    """A trigger that has started a Keboola job."""
-    url = f"{HOST}/admin/projects/4711/queue/{number}"
-    at = NOW - hours_ago * 3600
-    return trigger(TriggerState.SENT, keboola_job_id=number, url=url, sent_at=at)
-
-
-def morning() -> Report:
-    """A made-up report that has something of everything."""
-    refused = "Keboola refuses it: 404: Configuration 7203150 not found"
-    rejected = trigger(TriggerState.REJECTED, next_try_at=NOW + 1500, error=refused)
-    unknown = trigger(
-        TriggerState.UNKNOWN,
-        next_try_at=NOW + 40,
-        error="the POST's outcome is not known: no answer within 30 s",
-    )
-    done = ("completed", 1000)
-    works = (
-        work("nightly-embeddings", done, ("in_progress", 640), ("in_progress", 80)),
-        work(
-            "product-texts-de",
-            *[done] * 4,
-            target=replace(TARGET, config_id="7203150"),
-            trigger=rejected,
-            next_check_at=None,
-        ),
-        work("support-tickets", done, done, trigger=unknown, next_check_at=None),
-        work("reviews-sentiment", done, ("validating", 0), ("finalizing", 990)),
-        work("weekly-summaries", ("in_progress", 10), paused=True, next_check_at=None),
-        work(
-            "catalog-translations",
-            *[done] * 3,
-            trigger=sent("1284417702", 2.4),
-            completed_at=NOW - 2.4 * 3600,
-            next_check_at=None,
-        ),
-        work(
-            "invoices-ocr",
-            done,
-            ("expired", 412),
-            done,
-            trigger=sent("1284409315", 9),
-            completed_at=NOW - 9 * 3600,
-            next_check_at=None,
-        ),
-    )
-    events = [
-        LogRow(1, NOW - 900, Event("trigger_rejected", "error", None, {"error": refused})),
-        LogRow(2, NOW - 901, Event("trigger_intended", "info", None, {"config_id": "7203150"})),
-    ]
-    return Report(
-        at=NOW,
-        runs=Holder.DAEMON,
-        config={
-            "path": "config.yaml",
-            "sha256": "5e" * 32,
-            "loaded_at": "2026-11-23T06:12:41Z",
-            "error": None,
-        },
-        works=works,
-        usages={
-            "openai-prod": Usage("openai", 20_417, 3, NOW - 12),
-            "keboola-prod": Usage("keboola", 96, 14, NOW - 2.4 * 3600, error=refused),
-        },
-        last_events={"product-texts-de": events},
-        fresh_for_s=45,
-    )
-
-
-def full_of_evil() -> Report:
-    """A report in which every text that comes from elsewhere tries to be more than text."""
-    evil = f"\"'>{EVIL}<img src=x onerror=alert(2)>&lt;b&gt;"
-    target = Target(evil, evil, evil, evil)
-    bad = trigger(TriggerState.REJECTED, target=target, error=evil)
-    linked = sent(evil, 1)
-    script = replace(linked, url="javascript:alert(3)")
-    breaking = replace(linked, url=f'https://x/"onclick="alert(4)"><script>{EVIL}')
-    batch = Batch(evil, "failed", error=evil)
-    strange = Batch(evil, evil)
-    works = tuple(
-        Work(n, EVIL + evil, (batch, strange), target, n, error=evil, trigger=one)
-        for n, one in enumerate((None, bad, script, breaking))
-    )
-    event = LogRow(1, NOW, Event(evil, "info", None, {evil: evil, "list": [evil]}))
-    usage = Usage(evil, 1, 1, NOW, error=evil)
-    return replace(
-        morning(),
-        config={"path": evil, "sha256": evil, "loaded_at": evil, "error": evil},
-        works=works,
-        usages={evil: usage},
-        last_events={EVIL + evil: [event]},
-    )
 
 
 # ---- where it is put, and who looks ----
@@ -414,14 +287,58 @@ def test_the_page_of_a_stopped_daemon(
         wait_until(lambda: page.value(STALE) == [False], "the page of the next daemon")
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def pixels(png: bytes) -> tuple[int, list[bytes]]:
+    """The width of a PNG as Chromium makes it, and its rows of three bytes a pixel."""
+    width, height, depth, kind = struct.unpack(">IIBB", png[16:26])
+    assert (depth, kind) == (8, 2), "not plain RGB"
+    data, at = b"", 8
+    while at < len(png):
+        (size,) = struct.unpack(">I", png[at : at + 4])
+        data += png[at + 8 : at + 8 + size] if png[at + 4 : at + 8] == b"IDAT" else b""
+        at += size + 12
+    raw, above, rows = zlib.decompress(data), bytearray(3 * width + 3), []
+    for y in range(height):
+        how, *line = raw[y * (3 * width + 1) : (y + 1) * (3 * width + 1)]
+        row = bytearray(3)  # a black pixel before the first
+        for x, value in enumerate(line):
+            left, up, corner = row[x], above[x + 3], above[x]
+            near = min((left, up, corner), key=lambda c: abs(left + up - corner - c))
+            guess = (0, left, up, (left + up) // 2, near)[how]
+            row.append((value + guess) & 255)
+        rows.append(bytes(row[3:]))
+        above = row
+    return width, rows
+
+
+def smaller(png: bytes) -> bytes:
+    """The picture in its 256 most frequent colours, a third of the size."""
+    width, rows = pixels(png)
+    colours = Counter(row[x : x + 3] for row in rows for x in range(0, 3 * width, 3))
+    best = [colour for colour, _ in colours.most_common(256)]
+    place = {one: min(range(len(best)), key=lambda n: math.dist(one, best[n])) for one in colours}
+    lines = [b"\0" + bytes(place[r[x : x + 3]] for x in range(0, 3 * width, 3)) for r in rows]
+    head = struct.pack(">IIBBBBB", width, len(rows), 8, 3, 0, 0, 0)
+    data = zlib.compress(b"".join(lines), 9)
+    parts = ((b"IHDR", head), (b"PLTE", b"".join(best)), (b"IDAT", data), (b"IEND", b""))
+    return png[:8] + b"".join(chunk(kind, part) for kind, part in parts)
+
+
 def picture(file: Path) -> None:
-    """Makes the README's picture: the top of the page, on a screen of middling width."""
+    """Makes the README's picture: a few jobs in a narrow window, so that it is small."""
+    names = ("product-texts-de", "nightly-embeddings", "invoices-ocr")
+    there = partial(replace, stack_url="https://connection.keboola.com")
+    works = [replace(w, target=there(w.target)) for w in morning().works if w.name in names]
+    report = replace(morning(), works=works, last_events={}, usages={})
     with tempfile.TemporaryDirectory(prefix="tecko-page-") as name:
         directory = Path(name)
-        works = [w for w in morning().works if w.name != "reviews-sentiment"]
         with Browser(directory) as found:
-            page = found.open(put(directory, replace(morning(), works=works)), width=760)
-            file.write_bytes(page.screenshot(height=690))
+            page = found.open(put(directory, report), width=640)
+            file.write_bytes(smaller(page.screenshot(page.value("document.body.scrollHeight"))))
 
 
 if __name__ == "__main__":
