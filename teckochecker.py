@@ -6214,7 +6214,7 @@ a { color: var(--link); }
 .alarm strong, .need .error { color: var(--bad); }
 .error { color: var(--wait); }
 .loud { background: #a3170f; border-color: #a3170f; color: #fff; font-size: 1.3rem; }
-.loud strong, .loud a { color: inherit; }
+.loud strong { color: inherit; }
 .stale { display: none; }
 .stale:target { display: block; }
 .job { background: var(--card); border: 1px solid var(--line);
@@ -6361,7 +6361,7 @@ def page_alarms(report: Report) -> str:
         parts.append(
             f'<div class="alarm loud stale" role="alert" id="{page_id(report)}"><strong>This page '
             f"is stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
-            f'daemon has died, or cannot write here. <a href="{PAGE_FILE}">Look again</a></div>\n'
+            "daemon has died, or cannot write here.</div>\n"
         )
     elif report.runs == Holder.NOBODY:
         parts.append(
@@ -6397,7 +6397,8 @@ def page_head(report: Report, name: str = PAGE_FILE) -> str:
     element of this one. Should it still be there, it is shown, and says that the page is stale.
 
     Browsers do not load again what they show already, they only go to its element. So the page
-    is there under two names, each of which asks for the other one.
+    is there under two names, each of which asks for the other one. A web server should send it
+    with `Cache-Control: no-cache`: what has not changed for a day, browsers keep for hours.
     """
     digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
