@@ -2892,8 +2892,10 @@ def inode_of(path: Path) -> tuple[int, int] | None:
 
 
 PAGE_FILE: Final = "status.html"  # what there is under `publish`
+AGAIN_FILE: Final = "status-again.html"  # the same page; see `page_head`
 STATUS_FILE: Final = "status.json"
 METRICS_FILE: Final = "metrics.prom"
+PUBLISHED: Final = (STATUS_FILE, METRICS_FILE, PAGE_FILE, AGAIN_FILE)
 
 
 def new_name(name: str) -> str:
@@ -5693,7 +5695,7 @@ class Reloader:
 
         state = self._engine.store.path.name
         ours = {state, state + "-wal", state + "-shm", state + "-journal", state + ".lock"}
-        for name in (PAGE_FILE, STATUS_FILE, METRICS_FILE):
+        for name in PUBLISHED:
             ours |= {name, new_name(name)}
         while True:
             try:
@@ -5902,7 +5904,7 @@ async def run_engine(
 
 
 HEARTBEAT_S: Final = 30.0  # the longest that published files stay as they are
-PUBLISH_SHARE: Final = 1 / 30  # of the time, at the most, is spent on publishing
+PUBLISH_SHARE: Final = 1 / 30  # of the time is spent on it, or more if it takes over a second
 LAST_EVENTS: Final = 3  # of each job, that are shown
 
 
@@ -6069,6 +6071,12 @@ def status_document(report: Report) -> dict[str, object]:
     }
 
 
+def status_json(report: Report) -> str:
+    """Return the document as JSON. Job by job: other threads wait while one piece is encoded."""
+    head, end = json.dumps(status_document(replace(report, works=()))).rsplit("[]", 1)
+    return f"{head}[{', '.join(json.dumps(job_view(work)) for work in report.works)}]{end}\n"
+
+
 # --- as metrics -----------------------------------------------------------------------------------
 
 
@@ -6210,14 +6218,17 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--paper)
   font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0; flex: 1 1 12rem; }
+h3 { font-size: 1rem; margin: 0; flex: 1 1 8rem; }
 p, ul { margin: .25rem 0; }
 ul { padding-left: 1.2rem; }
 a { color: var(--link); }
 .dim { color: var(--dim); }
 .alarm { border: 2px solid var(--bad); border-radius: .5rem; padding: .75rem; margin: .75rem 0; }
-.alarm strong, .error { color: var(--bad); }
-.stale { display: none; font-size: 1.3rem; }
+.alarm strong, .need .error { color: var(--bad); }
+.error { color: var(--wait); }
+.loud { background: #a3170f; border-color: #a3170f; color: #fff; font-size: 1.3rem; }
+.loud strong { color: inherit; }
+.stale { display: none; }
 .stale:target { display: block; }
 .job { background: var(--card); border: 1px solid var(--line);
   border-left: .35rem solid var(--track); border-radius: .4rem; padding: .6rem .8rem;
@@ -6225,10 +6236,10 @@ a { color: var(--link); }
 .job.need { border-left-color: var(--bad); }
 .job header { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
 .pill { font-weight: 600; }
-.failed, .completed_with_failures, .need .pill { color: var(--bad); }
-.completed { color: var(--good); }
+.completed, .good { color: var(--good); }
 .active { color: var(--run); }
-.paused, .triggering { color: var(--wait); }
+.paused, .triggering, .completed_with_failures { color: var(--wait); }
+.failed, .need .pill { color: var(--bad); }
 .bar { display: block; width: 100%; height: .6rem; margin: .4rem 0 .2rem; }
 .bar .track { fill: var(--track); }
 .bar .run { fill: var(--run); }
@@ -6237,7 +6248,8 @@ a { color: var(--link); }
 summary { cursor: pointer; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: normal; }
+  white-space: nowrap; vertical-align: top; }
+td:last-child { white-space: normal; min-width: 14rem; }
 .scroll { overflow-x: auto; }
 pre { white-space: pre-wrap; margin: .25rem 0; }
 """
@@ -6248,6 +6260,11 @@ def esc(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+def dim(text: object) -> str:
+    """Return text that is not so important."""
+    return f'<span class="dim">{esc(text)}</span>'
+
+
 def bar(work: Work) -> str:
     """Return a job's batches as a picture of one piece each, filled as far as it is done."""
     pieces = []
@@ -6255,10 +6272,15 @@ def bar(work: Work) -> str:
         done = progress(batch)
         kind = "bad" if is_failure(batch) else "good" if batch.is_terminal else "run"
         width = 1 if place == len(work.batches) - 1 else 0.97
-        filled = f'<rect class="{kind}" x="{place}" width="{width * done:.3g}" height="1"/>'
+        parts = ((kind, done), ("track", 1 - done))
+        rects = [
+            f'<rect class="{name}" x="{place + (name == "track") * width * done:.4g}" '
+            f'width="{width * share:.3g}" height="1"/>'
+            for name, share in parts
+            if share
+        ]
         title = f"<title>{esc(batch.id)}: {esc(batch.status or 'not looked at yet')}</title>"
-        track = f'<rect class="track" x="{place}" width="{width}" height="1"/>'
-        pieces.append(f"<g>{title}{track}{filled if done else ''}</g>")
+        pieces.append(f"<g>{title}{''.join(rects)}</g>")
     label = f"{ratio(work)} batches have ended"
     box = f'viewBox="0 0 {len(work.batches)} 1" preserveAspectRatio="none"'
     return f'<svg class="bar" role="img" aria-label="{label}" {box}>{"".join(pieces)}</svg>'
@@ -6297,22 +6319,25 @@ def job_card(work: Work, events: Sequence[LogRow], now: float) -> str:
         for b in work.batches
         if is_failure(b)
     ]
-    times = f"Last look {ago(work.last_check_at, now)}. Next: {what_next(work, now)}."
+    is_needy = needs_person(work)
+    looked = dim(f"Last look {ago(work.last_check_at, now)}.")
+    times = f"Next: {esc(what_next(work, now))}. {looked}"
     if work.is_finished:
-        times = f"Started {ago(work.completed_at, now)}."
+        times = dim(f"Started {ago(work.completed_at, now)}.")
     lines = [
-        f'<article class="job{" need" if needs_person(work) else ""}">',
-        f'<header><h3>{esc(work.name)}</h3> <span class="pill {status}">',
-        f'{status.replace("_", " ")}</span> <span class="dim">{ratio(work)}</span></header>',
+        f'<article class="job{" need" if is_needy else ""}">',
+        f'<header><h3>{esc(work.name)}</h3><span><span class="pill {status}">',
+        f'{status.replace("_", " ")}</span> <span class="dim">{ratio(work)}</span></span></header>',
         bar(work),
         f'<p class="error">{esc(error)}</p>' if error else "",
-        f'<p>{keboola_link(work.trigger)}<span class="dim">{esc(times)} ',
-        f"Target: {esc(target_text(work.target))}.</span></p>",
         *(f'<p class="error">{esc(line)}</p>' for line in ended_badly),
+        f"<p>{keboola_link(work.trigger)}{times}</p>",
+        f'<p class="dim">Target: {esc(target_text(work.target))}</p>',
     ]
     if events:
         items = "".join(f"<li>{esc(event_line(row))}</li>" for row in events)
-        lines.append(f"<details><summary>Last events</summary><ul>{items}</ul></details>")
+        opened = " open" if is_needy else ""
+        lines.append(f"<details{opened}><summary>Last events</summary><ul>{items}</ul></details>")
     return "".join([*lines, "</article>\n"])
 
 
@@ -6337,7 +6362,8 @@ def account_table(usages: Mapping[str, Usage], now: float) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = "".join(rows)
     whole = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{whole}</table></div>\n'
+    scroll = 'class="scroll" role="region" aria-label="Accounts" tabindex="0"'
+    return f"<div {scroll}><table>{whole}</table></div>\n"
 
 
 def page_alarms(report: Report) -> str:
@@ -6346,19 +6372,19 @@ def page_alarms(report: Report) -> str:
     if report.runs == Holder.DAEMON:
         # Shown only where the page is asked for anew and is still this one: see `page_head`.
         parts.append(
-            f'<div class="alarm stale" role="alert" id="{page_id(report)}"><strong>This page is '
-            f"stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
+            f'<div class="alarm loud stale" role="alert" id="{page_id(report)}"><strong>This page '
+            f"is stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
             "daemon has died, or cannot write here.</div>\n"
         )
     elif report.runs == Holder.NOBODY:
         parts.append(
-            f'<div class="alarm" role="alert"><strong>The daemon was stopped</strong> at '
+            f'<div class="alarm loud" role="alert"><strong>The daemon was stopped</strong> at '
             f"{rfc3339(report.at)}. Nothing is looked at and nothing is started.</div>\n"
         )
     if report.config.get("error"):
         parts.append(
-            '<div class="alarm"><strong>The config file has problems;</strong> the previous one '
-            f"still counts.<pre>{esc(report.config['error'])}</pre></div>\n"
+            '<div class="alarm" role="alert"><strong>The config file has problems;</strong> the '
+            f"previous one still counts.<pre>{esc(report.config['error'])}</pre></div>\n"
         )
     return "".join(parts)
 
@@ -6368,18 +6394,27 @@ def page_id(report: Report) -> str:
     return f"made-{report.at:.3f}".replace(".", "-")
 
 
-def page_head(report: Report) -> str:
+def page_refresh(report: Report, name: str) -> str:
+    """Return when the page that stands in a file is to be asked for anew, and from where."""
+    other = AGAIN_FILE if name == PAGE_FILE else PAGE_FILE
+    if report.runs != Holder.DAEMON:  # there may never be another one
+        return f"{MINUTE_S}; url={other}"
+    own = page_id(report)
+    return f"{math.ceil(report.fresh_for_s)}; url={other}?{own}#{own}"
+
+
+def page_head(report: Report, name: str = PAGE_FILE) -> str:
     """Return the page's head. It needs no script, and would run none.
 
     The page asks for itself anew when there must be another one: with an address that points at an
     element of this one. Should it still be there, it is shown, and says that the page is stale.
+
+    Browsers do not load again what they show already, they only go to its element. So the page
+    is there under two names, each of which asks for the other one. A web server should send it
+    with `Cache-Control: no-cache`: what has not changed for a day, browsers keep for hours.
     """
     digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-    own = page_id(report)
-    again = f"{math.ceil(report.fresh_for_s)}; url={PAGE_FILE}?{own}#{own}"
-    if report.runs != Holder.DAEMON:
-        again = str(MINUTE_S)
     needs = sum(map(needs_person, report.works))
     title = f"{needs} in need - TeckoChecker" if needs else "TeckoChecker"
     return f"""<!doctype html>
@@ -6388,7 +6423,7 @@ def page_head(report: Report) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta http-equiv="refresh" content="{again}">
+<meta http-equiv="refresh" content="{page_refresh(report, name)}">
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>{PAGE_STYLE}</style>
@@ -6396,27 +6431,32 @@ def page_head(report: Report) -> str:
 """
 
 
-def status_page(report: Report) -> str:
-    """Return the state of all jobs as one page of HTML."""
+def page_body(report: Report) -> str:
+    """Return the page below its head: what needs a person first."""
     ordered = in_need_first(report.works)
     needs = sum(map(needs_person, ordered))
     cards = [job_card(w, report.last_events.get(w.name, ()), report.at) for w in ordered]
-    made = {Holder.DAEMON: who_runs(report), Holder.ONCE: "Made by a pass of --once."}
+    made = {Holder.DAEMON: "Made by the daemon", Holder.ONCE: "Made by a pass of --once"}
     loaded = report.config.get("loaded_at")
     parts = [
-        page_head(report),
-        "<body>\n<header>\n<h1>TeckoChecker</h1>\n",
+        f"<body>\n<header>\n{page_alarms(report)}<h1>TeckoChecker</h1>\n",
         f"<p>{jobs_in_words(report.works) or 'no jobs'}</p>\n",
-        f'<p class="dim">{made.get(Holder(report.runs), "")} Made at {rfc3339(report.at)}',
+        f'<p class="dim">{made.get(report.runs, "Made")} at {rfc3339(report.at)}',
         f"; config loaded at {esc(loaded)}</p>\n</header>\n" if loaded else "</p>\n</header>\n",
         "<main>\n",
-        page_alarms(report),
-        f"<h2>Needs a person ({needs})</h2>\n{''.join(cards[:needs])}" if needs else "",
+        f"<h2>Needs a person ({needs})</h2>\n{''.join(cards[:needs])}"
+        if needs
+        else '<p class="good">No job needs a person.</p>\n',
         f"<h2>Jobs ({len(cards) - needs})</h2>\n{''.join(cards[needs:]) or '<p>none</p>'}",
         f"<h2>Accounts</h2>\n{account_table(report.usages, report.at)}" if report.usages else "",
         "</main>\n</body>\n</html>\n",
     ]
     return "".join(parts)
+
+
+def status_page(report: Report, name: str = PAGE_FILE) -> str:
+    """Return the state of all jobs as one page of HTML."""
+    return page_head(report, name) + page_body(report)
 
 
 # --- as files -------------------------------------------------------------------------------------
@@ -6454,10 +6494,20 @@ def put_file(directory: Path, name: str, text: str) -> None:
     new = directory / new_name(name)
     new.unlink(missing_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
+    # A descriptor, not a path; and what cannot be encoded must not end the process.
+    with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
         os.fchmod(fd, 0o644)
         file.write(text)
     new.replace(directory / name)
+
+
+def published(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield what is published, by the names of the files, each when the one before is written."""
+    yield STATUS_FILE, status_json(report)
+    yield METRICS_FILE, metrics(report)
+    body = page_body(report)
+    for name in (PAGE_FILE, AGAIN_FILE):
+        yield name, page_head(report, name) + body
 
 
 class Publisher:
@@ -6475,23 +6525,22 @@ class Publisher:
         while True:
             self._engine.news.clear()
             await self.publish(Holder.DAEMON)
-            pause_s = max(1.0, self._took_s / PUBLISH_SHARE)
+            pause_s = min(HEARTBEAT_S, max(1.0, self._took_s / PUBLISH_SHARE))
             await asyncio.sleep(pause_s)
-            await wait_for_event(self._engine.news, self._heartbeat_s() - pause_s)
-
-    def _heartbeat_s(self) -> float:
-        return max(HEARTBEAT_S, min(MINUTE_S, self._took_s / PUBLISH_SHARE))
+            await wait_for_event(self._engine.news, HEARTBEAT_S - pause_s)
 
     async def publish(self, runs: Holder) -> None:
         """Write the files, if the config has a place for them; trouble is told once."""
         directory = self._engine.setup.config.publish_path
         if directory is None:
             return
+        trouble = ""
         try:
-            trouble = await asyncio.to_thread(self._write, directory, self._report(runs))
-        except Exception as error:  # noqa: BLE001 - a bug here is not the jobs'
-            self._engine.note_bug(error, "publish")
-            return
+            await asyncio.to_thread(self._write, directory, self._report(runs))
+        except (OSError, TeckoError, sqlite3.Error) as error:
+            trouble = one_line(str(error))
+        except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+            trouble = one_line(f"{type(error).__name__}: {error}")
         if trouble and trouble != self._trouble:
             fields_ = {"directory": str(directory), "error": trouble}
             self._engine.note(Event("publish_failed", "warning", None, fields_))
@@ -6504,35 +6553,32 @@ class Publisher:
         engine = self._engine
         clock = engine.clock
         wall, mono = clock.wall(), clock.mono()
+        config, usages = engine.setup.config, engine.usages()
+        asked = dict.fromkeys(config.openai, OpenAISecret.kind)
+        asked |= dict.fromkeys(config.keboola, KeboolaSecret.kind)
         watches = [watch for watch in engine.watches.values() if watch.job]
         watches.sort(key=lambda watch: watch.work.position or 0)
         return Report(
             at=wall,
             runs=runs,
-            config=config_view(engine.setup.config, engine.store.meta("config") or {}),
+            config=config_view(config, engine.store.meta("config") or {}),
             works=[as_looked_at(watch, wall, mono) for watch in watches],
-            usages=engine.usages(),
+            usages={name: usages.get(name, Usage(kind)) for name, kind in asked.items()},
             last_events={},
-            fresh_for_s=self._heartbeat_s() + HEARTBEAT_S / 2,
+            fresh_for_s=1.5 * HEARTBEAT_S + 2 * self._took_s,
         )
 
-    def _write(self, directory: Path, report: Report) -> str:
-        """Write the files, in a thread; returns what was in the way, or nothing."""
+    def _write(self, directory: Path, report: Report) -> None:
+        """Write the files, in a thread."""
         started = time.monotonic()
         with self._one_at_a_time:
-            try:
-                with read_store(self._engine.store.path) as store:
-                    names = [work.name for work in report.works]
-                    events = self._last_events.read(store, names) if store else {}
-                report = replace(report, last_events=events)
-                directory.mkdir(exist_ok=True)
-                put_file(directory, STATUS_FILE, json.dumps(status_document(report)) + "\n")
-                put_file(directory, METRICS_FILE, metrics(report))
-                put_file(directory, PAGE_FILE, status_page(report))
-            except (OSError, TeckoError, sqlite3.Error) as error:
-                return one_line(str(error))
+            with read_store(self._engine.store.path) as store:
+                names = [work.name for work in report.works]
+                events = self._last_events.read(store, names) if store else {}
+            directory.mkdir(exist_ok=True)
+            for name, text in published(replace(report, last_events=events)):
+                put_file(directory, name, text)
         self._took_s = time.monotonic() - started
-        return ""
 
 
 def as_looked_at(watch: Watch, wall: float, mono: float) -> Work:

@@ -701,6 +701,55 @@ MUTANTS: tuple[Mutant, ...] = (
         new="if now - notice.at > 1000 * NOTICE_LIFE_S]",
         tests=("test_notify.py::test_a_day_is_enough",),
     ),
+    # --- what is published ---
+    Mutant(
+        name="a text on the page not escaped",
+        old="return html.escape(str(text), quote=True)",
+        new="return str(text)",
+        tests=("test_publish.py::test_every_text_is_escaped",),
+    ),
+    Mutant(
+        name="a quote on the page not escaped",
+        old="return html.escape(str(text), quote=True)",
+        new="return html.escape(str(text), quote=False)",
+        tests=("test_publish.py::test_a_link_stays_in_its_attribute",),
+    ),
+    Mutant(
+        name="any address made a link",
+        old='if not (trigger.url and trigger.url.startswith(("https://", "http://"))):',
+        new="if not trigger.url:",
+        tests=("test_publish.py::test_only_web_addresses_are_links",),
+    ),
+    Mutant(
+        name="a published file written in its place",
+        old="    new = directory / new_name(name)\n",
+        new="    new = directory / name\n",
+        tests=("test_publish.py::test_a_reader_never_sees_a_part",),
+    ),
+    Mutant(
+        name="a stale page does not know itself",
+        old="url={other}?{own}#{own}",
+        new="url={other}?{own}",
+        tests=("test_publish.py::test_the_head",),
+    ),
+    Mutant(
+        name="a stale page stays stale for ever",
+        old="other = AGAIN_FILE if name == PAGE_FILE else PAGE_FILE",
+        new="other = name",
+        tests=("test_publish.py::test_the_head",),
+    ),
+    Mutant(
+        name="files grow old where publishing takes long",
+        old="pause_s = min(HEARTBEAT_S, max(",
+        new="pause_s = max(HEARTBEAT_S, max(",
+        tests=("test_publish.py::test_files_are_written_though_nothing_changes",),
+    ),
+    Mutant(
+        name="a bug in publishing ends the daemon",
+        old="        except Exception as error:  # noqa: BLE001 - a bug here must",
+        new="        except RuntimeError as error:  # a bug here must",
+        tests=("test_publish.py::test_trouble_is_told_once",),
+    ),
     # --- the config, while it runs ---
     Mutant(
         name="config swapped before decrypting",
