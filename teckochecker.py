@@ -6988,15 +6988,22 @@ DOCTOR_TIMEOUT_S: Final = 10
 DOCTOR_PATIENCE_S: Final = 45  # for all requests with one secret; the secrets go side by side
 WORTH_A_PAGE: Final = 10  # batches that a page of the list shows; fewer are asked for one by one
 VARIABLES_COMPONENT: Final = "keboola.variables"
-NETWORK_CURE: Final = "check the address, the network and the proxy"
-SERVER_CURE: Final = "see the server's own words, and its status page"
 
 
 def cure_for(name: str, error: ApiError) -> str:
     """Return what to do where a server takes no request with a secret."""
     if error.status in REFUSED:
         return f"run `encrypt --set {name}` with a token that is valid"
-    return NETWORK_CURE if error.status is None else SERVER_CURE
+    return server_cure(error)
+
+
+def server_cure(error: ApiError) -> str:
+    """Return what to do where it is not the secret that a server refuses."""
+    if error.status is None:
+        return "check the address, the network and the proxy"
+    if error.status < 400:
+        return "check the address: something else answers there"
+    return "see the server's own words, and its status page"
 
 
 class Findings:
@@ -7280,13 +7287,12 @@ class Doctor:
         if project is None:
             text = f"{name}: {self.config.keboola[name].stack_url} names no project of the token"
             return found.bad(text, "correct stack_url: it is no Keboola stack")
-        expires = None
+        left_s, when = math.inf, ""
         with contextlib.suppress(ValueError, OverflowError):
-            when = datetime.fromisoformat(str(said.get("expires")))
-            expires = when.replace(tzinfo=when.tzinfo or UTC).timestamp()
-        left_s = math.inf if expires is None else expires - time.time()
-        when_then = "" if expires is None else f", expires in {in_words(left_s)}"
-        text = f"{name}: the token is one of project {quoted(project)}{when_then}"
+            expires = datetime.fromisoformat(str(said.get("expires")))
+            left_s = expires.replace(tzinfo=expires.tzinfo or UTC).timestamp() - time.time()
+            when = f", expires in {in_words(left_s)}" if left_s > 0 else ", has expired"
+        text = f"{name}: the token is one of project {quoted(project)}{when}"
         if left_s < EXPIRES_SOON_S:
             return found.bad(text, f"make a new one, then run `encrypt --set {name}`")
         return found.good(text)
@@ -7311,7 +7317,7 @@ class Doctor:
             said = await client.configuration(target)
             needed = await self._variables_of(client, target, said)
         except ApiError as error:
-            cure = NETWORK_CURE if error.status is None else SERVER_CURE
+            cure = server_cure(error)
             if error.status in {400, 404, *REFUSED}:
                 cure = "correct component_id, config_id, branch_id or the token's rights"
             for job in jobs:
@@ -7961,7 +7967,7 @@ def printing() -> Iterator[None]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            setattr(sys, name, open(nowhere, "w", encoding="utf-8", closefd=False))  # noqa: PTH123
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w", closefd=False)))
     try:
         yield
         sys.stdout.flush()
