@@ -6929,11 +6929,10 @@ def set_value(text: str, path: Path, name: str, keyring: Keyring) -> str:
     if other:
         raise UsageError(f"the secret {name} has {other}:", f"take {other}: out first")
     secret = new_secret(name, found["type"].text(""))
-    before = raw_values(text, path)
-    text = text_with_value(text, found, keyring.encrypt(secret))
-    after = raw_values(text, path)
-    same = keyring.decrypt(after.get(name, ""))
-    if same != secret or any(after.get(n) != before[n] for n in before if n != name):
+    token = keyring.encrypt(secret)
+    wanted = raw_values(text, path) | {name: token}
+    text = text_with_value(text, found, token)
+    if raw_values(text, path) != wanted:  # an anchor would change another one with it
         cure = f"write {name}: with type: and value: of its own, each on its own line"
         raise TeckoError(f"the value has no place of its own in {path}", cure)
     return text
