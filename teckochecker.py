@@ -59,6 +59,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -69,6 +70,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import (
@@ -6652,19 +6654,46 @@ def can_show(text: str) -> bool:
 
 def painted(text: str, colour: str) -> str:
     """Return text in a colour, on a terminal whose owner wants colours (https://no-color.org)."""
-    is_wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    is_dumb = os.environ.get("TERM") == "dumb"
+    is_wanted = sys.stdout.isatty() and not is_dumb and not os.environ.get("NO_COLOR")
     return f"{colour}{text}{PLAIN}" if colour and text and is_wanted else text
 
 
-def table(rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> str:
-    """Return rows as aligned columns; on a terminal, cut to its width and in colours."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n".join(
-        painted(line[:most], colour)
-        for line, colour in itertools.zip_longest(lines, colours, fillvalue="")
-    )
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def fitted(text: str, most: int | None) -> str:
+    """Return a line, cut to so many columns."""
+    if most is None or columns_of(text) <= most:
+        return text
+    text = text[:most]
+    while text and columns_of(text) >= most:
+        text = text[:-1]
+    return f"{text}…" if can_show("…") else text
+
+
+def terminal_columns() -> int | None:
+    """Return how wide the terminal is; None where standard output is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(
+    rows: Sequence[Sequence[str]], colours: Sequence[str] = (), most: int | None = None
+) -> list[str]:
+    """Return rows as lines with aligned columns, cut to a width if there is one."""
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row, colour in itertools.zip_longest(rows, colours, fillvalue=""):
+        cells = [
+            cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append(painted(fitted("  ".join(cells).rstrip(), most), colour))
+    return lines
 
 
 # --- init -----------------------------------------------------------------------------------------
@@ -6752,10 +6781,11 @@ def run_init(args: argparse.Namespace) -> int:
         ) from None
     write_new(key, Fernet.generate_key().decode() + "\n")
     write_new(config, EXAMPLE_CONFIG)
+    shown = shlex.quote(str(config))
     print(f"wrote {config} and {key}, which only you can read. Next:")
     print(f"  1. edit {config}: your tokens in plain, the stack, your batch ids")
-    print(f"  2. teckochecker --config {config} encrypt")
-    print(f"  3. teckochecker --config {config} check, and then without `check`: the daemon")
+    print(f"  2. teckochecker --config {shown} encrypt")
+    print(f"  3. teckochecker --config {shown} check, and then without `check`: the daemon")
     return 0
 
 
@@ -6786,7 +6816,7 @@ def run_secrets(args: argparse.Namespace) -> int:
     for secret in config.secrets.values():
         jobs = ", ".join(users.get(secret.name, ())) or "nobody"
         rows.append((secret.name, secret.kind, source_text(secret.source), jobs))
-    print(table(rows) if config.secrets else "no secrets")
+    print("\n".join(table(rows)) if config.secrets else "no secrets")
     return 0
 
 
@@ -7601,20 +7631,29 @@ def progress_bar(work: Work, width: int = 10) -> str:
     return f"{full * done}{empty * (width - done)} {numbers}"
 
 
-def job_table(works: Sequence[Work], now: float) -> str:
-    """Return the jobs as a table, those first that need a person."""
+def job_table(works: Sequence[Work], now: float) -> list[str]:
+    """Return the jobs as lines of a table, those first that need a person.
+
+    On a terminal, what is wrong with a job has a line of its own: it would stand beyond the edge.
+    """
     if not works:
-        return "no jobs"
-    rows = [("JOB", "STATUS", "PROGRESS", "LAST LOOK", "NEXT")]
-    colours = [""]
+        return ["no jobs"]
+    most = terminal_columns()
+    rows, colours, below = [("JOB", "STATUS", "PROGRESS", "LAST LOOK", "NEXT")], [""], [""]
     for work in in_need_first(works):
-        error, step = error_of(work), what_next(work, now)
-        note = f"{step}; {one_line(error)}" if error else step
+        error, step = one_line(error_of(work) or ""), what_next(work, now)
+        name = work.name
+        if most is None:
+            step = f"{step}; {error}" if error else step
+        else:
+            name = fitted(name, max(12, most // 4))
+            below.append(error and painted(fitted(f"  {error}", most), RED))
         status = job_status(work)
-        rows.append((work.name, status, progress_bar(work), ago(work.last_check_at, now), note))
+        rows.append((name, status, progress_bar(work), ago(work.last_check_at, now), step))
         is_done = status in {JobStatus.COMPLETED, JobStatus.PAUSED}
         colours.append(RED if needs_person(work) else DIM if is_done else "")
-    return table(rows, colours)
+    lines = itertools.zip_longest(table(rows, colours, most), below, fillvalue="")
+    return [line for pair in lines for line in pair if line]
 
 
 def job_details(work: Work, events: Sequence[LogRow], now: float) -> str:
@@ -7641,7 +7680,7 @@ def job_details(work: Work, events: Sequence[LogRow], now: float) -> str:
             (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
         )
     happened = [event_line(row) for row in events]
-    return "\n".join([*lines, "", table(rows), *([""] if happened else []), *happened])
+    return "\n".join([*lines, "", *table(rows), *([""] if happened else []), *happened])
 
 
 def status_text(report: Report, job: str | None) -> str:
@@ -7654,7 +7693,7 @@ def status_text(report: Report, job: str | None) -> str:
         events = report.last_events.get(job, ())
         return "\n".join([*lines, job_details(report.works[0], events, report.at)])
     lines.append(f"{who_runs(report)} {jobs_in_words(report.works) or 'No jobs.'}")
-    return "\n".join([*lines, "", job_table(report.works, report.at)])
+    return "\n".join([*lines, "", *job_table(report.works, report.at)])
 
 
 WATCH_S: Final = 2.0
@@ -7678,7 +7717,7 @@ def watch_status(args: argparse.Namespace) -> NoReturn:
             print(f"{HOME}{NO_WRAP}{drawn}{CLEAR_BELOW}{WRAP}", end="", flush=True)
             time.sleep(WATCH_S)
     except KeyboardInterrupt:
-        print()  # behind the terminal's ^C
+        print(WRAP)  # it may have come while one was drawn; and a line's end behind the ^C
         raise
 
 
