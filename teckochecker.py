@@ -7019,11 +7019,16 @@ WORTH_A_PAGE: Final = 10  # batches that a page of the list shows; fewer are ask
 VARIABLES_COMPONENT: Final = "keboola.variables"
 
 
-def cure_for(name: str, error: ApiError) -> str:
+def new_token_cure(secret: AnySecret) -> str:
+    """Return where a new token belongs."""
+    if secret.source.kind == "value":
+        return f"make a new one, then run `encrypt --set {secret.name}`"
+    return f"make a new one, and put it into {source_text(secret.source)}"
+
+
+def cure_for(secret: AnySecret, error: ApiError) -> str:
     """Return what to do where a server takes no request with a secret."""
-    if error.status in REFUSED:
-        return f"run `encrypt --set {name}` with a token that is valid"
-    return server_cure(error)
+    return new_token_cure(secret) if error.status in REFUSED else server_cure(error)
 
 
 def server_cure(error: ApiError) -> str:
@@ -7235,7 +7240,10 @@ class Doctor:
             found.good(f"{name}: {secret.base_url} takes the key")
         except ApiError as error:
             if error.status not in {404, 405}:
-                found.bad(f"{name}: {secret.base_url}: {error}", cure_for(name, error))
+                found.bad(
+                    f"{name}: {secret.base_url}: {error}",
+                    cure_for(self.config.secrets[name], error),
+                )
                 return
             if not watched:
                 text = f"{name}: {secret.base_url} has no list of batches"
@@ -7257,7 +7265,7 @@ class Doctor:
                 error = failures.get(batch_id)
                 if error is None:
                     continue
-                cure = cure_for(name, error)
+                cure = cure_for(self.config.secrets[name], error)
                 if error.status == 404:
                     cure = "correct batch_ids, or openai_secret, or that secret's base_url"
                 found.bad(f"job {job.name}: {batch_id}: {error}", cure)
@@ -7301,7 +7309,9 @@ class Doctor:
         try:
             self._see_token(name, await client.verify(), found)
         except ApiError as error:
-            return found.bad(f"{name}: {stack_url}: {error}", cure_for(name, error))
+            return found.bad(
+                f"{name}: {stack_url}: {error}", cure_for(self.config.secrets[name], error)
+            )
         jobs: dict[Target, list[Job]] = {}
         for job in self._open_jobs():
             if job.keboola_secret == name:
@@ -7323,7 +7333,7 @@ class Doctor:
             when = f", expires in {in_words(left_s)}" if left_s > 0 else ", has expired"
         text = f"{name}: the token is one of project {quoted(project)}{when}"
         if left_s < EXPIRES_SOON_S:
-            return found.bad(text, f"make a new one, then run `encrypt --set {name}`")
+            return found.bad(text, new_token_cure(self.config.keboola[name]))
         return found.good(text)
 
     async def _see_queue(
@@ -7336,7 +7346,7 @@ class Doctor:
                 await client.search(target, time.time() - MINUTE_S, "-")
             found.good(f"{name}: the queue is {url}")
         except ApiError as error:
-            found.bad(f"{name}: the queue: {error}", cure_for(name, error))
+            found.bad(f"{name}: the queue: {error}", cure_for(self.config.secrets[name], error))
 
     async def _see_target(
         self, client: KeboolaClient, target: Target, jobs: Sequence[Job], found: Findings

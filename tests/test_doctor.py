@@ -294,7 +294,7 @@ ILLS: dict[str, tuple[Break, str]] = {
     "clock behind": (with_date(7200), "the clock is 2 h behind the server's of openai; let NTP"),
     "bad OpenAI key": (
         with_token("openai", "sk-S3CR3T-of-nobody"),
-        "/v1: OpenAI answered 401: Incorrect API key provided: ",
+        "; make a new one, then run `encrypt --set openai`",
     ),
     "OpenAI is ill": (
         with_fault("openai.list", "status", code=503),
@@ -318,7 +318,7 @@ ILLS: dict[str, tuple[Break, str]] = {
     ),
     "bad token": (
         with_token("keboola", "S3CR3T-of-nobody"),
-        ": Keboola answered 401: Invalid access token",
+        ": Keboola answered 401: Invalid access token (exceptionId ",
     ),
     "token about to expire": (
         with_answer("storage.verify", expires=in_days(3)),
@@ -399,6 +399,14 @@ def test_an_expired_token_and_one_without_an_end(healthy: Workspace) -> None:
     healthy.sim.clear_faults()
     with_answer("storage.verify", expires="some day")(healthy)
     assert examine(healthy).code == 0
+
+
+def test_where_a_new_token_belongs(healthy: Workspace) -> None:
+    """Who takes a token from elsewhere is told to put the new one there."""
+    del healthy.secrets["openai"]["value"]
+    with_secret("openai", env="MY_KEY")(healthy)
+    (line,) = wrong_lines(examine(healthy, MY_KEY="sk-S3CR3T-old"))
+    assert line.endswith("; make a new one, and put it into env MY_KEY")
 
 
 def run_here(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
