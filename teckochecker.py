@@ -7240,10 +7240,7 @@ class Doctor:
             found.good(f"{name}: {secret.base_url} takes the key")
         except ApiError as error:
             if error.status not in {404, 405}:
-                found.bad(
-                    f"{name}: {secret.base_url}: {error}",
-                    cure_for(self.config.secrets[name], error),
-                )
+                found.bad(f"{name}: {secret.base_url}: {error}", cure_for(secret, error))
                 return
             if not watched:
                 text = f"{name}: {secret.base_url} has no list of batches"
