@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -99,7 +100,7 @@ def test_all_is_well(healthy: Workspace) -> None:
         f"job two: {COMPONENT} two on {stack} {no_variables}",
         lines[-1],
     ]
-    assert lines[-1] in {f"the clock agrees with the servers' to {n} s" for n in range(3)}
+    assert re.fullmatch(r"the clock agrees with the servers' to [0-9]+ s", lines[-1])
     assert {request.method for request in healthy.requests} == {"GET"}
     assert contents(healthy.directory) == before
 
