@@ -60,6 +60,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -70,6 +71,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import (
@@ -6703,21 +6705,57 @@ DIM: Final = "\033[2m"
 PLAIN: Final = "\033[0m"
 
 
+def can_show(text: str) -> bool:
+    """Return whether standard output's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def painted(text: str, colour: str) -> str:
     """Return text in a colour, on a terminal whose owner wants colours (https://no-color.org)."""
-    is_wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    is_dumb = os.environ.get("TERM") == "dumb"
+    is_wanted = sys.stdout.isatty() and not is_dumb and not os.environ.get("NO_COLOR")
     return f"{colour}{text}{PLAIN}" if colour and text and is_wanted else text
 
 
-def table(rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> str:
-    """Return rows as aligned columns; on a terminal, cut to its width and in colours."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n".join(
-        painted(line[:most], colour)
-        for line, colour in itertools.zip_longest(lines, colours, fillvalue="")
-    )
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def fitted(text: str, most: int | None) -> str:
+    """Return a line, cut to so many columns."""
+    if most is None or columns_of(text) <= most:
+        return text
+    text = text[:most]
+    while text and columns_of(text) >= most:
+        text = text[:-1]
+    return f"{text}…" if can_show("…") else text
+
+
+def terminal_columns() -> int | None:
+    """Return how wide the terminal is; None where standard output is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(
+    rows: Sequence[Sequence[str]], colours: Sequence[str] = (), most: int | None = None
+) -> list[str]:
+    """Return rows as lines with aligned columns, cut to a width if there is one."""
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row, colour in itertools.zip_longest(rows, colours, fillvalue=""):
+        cells = [
+            cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append(painted(fitted("  ".join(cells).rstrip(), most), colour))
+    return lines
 
 
 # --- init -----------------------------------------------------------------------------------------
@@ -6813,10 +6851,11 @@ def run_init(args: argparse.Namespace) -> int:
         ) from None
     write_new(key, Fernet.generate_key().decode() + "\n")
     write_new(config, EXAMPLE_CONFIG)
+    shown = shlex.quote(str(config))
     print(f"wrote {config} and {key}, which only you can read. Next:")
     print(f"  1. edit {config}: your tokens in plain, the stack, your batch ids")
-    print(f"  2. teckochecker --config {config} encrypt")
-    print(f"  3. teckochecker --config {config} check, and then without `check`: the daemon")
+    print(f"  2. teckochecker --config {shown} encrypt")
+    print(f"  3. teckochecker --config {shown} check, and then without `check`: the daemon")
     return 0
 
 
@@ -6828,6 +6867,8 @@ def source_text(source: SecretSource) -> str:
     text = source.text.reveal()
     if source.kind == "value":
         return "value" if looks_encrypted(text) else "value, NOT ENCRYPTED: run `encrypt`"
+    if source.kind == "env" and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text):
+        return "env, BUT NOT A VARIABLE'S NAME"  # it may be the token itself
     return f"{source.kind} {one_line(text, 200)}"
 
 
@@ -6845,7 +6886,7 @@ def run_secrets(args: argparse.Namespace) -> int:
     for secret in config.secrets.values():
         jobs = ", ".join(users.get(secret.name, ())) or "nobody"
         rows.append((secret.name, secret.kind, source_text(secret.source), jobs))
-    print(table(rows) if config.secrets else "no secrets")
+    print("\n".join(table(rows)) if config.secrets else "no secrets")
     return 0
 
 
@@ -6929,20 +6970,26 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def new_secret(name: str, kind: str | None) -> Secret:
-    """Return a secret that a person types, unseen, or that comes over standard input.
+MAX_SECRET_BYTES: Final = 65536
 
-    Raises UsageError for what can be none.
-    """
-    try:
-        if sys.stdin.isatty():
-            text = getpass.getpass(f"{name}: ")
-        else:
-            text = sys.stdin.read(MAX_FILE_BYTES)
-    except (EOFError, UnicodeDecodeError):
-        text = ""
+
+def typed_text(name: str) -> str:
+    """Return what a person types, unseen, or what comes over standard input."""
+    if sys.stdin is None:  # closed by whoever started us
+        return ""
+    if sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            return getpass.getpass(f"{name}: ")
+        return ""
+    return sys.stdin.buffer.read(MAX_SECRET_BYTES + 1).decode("utf-8", "replace")
+
+
+def new_secret(name: str, kind: str | None) -> Secret:
+    """Return a new value for a secret. Raises UsageError for what can be none."""
+    text = typed_text(name)
+    problem = f"is over {MAX_SECRET_BYTES >> 10} KiB" if len(text) > MAX_SECRET_BYTES else None
     text = text.strip()
-    problem = check_secret_value(text)
+    problem = problem or check_secret_value(text)
     if problem is None and kind == WebhookSecret.kind:
         problem = url_problem(text.partition("?")[0])
     if problem:
@@ -6959,11 +7006,13 @@ def text_with_value(text: str, found: Mapping[str, Cursor], token: str) -> str:
         return text[:start] + new + text[end:]
     last = found["type"]
     place = last.node.end_mark.index
-    if last.key is None or text[place:].lstrip(" ")[:1] in {",", "}"}:  # in braces, on one line
+    if last.key is None or text[place:].lstrip()[:1] in {",", "}"}:  # in braces
         return f"{text[:place]}, value: {token}{text[place:]}"
-    place += len(text[place:].partition("\n")[0].rstrip("\r"))  # behind a comment
+    line = text[place:].partition("\n")[0]
+    end_of_line = "\r\n" if line.endswith("\r") else "\n"
+    place += len(line.rstrip("\r"))  # behind a comment
     indent = " " * last.key.start_mark.column
-    return f"{text[:place]}\n{indent}value: {token}{text[place:]}"
+    return f"{text[:place]}{end_of_line}{indent}value: {token}{text[place:]}"
 
 
 def set_value(text: str, path: Path, name: str, keyring: Keyring) -> str:
@@ -6980,12 +7029,20 @@ def set_value(text: str, path: Path, name: str, keyring: Keyring) -> str:
     if other:
         raise UsageError(f"the secret {name} has {other}:", f"take {other}: out first")
     secret = new_secret(name, found["type"].text(""))
-    text = text_with_value(text, found, keyring.encrypt(secret))
-    again = secret_values(text, path, problems).get(name)
-    if problems or again is None or keyring.decrypt(str(again.node.value)) != secret:
-        cure = f"write {name}: with type: and value: each on its own line"
-        raise TeckoError("the value would not read back the same", cure)
+    token = keyring.encrypt(secret)
+    wanted = raw_values(text, path) | {name: token}
+    text = text_with_value(text, found, token)
+    if raw_values(text, path) != wanted:  # an anchor would change another one with it
+        cure = f"write {name}: with type: and value: of its own, each on its own line"
+        raise TeckoError(f"the value has no place of its own in {path}", cure)
     return text
+
+
+def raw_values(text: str, path: Path) -> dict[str, str]:
+    """Return what is written as each secret's `value`; nothing where the text cannot be read."""
+    problems: list[Problem] = []
+    values = secret_values(text, path, problems)
+    return {} if problems else {name: str(at.node.value) for name, at in values.items()}
 
 
 def run_encrypt(args: argparse.Namespace) -> int:
@@ -7002,12 +7059,12 @@ def run_encrypt(args: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems)
     names: list[str] = []
-    if values or args.set:
+    if values or args.set is not None:
         opener = Opener(draft.config, files, os.environ)
         keyring = opener.keyring()
         if keyring is None:
             raise ConfigError(opener.problems)
-        if args.set:
+        if args.set is not None:
             text, names = set_value(text, path, args.set, keyring), [args.set]
         else:
             text, names = encrypted_text(text, values, keyring, rotate=args.rotate)
@@ -7027,73 +7084,197 @@ LEAST_FREE_BYTES: Final = 100 * 1024 * 1024
 MOST_SKEW_S: Final = MINUTE_S
 EXPIRES_SOON_S: Final = 14 * DAY_S
 DOCTOR_TIMEOUT_S: Final = 10
+DOCTOR_PATIENCE_S: Final = 45  # for all requests with one secret; the secrets go side by side
+WORTH_A_PAGE: Final = 10  # batches that a page of the list shows; fewer are asked for one by one
 VARIABLES_COMPONENT: Final = "keboola.variables"
+
+
+def new_token_cure(secret: AnySecret) -> str:
+    """Return where a new token belongs."""
+    if secret.source.kind == "value":
+        return f"make a new one, then run `encrypt --set {secret.name}`"
+    return f"make a new one, and put it into {source_text(secret.source)}"
+
+
+def cure_for(secret: AnySecret, error: ApiError) -> str:
+    """Return what to do where a server takes no request with a secret."""
+    return new_token_cure(secret) if error.status in REFUSED else server_cure(error)
+
+
+def server_cure(error: ApiError) -> str:
+    """Return what to do where it is not the secret that a server refuses."""
+    if error.status is None:
+        return "check the address, the network and the proxy"
+    if error.status < 400:
+        return "check the address: something else answers there"
+    return "see the server's own words, and its status page"
+
+
+class Findings:
+    """What is right and what is wrong, in the order in which it is told.
+
+    What is found out side by side gets a `part` each, in the order of the config.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[bool, str] | Findings] = []
+
+    def good(self, text: str) -> None:
+        """Note what is right."""
+        self._found.append((True, text))
+
+    def bad(self, text: str, cure: str = "") -> None:
+        """Note what is wrong, and what to do about it."""
+        self._found.append((False, f"{text}; {cure}" if cure else text))
+
+    def part(self) -> Findings:
+        """Return a place for what is yet to be found out."""
+        part = Findings()
+        self._found.append(part)
+        return part
+
+    def lines(self) -> Iterator[tuple[bool, str]]:
+        """Return each line, with whether it tells of something right."""
+        for found in self._found:
+            if isinstance(found, Findings):
+                yield from found.lines()
+            else:
+                yield found
+
+
+Sight = Callable[[str, Http, Findings], Coroutine[Any, Any, None]]
 
 
 class Doctor:
     """Tries out everything that has to be right, and prints a line about each."""
 
-    def __init__(self, draft: Draft, secrets: Mapping[str, Secret], redactor: Redactor) -> None:
-        self.config = draft.config
+    def __init__(self, config: Config, secrets: Mapping[str, Secret], redactor: Redactor) -> None:
+        self.config = config
         self.is_ill = False
         self._secrets = secrets
         self._redactor = redactor
+        self._ended: set[str] = set()  # batches that nobody looks at again
+        self._finished: set[tuple[str, str]] = set()  # jobs, by name and batches
         self._skews: dict[str, float] = {}  # by the secret whose server told the time
 
-    def good(self, text: str) -> None:
-        """Tell what is right."""
-        print(painted("✓", GREEN), one_line(self._redactor.text(text), 1000), flush=True)
+    def tell(self, found: Findings) -> None:
+        """Print what was found out."""
+        for is_right, text in found.lines():
+            self.is_ill = self.is_ill or not is_right
+            right, wrong = ("✓", "✗") if can_show("✓✗") else ("ok", "WRONG")
+            mark = painted(right, GREEN) if is_right else painted(wrong, RED)
+            print(mark, one_line(self._redactor.text(text), 1000), flush=True)
 
-    def bad(self, text: str, cure: str = "") -> None:
-        """Tell what is wrong, and what to do about it."""
-        self.is_ill = True
-        line = f"{text}; {cure}" if cure else text
-        print(painted("✗", RED), one_line(self._redactor.text(line), 1000), flush=True)
+    # --- this machine ---
+
+    def see_config(self, draft: Draft, opener: Opener) -> None:
+        """Tell what is wrong with the config, the key and the secrets."""
+        found = Findings()
+        problems = sorted([*draft.problems, *opener.problems], key=lambda problem: problem.place)
+        for problem in problems:
+            found.bad(str(problem))
+        if not problems:
+            jobs, secrets = len(self.config.jobs), len(self._secrets)
+            words = f"{counted(jobs, 'job')}, {counted(secrets, 'secret')}, and every secret opens"
+            found.good(f"{self.config.path}: {words}")
+        for warning in opener.warnings:
+            found.bad(warning)
+        self.tell(found)
 
     def see_files(self) -> None:
         """Check what lies on this machine's disk."""
-        path = self.config.state_path
-        self._see_directory(path.parent, "the state file")
-        if self.config.publish_path:
-            place = self.config.publish_path
-            self._see_directory(place if is_there(place) else place.parent, "published files")
+        found, path = Findings(), self.config.state_path
+        self._see_directory(path.parent, "the state file", found)
+        place = self.config.publish_path
+        if place:
+            self._see_directory(place if place.is_dir() else place.parent, "published files", found)
         try:
             with read_store(path) as store:
                 if store:
                     store.refuse_damage()
-                there = "is whole" if store else "is not there yet: the first start makes it"
-            self.good(f"the state file {path} {there}")
+                    self._learn(store.works("position IS NOT NULL"))
+            self._see_rights(path, found)
+            there = "is whole" if store else "is not there yet: the first start makes it"
+            found.good(f"the state file {path} {there}")
         except TeckoError as error:
-            self.bad(str(error))
+            found.bad(str(error))
+        except sqlite3.Error as error:
+            found.bad(f"cannot use the state file {path}: {error}", state_hint(error))
         holder = holder_of(path)
         running = {Holder.NOBODY: "nothing runs now", Holder.HIDDEN: "something may run now"}
-        self.good(running.get(holder, f"running now: {holder}"))
+        found.good(running.get(holder, f"running now: {holder}"))
+        self.tell(found)
 
-    def _see_directory(self, directory: Path, what: str) -> None:
+    def _learn(self, works: Iterable[Work]) -> None:
+        """Remember what is over: its batches and its configuration may be gone by now."""
+        for work in works:
+            self._ended |= {batch.id for batch in work.batches if batch.is_terminal}
+            if work.is_finished:
+                self._finished.add((work.name, batch_key(batch.id for batch in work.batches)))
+
+    def _open_jobs(self) -> list[Job]:
+        """Return the jobs that something is still to be done for."""
+        jobs = self.config.jobs.values()
+        return [
+            job
+            for job in jobs
+            if not job.done and (job.name, batch_key(job.batch_ids)) not in self._finished
+        ]
+
+    def _see_directory(self, directory: Path, what: str, found: Findings) -> None:
         """Check that files can be made in a directory, and that its disk has room."""
         try:
             free = shutil.disk_usage(directory).free
         except OSError as error:
             cure = "create it (under systemd, the unit does)"
-            return self.bad(f"{directory}, for {what}: {error.strerror}", cure)
+            return found.bad(f"{directory}, for {what}: {error.strerror}", cure)
         if not os.access(directory, os.W_OK | os.X_OK):
             cure = "as the daemon's user, it would have to be: chown it, or run this as that user"
-            return self.bad(f"{directory}, for {what}, cannot be written by this user", cure)
+            return found.bad(f"{directory}, for {what}, cannot be written by this user", cure)
         if free < LEAST_FREE_BYTES:
-            return self.bad(f"{directory}, for {what}, has {free >> 20} MiB left", "free the disk")
-        return self.good(f"{directory}, for {what}: {free >> 20:,} MiB free")
+            text = f"{directory}, for {what}, has {free >> 20} MiB left"
+            return found.bad(text, "free some of the disk")
+        return found.good(f"{directory}, for {what}: {free >> 20:,} MiB free")
+
+    def _see_rights(self, state_path: Path, found: Findings) -> None:
+        """Check that the files that are there already can be written."""
+        for path in (state_path, lock_path(state_path)):
+            if is_there(path) and not os.access(path, os.R_OK | os.W_OK):
+                cure = "chown it to the daemon's user, or run this as that user"
+                found.bad(f"{path} cannot be written by this user", cure)
+
+    # --- the servers ---
 
     async def see_servers(self) -> None:
         """Ask OpenAI and Keboola with every secret, about everything that the jobs need of them."""
-        limits = replace(self.config.limits, request_timeout_s=DOCTOR_TIMEOUT_S)
+        timeout_s = min(DOCTOR_TIMEOUT_S, self.config.limits.request_timeout_s)
+        limits = replace(self.config.limits, request_timeout_s=timeout_s)
         http = Http(limits, self._redactor, SystemClock())
+        sights = [(self._see_openai, name) for name in self.config.openai if name in self._secrets]
+        sights += [
+            (self._see_keboola, name) for name in self.config.keboola if name in self._secrets
+        ]
+        tasks = [asyncio.create_task(self._patiently(see, name, http)) for see, name in sights]
         try:
-            opened = self._secrets.keys()
-            await all_of(self._see_openai(n, http) for n in self.config.openai if n in opened)
-            await all_of(self._see_keboola(n, http) for n in self.config.keboola if n in opened)
+            for task in tasks:
+                self.tell(await task)
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await http.close()
         self._see_skews()
+
+    async def _patiently(self, see: Sight, name: str, http: Http) -> Findings:
+        """Return what is found out with one secret, as far as the time allows."""
+        found = Findings()
+        try:
+            async with asyncio.timeout(DOCTOR_PATIENCE_S):
+                await see(name, http, found)
+        except TimeoutError:
+            text = f"{name}: not everything was answered within {DOCTOR_PATIENCE_S} s"
+            found.bad(text, "see why its server is slow; for very many jobs, raise max_concurrency")
+        return found
 
     def _note_time(self, name: str, came: Answer | ApiError) -> None:
         """Remember how far a server's clock is from ours."""
@@ -7102,41 +7283,73 @@ class Doctor:
             self._skews[name] = time.time() - server_s
 
     def _see_skews(self) -> None:
+        found = Findings()
         wrong = {name: skew for name, skew in self._skews.items() if abs(skew) > MOST_SKEW_S}
         for name, skew in wrong.items():
             side = "ahead of" if skew > 0 else "behind"
             cure = "let NTP set it (systemd-timesyncd, chrony)"
-            self.bad(f"the clock is {in_words(abs(skew))} {side} the server's of {name}", cure)
+            found.bad(f"the clock is {in_words(abs(skew))} {side} the server's of {name}", cure)
         if self._skews and not wrong:
             most = max(map(abs, self._skews.values()))
-            self.good(f"the clock agrees with the servers' to {most:.0f} s")
+            found.good(f"the clock agrees with the servers' to {most:.0f} s")
+        self.tell(found)
 
     # --- OpenAI ---
 
-    async def _see_openai(self, name: str, http: Http) -> None:
+    async def _see_openai(self, name: str, http: Http, found: Findings) -> None:
         """Check an OpenAI key, and whether it reads the batches that are watched with it."""
         secret = self.config.openai[name]
         account = Account(self._secrets[name], secret.base_url, secret.organization, secret.project)
         client = OpenAIClient(account, http, functools.partial(self._note_time, name))
-        jobs = [j for j in self.config.jobs.values() if j.openai_secret == name and not j.done]
-        watched = {batch_id: Batch(batch_id) for job in jobs for batch_id in job.batch_ids}
-        readable: set[str] = set()
+        jobs = [job for job in self._open_jobs() if job.openai_secret == name]
+        ids = dict.fromkeys(batch_id for job in jobs for batch_id in job.batch_ids)
+        watched = [batch_id for batch_id in ids if batch_id not in self._ended]
+        listed: set[str] = set()
         try:
-            page = await client.page(None, watched)
-            readable |= page.batches.keys()
-            self.good(f"{name}: {secret.base_url} takes the key")
+            listed = await self._listed(client, watched)
+            found.good(f"{name}: {secret.base_url} takes the key")
         except ApiError as error:
-            if error.status not in {404, 405}:  # no list: batches are asked for one by one
-                self.bad(f"{name}: {secret.base_url}: {error}", self._cure_for(name, error))
-                if error.status is None or error.status in REFUSED:
-                    return
-        failures = await self._unreadable(client, [key for key in watched if key not in readable])
+            if error.status not in {404, 405}:
+                found.bad(f"{name}: {secret.base_url}: {error}", cure_for(secret, error))
+                return
+            if not watched:
+                text = f"{name}: {secret.base_url} has no list of batches"
+                found.good(f"{text}, and no job a batch: the key is not tried")
+        failures = await self._unreadable(client, [key for key in watched if key not in listed])
+        self._tell_failures(name, jobs, failures, found)
+        if len(failures) < len(watched):
+            found.good(f"{name}: reads {len(watched) - len(failures)} of {len(watched)} batches")
+
+    def _tell_failures(
+        self,
+        name: str,
+        jobs: Iterable[Job],
+        failures: Mapping[str, ApiError],
+        found: Findings,
+    ) -> None:
         for job in jobs:
             for batch_id in job.batch_ids:
-                if batch_id in failures:
-                    self.bad(f"job {job.name}: {batch_id}: {failures[batch_id]}")
-        if watched:
-            self.good(f"{name}: reads {len(watched) - len(failures)} of {len(watched)} batches")
+                error = failures.get(batch_id)
+                if error is None:
+                    continue
+                cure = cure_for(self.config.secrets[name], error)
+                if error.status == 404:
+                    cure = "correct batch_ids, or openai_secret, or that secret's base_url"
+                found.bad(f"job {job.name}: {batch_id}: {error}", cure)
+
+    async def _listed(self, client: OpenAIClient, watched: Sequence[str]) -> set[str]:
+        """Return which batches the account's list shows, page after page while they show many."""
+        known = {batch_id: Batch(batch_id) for batch_id in watched}
+        listed: set[str] = set()
+        cursor = None
+        while True:
+            page = await client.page(cursor, known)
+            fresh = page.batches.keys() - listed
+            listed |= fresh
+            is_worth_it = len(fresh) >= WORTH_A_PAGE and len(listed) < len(known)
+            if not (is_worth_it and page.has_more):
+                return listed
+            cursor = page.ids[-1]
 
     async def _unreadable(
         self, client: OpenAIClient, batch_ids: Sequence[str]
@@ -7153,72 +7366,92 @@ class Doctor:
         await all_of(map(see, batch_ids))
         return failures
 
-    def _cure_for(self, name: str, error: ApiError) -> str:
-        """Return what to do where a server takes no request with a secret."""
-        if error.status in REFUSED:
-            return f"run `encrypt --set {name}` with a token that is valid"
-        if error.status is None:
-            return "check the address, the network and the proxy"
-        return "see the server's own words, and its status page"
-
     # --- Keboola ---
 
-    async def _see_keboola(self, name: str, http: Http) -> None:
+    async def _see_keboola(self, name: str, http: Http, found: Findings) -> None:
         """Check a Keboola token, its queue, and every configuration that is started with it."""
         stack_url = self.config.keboola[name].stack_url
         note = functools.partial(self._note_time, name)
         client = KeboolaClient(stack_url, self._secrets[name], http, {}, note)
         try:
-            self._see_token(name, await client.verify())
+            self._see_token(name, await client.verify(), found)
         except ApiError as error:
-            self.bad(f"{name}: {stack_url}: {error}", self._cure_for(name, error))
-            return
-        jobs = [j for j in self.config.jobs.values() if j.keboola_secret == name and not j.done]
-        await self._see_queue(name, client, jobs)
-        await all_of(self._see_target(client, job) for job in jobs)
+            return found.bad(
+                f"{name}: {stack_url}: {error}", cure_for(self.config.secrets[name], error)
+            )
+        jobs: dict[Target, list[Job]] = {}
+        for job in self._open_jobs():
+            if job.keboola_secret == name:
+                jobs.setdefault(self.config.target(job), []).append(job)
+        queue = self._see_queue(name, client, next(iter(jobs), None), found.part())
+        sights = [self._see_target(client, t, own, found.part()) for t, own in jobs.items()]
+        return await all_of([queue, *sights])
 
-    def _see_token(self, name: str, said: Mapping[str, Any]) -> None:
+    def _see_token(self, name: str, said: Mapping[str, Any], found: Findings) -> None:
         owner = said.get("owner")
         project = text_or_none(owner.get("name")) if isinstance(owner, dict) else None
-        expires = None
-        with contextlib.suppress(ValueError):
-            expires = datetime.fromisoformat(str(said.get("expires"))).timestamp()
-        left_s = math.inf if expires is None else expires - time.time()
-        until_then = "" if expires is None else f", expires in {in_words(left_s)}"
-        text = f"{name}: the token is one of project {quoted(project or 'unknown')}{until_then}"
+        if project is None:
+            text = f"{name}: {self.config.keboola[name].stack_url} names no project of the token"
+            return found.bad(text, "correct stack_url: it is no Keboola stack")
+        left_s, when = math.inf, ""
+        with contextlib.suppress(ValueError, OverflowError):
+            expires = datetime.fromisoformat(str(said.get("expires")))
+            left_s = expires.replace(tzinfo=expires.tzinfo or UTC).timestamp() - time.time()
+            when = f", expires in {in_words(left_s)}" if left_s > 0 else ", has expired"
+        text = f"{name}: the token is one of project {quoted(project)}{when}"
         if left_s < EXPIRES_SOON_S:
-            self.bad(text, f"make a new one, then run `encrypt --set {name}`")
-        else:
-            self.good(text)
+            return found.bad(text, new_token_cure(self.config.keboola[name]))
+        return found.good(text)
 
-    async def _see_queue(self, name: str, client: KeboolaClient, jobs: Sequence[Job]) -> None:
+    async def _see_queue(
+        self, name: str, client: KeboolaClient, target: Target | None, found: Findings
+    ) -> None:
         """Check that the queue is there, and that it can be searched."""
         try:
             url = await client.queue_url()
-            if jobs:
-                await client.search(self.config.target(jobs[0]), time.time() - MINUTE_S, "-")
-            self.good(f"{name}: the queue is {url}")
+            if target:
+                await client.search(target, time.time() - MINUTE_S, "-")
+            found.good(f"{name}: the queue is {url}")
         except ApiError as error:
-            self.bad(f"{name}: the queue: {error}", self._cure_for(name, error))
+            found.bad(f"{name}: the queue: {error}", cure_for(self.config.secrets[name], error))
 
-    async def _see_target(self, client: KeboolaClient, job: Job) -> None:
-        """Check that a job's configuration is there, enabled, and gets all its variables."""
-        target = self.config.target(job)
-        text = f"job {job.name}: {target_text(target)}"
+    async def _see_target(
+        self, client: KeboolaClient, target: Target, jobs: Sequence[Job], found: Findings
+    ) -> None:
+        """Check that the configuration of some jobs is there, and fits each of them."""
         try:
             said = await client.configuration(target)
             needed = await self._variables_of(client, target, said)
         except ApiError as error:
-            cure = "correct component_id, config_id, branch_id or the token's rights"
-            return self.bad(f"{text}: {error}", cure)
+            cure = server_cure(error)
+            if error.status in {400, 404, *REFUSED}:
+                cure = "correct component_id, config_id, branch_id or the token's rights"
+            for job in jobs:
+                found.bad(f"job {job.name}: {target_text(target)}: {error}", cure)
+            return
+        for job in jobs:
+            self._see_job(job, said, needed, found)
+
+    def _see_job(
+        self, job: Job, said: Mapping[str, Any], needed: list[str] | None, found: Findings
+    ) -> None:
+        """Check that a configuration is enabled, has a job's rows, and gets all its variables."""
+        text = f"job {job.name}: {target_text(self.config.target(job))}"
+        rows = said.get("rows")
+        row_ids = {str(r.get("id")) for r in rows if isinstance(r, dict)} if rows else set()
+        gone = [row_id for row_id in job.config_row_ids if row_ids and row_id not in row_ids]
         missing = [n for n in needed or () if n not in {*OWN_VARIABLES, *dict(job.variables)}]
         if said.get("isDisabled") is True:
-            return self.bad(f"{text} is disabled", "enable it in Keboola")
+            return found.bad(f"{text} is disabled", "enable it in Keboola")
+        if gone:
+            return found.bad(f"{text} has no rows {', '.join(gone)}", "correct config_row_ids")
         if missing:
             cure = "add them to the job's variables: what is sent replaces the defaults"
-            return self.bad(f"{text} needs the variables {', '.join(missing)}", cure)
-        takes = "takes its variables" if needed is not None else "takes no variables, also no ids"
-        return self.good(f"{text} is there; it {takes}")
+            return found.bad(f"{text} needs the variables {', '.join(missing)}", cure)
+        takes = "gets its variables"
+        if needed is None:
+            takes = "declares no variables: its Keboola job gets no batch ids"
+        return found.good(f"{text} is there, and {takes}")
 
     async def _variables_of(
         self, client: KeboolaClient, target: Target, said: Mapping[str, Any]
@@ -7242,16 +7475,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     opener = Opener(draft.config, files, os.environ)
     secrets = opener.open_all()
     redactor.learn((*secrets.values(), *opener.keys))
-    doctor = Doctor(draft, secrets, redactor)
-    problems = sorted([*draft.problems, *opener.problems], key=lambda problem: problem.place)
-    for problem in problems:
-        doctor.bad(str(problem))
-    if not problems:
-        jobs, count = len(draft.config.jobs), len(secrets)
-        words = f"{counted(jobs, 'job')}, {counted(count, 'secret')}, and every secret opens"
-        doctor.good(f"{draft.config.path}: {words}")
-    for warning in opener.warnings:
-        doctor.bad(warning)
+    doctor = Doctor(draft.config, secrets, redactor)
+    doctor.see_config(draft, opener)
     if draft.config.sha256:
         doctor.see_files()
         asyncio.run(doctor.see_servers())
@@ -7270,17 +7495,33 @@ _OLD_BATCHES: Final = "SELECT job_id, batch_id FROM job_batches ORDER BY id"
 _OLD_DONE: Final = frozenset({"completed", "completed_with_failures"})
 
 
+def numbered(name: str) -> Iterator[str]:
+    """Return a name, then the same with numbers behind it."""
+    yield name
+    for number in itertools.count(2):
+        yield f"{name}-{number}"
+
+
 def name_for_secret(text: str, taken: Container[str]) -> str:
     """Return a name for a secret that is like `text`, and not taken."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80] or "secret"
     return next(n for n in numbered(plain) if n not in taken)
 
 
-def numbered(name: str) -> Iterator[str]:
-    """Return a name, then the same with numbers behind it."""
-    yield name
-    for number in itertools.count(2):
-        yield f"{name}-{number}"
+def name_for_job(text: str, taken: Container[str]) -> str:
+    """Return a name for a job that is like `text`, and not taken."""
+    plain = one_line(text, 190) or "job"
+    return next(n for n in numbered(plain) if n not in taken)
+
+
+def old_stack_url(text: str) -> str | None:
+    """Return a stack's address as the config has it; None for what is none."""
+    url = text.strip().rstrip("/")
+    if not url or url_problem(url if "://" in url else f"https://{url}"):
+        return None
+    parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
+    is_page = (parts.hostname or "").startswith("connection.")  # of Keboola's, on that stack
+    return f"{parts.scheme}://{parts.netloc}{'' if is_page else parts.path}"
 
 
 class Importer:
@@ -7297,37 +7538,45 @@ class Importer:
         self._secrets: dict[str, dict[str, str]] = {}
 
     def config(self) -> dict[str, object]:
-        """Return the config as plain data. Raises TeckoError where a secret does not open."""
+        """Return the config as plain data. Raises UsageError where a secret does not open."""
         batches: dict[int, list[str]] = {}
         for row in self._db.execute(_OLD_BATCHES):
             ids = batches.setdefault(row["job_id"], [])
-            if row["batch_id"] not in ids:
+            if str(row["batch_id"]) not in ids:
                 ids.append(str(row["batch_id"]))
         jobs: dict[str, object] = {}
         for row in self._db.execute(_OLD_JOBS):
-            name = next(n for n in numbered(str(row["name"]).strip()) if n not in jobs)
+            name = name_for_job(str(row["name"]), jobs)
+            if name != row["name"]:
+                self.notes.append(f"the job {quoted(str(row['name']))} is called {name} now")
             job = self._job(name, row, batches.get(row["id"], []))
             if job:
                 jobs[name] = job
         for old_id, row in self._rows.items():
             if not any(key[0] == old_id for key in self._names):
-                self.notes.append(f"the secret {row['name']} is left out: no job uses it")
+                text = quoted(str(row["name"]))
+                self.notes.append(f"the secret {text} is left out: no job here uses it")
         return {"secrets": self._secrets, "jobs": jobs}
 
     def _job(self, name: str, row: sqlite3.Row, batch_ids: list[str]) -> dict[str, object] | None:
-        if not batch_ids or len(batch_ids) > 10:
-            self.notes.append(f"job {name} is left out: it has {counted(len(batch_ids), 'batch')}")
-            return None
-        stack_url = str(row["keboola_stack_url"] or "").strip().rstrip("/")
-        openai_secret = self._secret(row["openai_secret_id"], "")
-        keboola_secret = self._secret(row["keboola_secret_id"], stack_url)
-        if openai_secret is None or keboola_secret is None:
-            self.notes.append(f"job {name} is left out: one of its secrets is not there")
+        """Return a job as the config has it; None, and a note, where it cannot have it."""
+        stack_url = old_stack_url(str(row["keboola_stack_url"] or ""))
+        why_not = None
+        if not 1 <= len(batch_ids) <= 10:
+            why_not = f"it has {counted(len(batch_ids), 'batch')}, and 1 to 10 are possible"
+        elif stack_url is None:
+            why_not = "its stack's address is none"
+        elif not {row["openai_secret_id"], row["keboola_secret_id"]} <= self._rows.keys():
+            why_not = "one of its secrets is not there"
+        elif not (row["keboola_component_id"] and row["keboola_configuration_id"]):
+            why_not = "it has no component or no configuration"
+        if why_not or stack_url is None:
+            self.notes.append(f"the job {name} is left out: {why_not}")
             return None
         job: dict[str, object] = {
             "batch_ids": batch_ids,
-            "openai_secret": openai_secret,
-            "keboola_secret": keboola_secret,
+            "openai_secret": self._secret(row["openai_secret_id"], ""),
+            "keboola_secret": self._secret(row["keboola_secret_id"], stack_url),
             "component_id": str(row["keboola_component_id"]),
             "config_id": str(row["keboola_configuration_id"]),
             "poll_interval": show_exact_duration(row["poll_interval_seconds"]),
@@ -7342,13 +7591,11 @@ class Importer:
             return {}
         if status != "paused":
             words = "take out paused: to start it, or write done: true"
-            self.notes.append(f"job {name} was {status}, and is paused now: {words}")
+            self.notes.append(f"the job {name} was {one_line(status)}, and is paused now: {words}")
         return {"paused": True}
 
-    def _secret(self, old_id: int, stack_url: str) -> str | None:
+    def _secret(self, old_id: int, stack_url: str) -> str:
         """Return the name of a secret in the config; a token used with two stacks becomes two."""
-        if old_id not in self._rows:
-            return None
         if (old_id, stack_url) not in self._names:
             row = self._rows[old_id]
             text = str(row["name"])
@@ -7358,21 +7605,25 @@ class Importer:
             name = name_for_secret(text, self._secrets)
             self._names[old_id, stack_url] = name
             kind = KeboolaSecret.kind if stack_url else OpenAISecret.kind
-            self._secrets[name] = {"type": kind, "value": self._reencrypted(row)}
+            self._secrets[name] = {"type": kind, "value": self._reencrypted(name, row)}
             if stack_url:
                 self._secrets[name]["stack_url"] = stack_url
         return self._names[old_id, stack_url]
 
-    def _reencrypted(self, row: sqlite3.Row) -> str:
+    def _reencrypted(self, name: str, row: sqlite3.Row) -> str:
         """Return a secret's value, closed with our key."""
         value = row["value"]
         try:
             token = value if isinstance(value, bytes) else str(value).encode()
-            return self._new.encrypt(Secret(self._old.decrypt(token).decode().strip()))
+            text = self._old.decrypt(token.strip()).decode().strip()
         except (InvalidToken, ValueError):
             cure = f"set ${OLD_KEY_VARIABLE} as the old program had it"
             message = f"${OLD_KEY_VARIABLE} does not open the secret {quoted(str(row['name']))}"
-            raise TeckoError(message, cure) from None
+            raise UsageError(message, cure) from None
+        problem = check_secret_value(text)
+        if problem:
+            self.notes.append(f"the secret {name} {problem}: run `encrypt --set {name}`")
+        return self._new.encrypt(Secret(text))
 
 
 def show_exact_duration(seconds: object) -> str:
@@ -7382,6 +7633,9 @@ def show_exact_duration(seconds: object) -> str:
 
 def run_import(args: argparse.Namespace) -> int:
     """Print a config made of the database of TeckoChecker 0.9."""
+    old = Path(args.old)
+    if not is_there(old):
+        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
     old_key = os.environ.get(OLD_KEY_VARIABLE, "")
     if not old_key:
         cure = "set it as the old program had it: it opens the old secrets"
@@ -7391,9 +7645,6 @@ def run_import(args: argparse.Namespace) -> int:
     keyring = opener.keyring()
     if keyring is None:
         raise ConfigError(opener.problems)
-    old = Path(args.old)
-    if not is_there(old):
-        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
     key = base64.urlsafe_b64encode(hashlib.sha256(old_key.encode()).digest())
     try:
         with contextlib.closing(connect_readonly(old.absolute().as_uri() + "?mode=ro")) as db:
@@ -7402,11 +7653,11 @@ def run_import(args: argparse.Namespace) -> int:
     except sqlite3.Error as error:
         cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
         raise UsageError(f"cannot import {old}: {error}", cure) from None
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=1000)
+    text = f"# Imported from {one_line(str(old))}. Put it into config.yaml, then run `check`.\n"
+    text += yaml.safe_dump(config, sort_keys=False, allow_unicode=can_show("ěš🌙"), width=1000)
     problems = parse_config(text, Path("<imported>")).problems
     for note in (*importer.notes, *map(str, problems)):
         print(f"teckochecker: {note}", file=sys.stderr)
-    print(f"# Imported from {one_line(str(old))}. Check it, put it into config.yaml, run `check`.")
     print(text, end="")
     return 1 if importer.notes or problems else 0
 
@@ -7452,27 +7703,34 @@ def progress_bar(work: Work, width: int = 10) -> str:
     numbers = f"{ratio(work):>5} {math.floor(100 * share):>3}%"
     if not sys.stdout.isatty():
         return numbers.strip()
-    full, empty = (
-        ("█", "░") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", ".")
-    )
+    full, empty = ("█", "░") if can_show("█░") else ("#", ".")
     done = math.floor(width * share)
     return f"{full * done}{empty * (width - done)} {numbers}"
 
 
-def job_table(works: Sequence[Work], now: float) -> str:
-    """Return the jobs as a table, those first that need a person."""
+def job_table(works: Sequence[Work], now: float) -> list[str]:
+    """Return the jobs as lines of a table, those first that need a person.
+
+    On a terminal, what is wrong with a job has a line of its own: it would stand beyond the edge.
+    """
     if not works:
-        return "no jobs"
-    rows = [("JOB", "STATUS", "PROGRESS", "LAST LOOK", "NEXT")]
-    colours = [""]
+        return ["no jobs"]
+    most = terminal_columns()
+    rows, colours, below = [("JOB", "STATUS", "PROGRESS", "LAST LOOK", "NEXT")], [""], [""]
     for work in in_need_first(works):
-        error, step = error_of(work), what_next(work, now)
-        note = f"{step}; {one_line(error)}" if error else step
+        error, step = one_line(error_of(work) or ""), what_next(work, now)
+        name = work.name
+        if most is None:
+            step = f"{step}; {error}" if error else step
+        else:
+            name = fitted(name, max(12, most // 4))
+            below.append(error and painted(fitted(f"  {error}", most), RED))
         status = job_status(work)
-        rows.append((work.name, status, progress_bar(work), ago(work.last_check_at, now), note))
+        rows.append((name, status, progress_bar(work), ago(work.last_check_at, now), step))
         is_done = status in {JobStatus.COMPLETED, JobStatus.PAUSED}
         colours.append(RED if needs_person(work) else DIM if is_done else "")
-    return table(rows, colours)
+    lines = itertools.zip_longest(table(rows, colours, most), below, fillvalue="")
+    return [line for pair in lines for line in pair if line]
 
 
 def job_details(work: Work, events: Sequence[LogRow], now: float) -> str:
@@ -7499,7 +7757,7 @@ def job_details(work: Work, events: Sequence[LogRow], now: float) -> str:
             (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
         )
     happened = [event_line(row) for row in events]
-    return "\n".join([*lines, "", table(rows), *([""] if happened else []), *happened])
+    return "\n".join([*lines, "", *table(rows), *([""] if happened else []), *happened])
 
 
 def status_text(report: Report, job: str | None) -> str:
@@ -7512,23 +7770,32 @@ def status_text(report: Report, job: str | None) -> str:
         events = report.last_events.get(job, ())
         return "\n".join([*lines, job_details(report.works[0], events, report.at)])
     lines.append(f"{who_runs(report)} {jobs_in_words(report.works) or 'No jobs.'}")
-    return "\n".join([*lines, "", job_table(report.works, report.at)])
+    return "\n".join([*lines, "", *job_table(report.works, report.at)])
 
 
 WATCH_S: Final = 2.0
+HOME: Final = "\033[H"
+NO_WRAP: Final = "\033[?7l"  # a long line is cut by the terminal, and pushes nothing off it
+WRAP: Final = "\033[?7h"
+CLEAR_BELOW: Final = "\033[J"
 
 
 def watch_status(args: argparse.Namespace) -> NoReturn:
     """Draw the status again and again, until Ctrl-C."""
+    if args.json or args.check:
+        raise UsageError("--watch goes without --json and --check", "leave one of them out")
     if not sys.stdout.isatty():
         raise UsageError("--watch draws on a terminal", "use --json, or `logs --follow`")
-    while True:
-        text = status_text(chosen_report(args), args.job)
-        lines = text.splitlines()[: shutil.get_terminal_size().lines - 1]
-        print(
-            "\033[H" + "".join(f"{line}\033[K\n" for line in lines) + "\033[J", end="", flush=True
-        )
-        time.sleep(WATCH_S)
+    try:
+        while True:
+            text = status_text(chosen_report(args), args.job)
+            lines = text.splitlines()[: shutil.get_terminal_size().lines - 1]
+            drawn = "".join(f"{line}\033[K\n" for line in lines)
+            print(f"{HOME}{NO_WRAP}{drawn}{CLEAR_BELOW}{WRAP}", end="", flush=True)
+            time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        print(WRAP)  # it may have come while one was drawn; and a line's end behind the ^C
+        raise
 
 
 def chosen_report(args: argparse.Namespace) -> Report:
@@ -7576,11 +7843,13 @@ def log_json(row: LogRow) -> str:
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print the log that the state file keeps, and with --follow what comes."""
-    path = draft_for_reading(args).config.state_path
+    config = draft_for_reading(args).config
     last, most = 0, args.n
     while True:
-        with read_store(path) as store:
+        with read_store(config.state_path) as store:
             rows = store.logs(after=last, job=args.job, most=most) if store else []
+            if not (rows or last or most == 0 or args.job is None or args.job in config.jobs):
+                raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
         for row in rows:
             print(log_json(row) if args.json else log_line(row), flush=args.follow)
             last = row.id
@@ -7804,18 +8073,32 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = new_parser()
-    args = parser.parse_args(argv)
-    if args.once and args.run is not run_daemon:
-        parser.error("--once goes without a command")
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no crash
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Have all that a command prints arrive before it ends.
+
+    What cannot arrive is dropped: at its end, the interpreter would try once more, and complain.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w", closefd=False)))
     try:
-        code = int(args.run(args))
+        yield
         sys.stdout.flush()
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
+
+
+def exit_code(args: argparse.Namespace) -> int:
+    """Run a command; what it raises for a person is told, and becomes its exit code."""
+    try:
+        return int(args.run(args))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -7826,12 +8109,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = state_hint(error)
         print(f"teckochecker: cannot use the state file: {error}; {hint}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `| head` has seen enough; without this, the interpreter complains
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = new_parser()
+    args = parser.parse_args(argv)
+    if args.once and args.run is not run_daemon:
+        parser.error("--once goes without a command")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no crash
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with printing():
+            return exit_code(args)
+    except BrokenPipeError:  # `| head` has seen enough
         return 0
+    except OSError as error:
+        if args.run is run_daemon:
+            raise
+        with contextlib.suppress(OSError):
+            what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            print(f"teckochecker: cannot go on: {what}; see to that first", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
-    return code
 
 
 if __name__ == "__main__":

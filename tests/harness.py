@@ -11,16 +11,20 @@ Nothing here sleeps for a fixed time: all that waits, waits for a condition, wit
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
 import io
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -186,6 +190,71 @@ class Daemon:
         return "\n".join(self.lines)
 
 
+class Terminal:
+    """A command on a terminal of its own; `text` is all that it has shown there so far."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        cwd: Path,
+        env: dict[str, str],
+        size: tuple[int, int] = (24, 80),
+    ) -> None:
+        """Start it; `size` is lines and columns."""
+        self.text = ""
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, size)
+        self._process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - see Ctrl-C
+        )
+        self._theirs = theirs  # open, so that what was shown can be read after the command's end
+
+    def _read(self, timeout_s: float) -> bool:
+        """Take what is shown by now; returns whether there was anything."""
+        if not select.select([self._ours], [], [], timeout_s)[0]:
+            return False
+        self.text += os.read(self._ours, 65_536).decode(errors="replace")
+        return True
+
+    def wait_for(self, text: str, times: int = 1, timeout: float = PATIENCE_S) -> None:
+        """Waits until something was shown, so many times."""
+        deadline = time.monotonic() + timeout
+        while self.text.count(text) < times:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {text!r} within {timeout:g} s, but: {self.text!r}")
+            self._read(0.05)
+
+    def type(self, text: str) -> None:
+        """Types on its keyboard; character 3 is Ctrl-C."""
+        os.write(self._ours, text.encode())
+
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed."""
+        return bool(termios.tcgetattr(self._theirs)[3] & termios.ECHO)
+
+    def wait(self, timeout: float = PATIENCE_S) -> int:
+        """The exit code, once the command has ended and all that it showed is in `text`."""
+        deadline = time.monotonic() + timeout
+        while self._process.poll() is None:
+            if time.monotonic() > deadline:
+                self._process.kill()
+                self._process.wait()
+                raise TimeoutError(f"still runs after {timeout:g} s: {self.text!r}")
+            self._read(0.05)
+        while self._read(0):
+            pass
+        os.close(self._ours)
+        os.close(self._theirs)
+        return self._process.returncode
+
+
 class Workspace:
     """A directory with a config, its key and its state file, pointed at a simulator."""
 
@@ -296,6 +365,13 @@ class Workspace:
             check=False,
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def terminal(self, *arguments: str, size: tuple[int, int] = (24, 80), **env: str) -> Terminal:
+        """Runs a command on a terminal, which has colours unless the environment says otherwise."""
+        plain = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "LINES": ""}
+        return Terminal(
+            self.command(*arguments), self.directory, clean_environment(**plain | env), size
+        )
 
     def once(self) -> Outcome:
         """Writes the config and makes one pass."""

@@ -809,6 +809,43 @@ MUTANTS: tuple[Mutant, ...] = (
         new="if False:",
         tests=("test_config.py::test_thirty_thousand_levels_do_not_crash_the_process",),
     ),
+    # --- commands ---
+    Mutant(
+        name="import has finished jobs run again",
+        old='            return {"done": True}\n',
+        new="            return {}\n",
+        tests=("test_import.py::test_one_pass_starts_only_what_was_active",),
+    ),
+    Mutant(
+        name="doctor finds ills and exits 0",
+        old="self.is_ill = self.is_ill or not is_right",
+        new="self.is_ill = False",
+        tests=("test_doctor.py::test_it_finds",),
+    ),
+    Mutant(
+        name="doctor looks at what is over",
+        old="if not job.done and (job.name, batch_key(job.batch_ids)) not in self._finished",
+        new="if not job.done",
+        tests=("test_doctor.py::test_what_is_over_is_not_looked_at",),
+    ),
+    Mutant(
+        name="what is typed for encrypt --set is shown",
+        old='return getpass.getpass(f"{name}: ")',
+        new='return input(f"{name}: ")',
+        tests=("test_encrypt_set.py::test_hidden_on_a_terminal",),
+    ),
+    Mutant(
+        name="encrypt --set changes another secret with it",
+        old="if raw_values(text, path) != wanted:",
+        new="if raw_values(text, path).get(name) != token:",
+        tests=("test_encrypt_set.py::test_refused",),
+    ),
+    Mutant(
+        name="a full disk below the output is a traceback",
+        old="if args.run is run_daemon:",
+        new="if args.run:",
+        tests=("test_terminal.py::test_a_full_disk_below_the_output",),
+    ),
 )
 
 

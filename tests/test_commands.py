@@ -207,22 +207,22 @@ def public(sim: Simulator) -> Iterator[Workspace]:
         shutil.rmtree(directory)
 
 
-def status_as_nobody(workspace: Workspace) -> subprocess.CompletedProcess[str]:
-    """`status --json` without any right; the program is loaded before root's rights are given up.
+def run_as_nobody(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command without any right; the program is loaded before root's rights are given up.
 
     The interpreter itself may lie where nobody else can read it.
     """
     script = f"""
-import os, sys
+import encodings.ascii, os, sys
 sys.path.insert(0, {str(PROGRAM.parent)!r})
 import teckochecker
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
-sys.exit(teckochecker.main(["--config", {str(workspace.path)!r}, "status", "--json"]))
+sys.exit(teckochecker.main(["--config", {str(workspace.path)!r}, *{arguments!r}]))
 """
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=workspace.directory,
-        env=clean_environment(),
+        env=clean_environment(TECKOCHECKER_KEY=workspace.key),
         capture_output=True,
         text=True,
         timeout=30,
@@ -237,14 +237,31 @@ def test_status_as_nobody(public: Workspace) -> None:
     daemon = public.daemon()
     public.path.chmod(0o644)
     daemon.wait_for_event("trigger_sent", job="job")
-    during = status_as_nobody(public)
+    during = run_as_nobody(public, "status", "--json")
     assert during.returncode == 0, during.stderr
     assert json.loads(during.stdout)["jobs"][0]["status"] == "completed"
     assert daemon.stop() == 0
     assert not public.state.with_name("teckochecker.db-wal").exists()
-    after = status_as_nobody(public)
+    after = run_as_nobody(public, "status", "--json")
     assert after.returncode == 0, after.stderr
     assert json.loads(after.stdout)["jobs"] == json.loads(during.stdout)["jobs"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_what_only_reads_needs_no_more(public: Workspace) -> None:
+    """Who can only read the files can use what only reads; all else is refused in one line."""
+    public.add_job("job", "batch_a", status="in_progress")
+    assert public.once().code == 0
+    public.path.chmod(0o644)
+    before = {path.name: path.read_bytes() for path in public.directory.iterdir()}
+    for command in ("status", "status job", "secrets", "check", "logs", "logs job", "schema"):
+        done = run_as_nobody(public, *command.split())
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout
+    for command in ("retry job", "encrypt --rotate", "--once"):
+        done = run_as_nobody(public, *command.split())
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert {path.name: path.read_bytes() for path in public.directory.iterdir()} == before
 
 
 # ---- retry ----
