@@ -4165,6 +4165,7 @@ class Look:
 
     begun_at: float
     due: Mapping[str, Batch]
+    explores_until: float = math.inf
     risk: int = 0  # pages that may be asked for beyond what pages have saved
     cost: int = 0  # pages that were asked for,
     pages: int = 0  # of which these came,
@@ -4231,6 +4232,7 @@ class ListReader:
     KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
     WALKS_AT_ONCE: Final = 10
     PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
+    EXPLORE_S: Final = 60.0  # in a look: what is due waits meanwhile, and the next look goes on
 
     def __init__(
         self,
@@ -4291,6 +4293,7 @@ class ListReader:
         """Find out where the others stand, as far as the savings of this look allow."""
         chart = self._chart
         look.risk = chart.allowance(len(look.due))
+        look.explores_until = self._engine.clock.mono() + self.EXPLORE_S
         if self._is_in_doubt and look.credit > 0:
             await self._read(look, known, [None])
         unplaced = chart.unplaced(look.missing())
@@ -4304,13 +4307,13 @@ class ListReader:
         chart = self._chart
         ages = sorted((b.created_at, b.id) for b in known.values() if b.created_at)
         tried: set[str] = set()
-        while goals := look.goals(unplaced, tried):
+        while not self._is_late(look) and (goals := look.goals(unplaced, tried)):
             walks = chart.guesses(goals, ages, look.credit)
             if not walks:
                 break
             tried |= {walk.goal.id for walk in walks if walk.goal}
             await self._read(look, known, [walk.cursor for walk in walks])
-        while goals := look.goals(unplaced, tried):
+        while not self._is_late(look) and (goals := look.goals(unplaced, tried)):
             walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
             if self._engine.once:  # a way is of use to later looks, but for what it shows itself
                 walks = [walk for walk in walks if walk.cursor is None]
@@ -4320,16 +4323,20 @@ class ListReader:
             if walks[0].goal is None:  # it was for all whose age is not known
                 tried |= {goal.id for goal in goals if goal.created_at is None}
             await all_of(self._walk(look, known, walk) for walk in walks)
-        for batch_id in tried - look.seen.keys():
+        for batch_id in () if self._is_late(look) else tried - look.seen.keys():
             chart.note_miss(batch_id)
         if tried:
             chart.note_risk(paid_off=look.saved >= 0)
+
+    def _is_late(self, look: Look) -> bool:
+        """Return whether a look has explored for long enough."""
+        return self._engine.clock.mono() > look.explores_until
 
     async def _walk(self, look: Look, known: Mapping[str, Batch], walk: Walk) -> None:
         """Read page after page until there is nothing more to be gained."""
         cursor, barren = walk.cursor, 0
         passed: set[str] = set()
-        while look.credit > 0 and barren < BARREN_PAGES:
+        while look.credit > 0 and barren < BARREN_PAGES and not self._is_late(look):
             before = len(look.seen)
             pages = await self._read(look, known, [cursor])
             if not pages:

@@ -810,6 +810,12 @@ MUTANTS: tuple[Mutant, ...] = (
         new="self.saved + self.risk",
         tests=("test_chart.py::test_what_a_page_saves",),
     ),
+    Mutant(
+        name="a slow list explored to its end",
+        old="return self._engine.clock.mono() > look.explores_until",
+        new="return False",
+        tests=("test_looks.py::test_a_slow_list_holds_nobody_up_for_long",),
+    ),
     # --- what nobody has thought of ---
     Mutant(
         name="a bug met again and again without a pause",

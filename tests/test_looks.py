@@ -470,6 +470,31 @@ def test_a_list_that_breaks_takes_no_request_more(trouble: object) -> None:
     play(scene())
 
 
+def test_a_slow_list_holds_nobody_up_for_long() -> None:
+    """A look explores for a minute; what it has learned by then is where the next one goes on."""
+
+    async def scene() -> None:
+        server = Server(20_000)
+        clusters = [key for number, key in enumerate(server.keys) if number % 200 < 10]
+        stage = Scene(server, keys=clusters)
+        server.latency = lambda path: 10.0 if path.startswith("page") else 0.1
+        made = []
+        for _ in range(30):
+            began = now()
+            await stage.poller._look(stage.watches)
+            assert now() - began <= 60 + 10 + server.pages / 5 * 10
+            await stage.office.ended()
+            made.append(len(server.requests))
+            assert len(stage.office.answered) == 1000
+            server.requests.clear()
+            stage.office.answered.clear()
+            await asyncio.sleep(120)
+        assert max(made) <= 1000
+        assert made[-1] == 100
+
+    play(scene())
+
+
 @pytest.mark.parametrize("status", [400, 404])
 @pytest.mark.parametrize("count", [30, 300])
 def test_no_list_is_noticed_after_a_restart(status: int, count: int) -> None:
