@@ -4152,9 +4152,14 @@ class OpenAIClient:
             return ApiError(self._held_for, status=429, retry_after_s=left_s, sent=False)
         # A dead server holds each request to its deadline: one at a time finds out when it is back,
         # and the places are left to other accounts.
-        if self._silences >= self.SILENT_AFTER and self._in_flight:
+        if self.is_silent and self._in_flight:
             return ApiError(self._silent_for, sent=False)
         return None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no answer has come for a while, which is not the fault of what was asked."""
+        return self._silences >= self.SILENT_AFTER
 
     async def _enter(self) -> None:
         """Wait while the account is held for a moment. Raises `refusal`."""
@@ -4346,6 +4351,9 @@ class KeboolaClient:
 DRAIN_S: Final = 20.0  # what triggers in flight get to be recorded in, after SIGTERM
 RELOAD_LOOK_S: Final = 1.5  # how often files are compared that no event tells of
 REQUESTS_LOOK_S: Final = 1.0
+VAIN_PASSES: Final = "vain_passes"  # in the state file: how often --once has read pages in vain,
+FIRST_VAIN_REST_S: Final = 600.0  # after which it does without; twice as long after each
+MAX_VAIN_PASSES: Final = 9  # to count: a day is the longest
 TOUCH_S: Final = 2.0  # how often the times of looks are written,
 TOUCH_S_EACH: Final = 0.005  # and the more rarely, the more of them there are
 
@@ -4496,17 +4504,24 @@ class Look:
 
     begun_at: float
     due: Mapping[str, Batch]
+    explores_until: float = math.inf
     risk: int = 0  # pages that may be asked for beyond what pages have saved
-    saved: int = 0  # requests that pages have saved, less the pages themselves
-    pages: int = 0  # that were read
+    cost: int = 0  # pages that were asked for,
+    pages: int = 0  # of which these came,
+    found: int = 0  # and due batches that they have shown
     is_broken: bool = False  # a page has failed, and no more are asked for
     seen: dict[str, Batch | ApiError] = field(default_factory=dict)
     open: set[Watch] = field(default_factory=set)  # works that are not seen whole yet
 
     @property
+    def saved(self) -> int:
+        """How many requests pages have saved, less the pages themselves."""
+        return self.found - self.cost
+
+    @property
     def credit(self) -> int:
-        """How many more pages may be asked for."""
-        return self.saved + self.risk
+        """How many more pages may be asked for: in vain, no more than batches can wait for it."""
+        return self.saved + min(self.risk, len(self.due) - self.found)
 
     def missing(self) -> list[Batch]:
         """Return the due batches that have not been seen."""
@@ -4526,22 +4541,10 @@ class Look:
             return []
         return [b for b in unplaced if b.id not in self.seen and b.id not in tried]
 
-    def take(self, page: Page) -> int:
-        """Note what a page has shown; returns how many due batches that were missing."""
-        new = [key for key in page.batches if key not in self.seen]
-        self.seen |= {key: page.batches[key] for key in new}
-        gained = sum(key in self.due for key in new)
-        self.saved += gained
-        return gained
-
-    def learn(self, shown: Mapping[str, Batch]) -> None:
-        """Note what a look that began later was shown of what is due here: it is newer."""
-        self.seen |= {key: shown[key] for key in self.due.keys() & shown.keys()}
-
-    def answer(self, answers: Iterable[tuple[str, Batch | ApiError]]) -> None:
-        """Note answers, but for what a later look was shown while they were on their way."""
-        for batch_id, answer in answers:
-            self.seen.setdefault(batch_id, answer)
+    def take(self, shown: Mapping[str, Batch]) -> None:
+        """Note what this look's pages have shown."""
+        self.found += sum(key in self.due and key not in self.seen for key in shown)
+        self.seen |= shown
 
     def is_waiting(self, watch: Watch) -> bool:
         """Return whether a work is fine and waits for a batch that was seen to go on."""
@@ -4568,23 +4571,31 @@ class ListReader:
     KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
     WALKS_AT_ONCE: Final = 10
     PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
+    EXPLORE_S: Final = 60.0  # in a look: what is due waits meanwhile, and the next look goes on
 
     def __init__(
-        self, client: OpenAIClient, engine: Engine, take: Callable[[Look, Sequence[Page]], None]
+        self,
+        client: OpenAIClient,
+        engine: Engine,
+        take: Callable[[Look, Sequence[Page], float], None],
     ) -> None:
         self._client = client
         self._engine = engine
-        self._take = take  # what is done with pages
+        self._take = take  # what is done with pages, and when they were asked for
         self._chart = Chart()
         self._gate = Gate(self.PAGES_AT_ONCE)
         self._usable_from = -math.inf
         self._failures = 0
+        self._is_told = False  # that the list is not usable
         self._is_in_doubt = False  # whether there is a list: every cursor was refused
 
     def pays(self, look: Look) -> bool:
-        """Return whether pages may be of use to a look."""
-        is_usable = self._usable_from <= look.begun_at and self._client.refusal() is None
-        return is_usable and len(look.due) >= LIST_MIN
+        """Return whether pages may be of use to a look.
+
+        Where the account itself is held or silent, they would find out nothing about the list.
+        """
+        is_ill = self._client.is_silent or self._client.refusal() is not None
+        return self._usable_from <= look.begun_at and not is_ill and len(look.due) >= LIST_MIN
 
     async def read(self, look: Look, known: Mapping[str, Batch]) -> None:
         """Read what pays; `known` are all unfinished batches of the account, due or not.
@@ -4602,9 +4613,9 @@ class ListReader:
             self._usable_from = self._engine.clock.mono() + HOUR_S
             self._engine.note_bug(error, self._client.base_url)
         else:
-            if look.seen and self._failures:
+            if look.seen:
                 self._failures = 0
-                self._engine.note(Event("list_usable", fields={"url": self._client.base_url}))
+                self._tell(is_usable=True)
 
     async def _read_known(self, look: Look, known: Mapping[str, Batch]) -> None:
         """Read the pages that are known to show several of the due batches."""
@@ -4621,6 +4632,7 @@ class ListReader:
         """Find out where the others stand, as far as the savings of this look allow."""
         chart = self._chart
         look.risk = chart.allowance(len(look.due))
+        look.explores_until = self._engine.clock.mono() + self.EXPLORE_S
         if self._is_in_doubt and look.credit > 0:
             await self._read(look, known, [None])
         unplaced = chart.unplaced(look.missing())
@@ -4634,13 +4646,13 @@ class ListReader:
         chart = self._chart
         ages = sorted((b.created_at, b.id) for b in known.values() if b.created_at)
         tried: set[str] = set()
-        while goals := look.goals(unplaced, tried):
+        while not self._is_late(look) and (goals := look.goals(unplaced, tried)):
             walks = chart.guesses(goals, ages, look.credit)
             if not walks:
                 break
             tried |= {walk.goal.id for walk in walks if walk.goal}
             await self._read(look, known, [walk.cursor for walk in walks])
-        while goals := look.goals(unplaced, tried):
+        while not self._is_late(look) and (goals := look.goals(unplaced, tried)):
             walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
             if self._engine.once:  # a way is of use to later looks, but for what it shows itself
                 walks = [walk for walk in walks if walk.cursor is None]
@@ -4650,16 +4662,20 @@ class ListReader:
             if walks[0].goal is None:  # it was for all whose age is not known
                 tried |= {goal.id for goal in goals if goal.created_at is None}
             await all_of(self._walk(look, known, walk) for walk in walks)
-        for batch_id in tried - look.seen.keys():
+        for batch_id in () if self._is_late(look) else tried - look.seen.keys():
             chart.note_miss(batch_id)
         if tried:
             chart.note_risk(paid_off=look.saved >= 0)
+
+    def _is_late(self, look: Look) -> bool:
+        """Return whether a look has explored for long enough."""
+        return self._engine.clock.mono() > look.explores_until
 
     async def _walk(self, look: Look, known: Mapping[str, Batch], walk: Walk) -> None:
         """Read page after page until there is nothing more to be gained."""
         cursor, barren = walk.cursor, 0
         passed: set[str] = set()
-        while look.credit > 0 and barren < BARREN_PAGES:
+        while look.credit > 0 and barren < BARREN_PAGES and not self._is_late(look):
             before = len(look.seen)
             pages = await self._read(look, known, [cursor])
             if not pages:
@@ -4676,12 +4692,14 @@ class ListReader:
     ) -> list[Page]:
         """Return pages, all read at once and taken as one. Raises the first one's ApiError."""
         pages: list[Page] = []
+        asked_at = self._engine.clock.mono()
+        look.cost += len(cursors)  # at once: the credit is for all that are read side by side
         try:
             await all_of(self._read_page(look, known, cursor, pages) for cursor in cursors)
         except Exception:  # not a cancellation: nothing begins at the end of the process
-            self._take(look, pages)
+            self._take(look, pages, asked_at)
             raise
-        self._take(look, pages)
+        self._take(look, pages, asked_at)
         return pages
 
     async def _read_page(
@@ -4691,15 +4709,14 @@ class ListReader:
 
         Once a page has failed, those that wait for their turn are not asked for.
         """
-        look.saved -= 1  # at once: the credit is for all that are read side by side
         async with self._gate:
             if look.is_broken:
-                look.saved += 1
+                look.cost -= 1
                 return
             try:
                 page = await self._client.page(cursor, known)
             except ApiError as error:
-                look.saved += not error.sent
+                look.cost -= not error.sent
                 if cursor is None or error.status not in {400, 404}:
                     look.is_broken = True
                     raise
@@ -4718,9 +4735,15 @@ class ListReader:
         is_absent = error.status is not None and not error.retryable
         wait_s = backoff_s(self._failures, MINUTE_S, clock.jitter())
         self._usable_from = clock.mono() + (HOUR_S if is_absent else wait_s)
-        if self._failures == 1:
-            fields_ = {"url": self._client.base_url, "error": str(error)}
-            self._engine.note(Event("list_not_usable", "warning", None, fields_))
+        if error.status != 429:  # which is about the account
+            self._tell(is_usable=False, error=str(error))
+
+    def _tell(self, *, is_usable: bool, **fields_: str) -> None:
+        """Tell whether the list is usable, if that is news."""
+        if self._is_told is is_usable:
+            self._is_told = not is_usable
+            name, level = ("list_usable", "info") if is_usable else ("list_not_usable", "warning")
+            self._engine.note(Event(name, level, None, {"url": self._client.base_url, **fields_}))
 
 
 class Poller:
@@ -4729,7 +4752,8 @@ class Poller:
     A look reads pages of the account's list where they pay, and asks for the other batches one by
     one. It never takes more requests than one by one for all of them: of what pages have cost in
     vain, as many batches wait for the next look. With --once, which has none, they are those whose
-    answers would change nothing; only where there are too few of them it may take up to three more.
+    answers would change nothing. Where there are too few of them it takes up to three more, and the
+    state file has later passes do without: for ten minutes, then twenty, and so on up to a day.
     """
 
     ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
@@ -4742,9 +4766,11 @@ class Poller:
         self._watches: dict[int, Watch] = {}  # those that are polled
         self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
         self._known: dict[str, Batch] = {}  # these batches, as they were seen last
+        self._heard: dict[str, tuple[float, Batch | ApiError]] = {}  # last answers, when they came
         self._looks: set[Look] = set()  # those under way,
         self._busy: set[Watch] = set()  # and the works that they are at
         self._left_out: set[str] = set()  # batches that their last look could not afford
+        self._secret = ""  # the name of the account's, or of the first of several
         self._until = math.inf  # when `run` looks around again
         self._tasks: set[asyncio.Task[None]] = set()
         self.wake = asyncio.Event()
@@ -4773,7 +4799,9 @@ class Poller:
                 self._watchers.setdefault(batch_id, []).append(watch)
         batches = (batch for watch in polled for batch in watch.work.batches)
         self._known = {batch.id: batch for batch in batches if batch.id in self._watchers}
+        self._heard = {key: news for key, news in self._heard.items() if key in self._watchers}
         self._left_out &= self._watchers.keys()
+        self._secret = min((watch.job.openai_secret for watch in polled if watch.job), default="")
         self.wake.set()
 
     def _follow(self, watch: Watch) -> None:
@@ -4787,6 +4815,7 @@ class Poller:
                 watchers.remove(watch)
             if not watchers:
                 del self._watchers[batch.id], self._known[batch.id]
+                self._heard.pop(batch.id, None)
         if watch.work.is_ready:
             self._watches.pop(watch.work.id, None)
 
@@ -4812,13 +4841,33 @@ class Poller:
         look = Look(self._engine.clock.mono(), due)
         self._looks.add(look)
         self._busy.update(watches)
-        if self._list.pays(look):
+        if self._list.pays(look) and not (self._engine.once and self._is_too_soon()):
             await self._list.read(look, self._known)
+            if self._engine.once:
+                self._note_pass(in_vain=look.saved < 0)
         missing = {batch.id for batch in look.missing()}
         look.open = {watch for watch in watches if not missing.isdisjoint(watch.pending())}
         self._busy.difference_update(watches)
         self._busy |= look.open
         self._spawn(self._ask_for(look))
+
+    def _is_too_soon(self) -> bool:
+        """Return whether an earlier pass has read pages in vain, and not long ago."""
+        passes, at = (self._engine.store.meta(VAIN_PASSES) or {}).get(self._secret, (1, -math.inf))
+        rest_s = min(DAY_S, FIRST_VAIN_REST_S * 2 ** (passes - 1))
+        return bool(0 <= self._engine.clock.wall() - at < rest_s)
+
+    def _note_pass(self, *, in_vain: bool) -> None:
+        """Remember for later passes how many have read pages in vain, in a row, and when."""
+        store, now = self._engine.store, self._engine.clock.wall()
+        try:
+            vain = store.meta(VAIN_PASSES) or {}
+            passes, _ = vain.pop(self._secret, (0, None))
+            if in_vain or passes:
+                news = {self._secret: (min(passes + 1, MAX_VAIN_PASSES), now)} if in_vain else {}
+                store.put_meta(VAIN_PASSES, vain | news, (), now)
+        except (StorageError, sqlite3.Error) as error:
+            self._engine.note_trouble(error)
 
     async def _ask_for(self, look: Look) -> None:
         """Ask one by one for what no page has shown, so far as the look can afford it."""
@@ -4841,7 +4890,7 @@ class Poller:
 
     async def _ask_all(self, look: Look, batches: Iterable[Batch]) -> None:
         """Ask for batches, and record each work that is seen whole then."""
-        answers: asyncio.Queue[tuple[str, Batch | ApiError]] = asyncio.Queue()
+        answers: asyncio.Queue[tuple[str, Batch | ApiError, float]] = asyncio.Queue()
         todo = collections.deque(batches)
         in_flight = 0
         async with asyncio.TaskGroup() as asking:  # who gives the look up gives up all of them
@@ -4853,22 +4902,23 @@ class Poller:
                         continue  # a later look was shown it, or its job has gone
                     in_flight += 1
                     if refusal:
-                        answers.put_nowait((batch_id, refusal))
+                        answers.put_nowait((batch_id, refusal, self._engine.clock.mono()))
                     else:
                         asking.create_task(self._ask(batch_id, answers))
                 come = [await answers.get()] if in_flight else []
                 while not answers.empty():  # what is answered together is recorded as one
                     come.append(answers.get_nowait())
                 in_flight -= len(come)
-                look.answer(come)
-                concerned = {w for key, _ in come for w in self._watchers.get(key, ())}
+                look.seen |= {key: self._hear(key, answer, at) for key, answer, at in come}
+                concerned = {w for key, _, _ in come for w in self._watchers.get(key, ())}
                 self._close(look, look.whole(concerned))
                 await asyncio.sleep(0)  # `get` lets nobody else run where there is something to get
 
     async def _ask(
-        self, batch_id: str, answers: asyncio.Queue[tuple[str, Batch | ApiError]]
+        self, batch_id: str, answers: asyncio.Queue[tuple[str, Batch | ApiError, float]]
     ) -> None:
-        """Put a batch into the queue, or why there is none."""
+        """Put a batch into the queue, or why there is none, with when it was asked for."""
+        asked_at = self._engine.clock.mono()
         answer: Batch | ApiError
         try:
             answer = await self._client.batch(batch_id)
@@ -4877,24 +4927,47 @@ class Poller:
         except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
             self._engine.note_bug(error, batch_id)
             answer = ApiError(f"internal error: {type(error).__name__}")
-        answers.put_nowait((batch_id, answer))
+        answers.put_nowait((batch_id, answer, asked_at))
 
-    def _take(self, look: Look, pages: Iterable[Page]) -> None:
+    def _hear(self, batch_id: str, answer: Batch | ApiError, asked_at: float) -> Batch | ApiError:
+        """Return the newest answer for a batch: this one, unless it may be older than another.
+
+        It is surely newer only if it was asked for when the other one had come.
+        """
+        came_at, newest = self._heard.get(batch_id, (-math.inf, answer))
+        if came_at > asked_at:
+            return newest
+        if batch_id in self._watchers:
+            self._heard[batch_id] = (self._engine.clock.mono(), answer)
+        return answer
+
+    def _take(self, look: Look, pages: Iterable[Page], asked_at: float) -> None:
         """Record what pages show, also of works that are not due yet, or that others look at."""
         shown: dict[str, Batch] = {}
         for page in pages:
-            look.take(page)
-            shown |= {key: page.batches[key] for key in page.batches.keys() & self._known.keys()}
+            for key in page.batches.keys() & self._watchers.keys():
+                newest = self._hear(key, page.batches[key], asked_at)
+                if isinstance(newest, Batch):
+                    shown[key] = newest
+        look.take(shown)
         self._known |= shown
-        for other in self._looks - {look}:
-            other.learn(shown)
-            self._close(other, other.whole(other.open))
-        seen = {watch.work.id: watch for key in shown for watch in self._watchers.get(key, ())}
-        self._record(look, seen.values())
+        watches = {watch.work.id: watch for key in shown for watch in self._watchers[key]}.values()
+        free = list(watches)
+        for other in self._looks:
+            other.seen |= shown
+            theirs = [watch for watch in free if watch in other.open]
+            free = [watch for watch in free if watch not in other.open]
+            self._record(other, theirs)
+            self._free(other, other.whole(theirs))
+        self._record(look, free)
 
     def _close(self, look: Look, watches: set[Watch]) -> None:
         """Record the look at some works, which are free for the next one then."""
-        self._record(look, [watch for watch in watches if self._is_mine(watch)])
+        self._record(look, watches)
+        self._free(look, watches)
+
+    def _free(self, look: Look, watches: set[Watch]) -> None:
+        """Have works wait for their next look."""
         look.open -= watches
         self._busy -= watches
         if min((watch.due for watch in watches), default=math.inf) < self._until:
@@ -4906,6 +4979,7 @@ class Poller:
 
     def _record(self, look: Look, watches: Collection[Watch]) -> None:
         """Store what a look has brought for some works, as one."""
+        watches = [watch for watch in watches if self._is_mine(watch)]
         looks = [(watch, look.seen_of(watch)) for watch in watches]
         try:
             for watch in self._engine.record(looks, look.begun_at):

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import math
 import random
 import selectors
 import sqlite3
@@ -516,6 +517,7 @@ class FakeOpenAI(OpenAIClient):
 
     def __init__(self, account: Account, http: Http, note: Note | None = None) -> None:
         super().__init__(account, http, note)
+        self._account = account
         clock = http.clock
         if not isinstance(clock, ProcessClock):
             raise TypeError("a process of the model has its own clock")
@@ -524,13 +526,17 @@ class FakeOpenAI(OpenAIClient):
     async def batch(self, batch_id: str) -> Batch:
         process, world = self._process, self._process.world
         process.point("look")
+        setup = process.engine.setup
         asking = [
             job
-            for job in process.engine.setup.config.jobs.values()
-            if batch_id in job.batch_ids and not job.rests
+            for job in setup.config.jobs.values()
+            if batch_id in job.batch_ids
+            and not job.rests
+            and teckochecker.account_of(setup, job) == self._account
         ]
         is_new = process.applied_at == world.now
         world.claim(asking or is_new, f"{batch_id} is looked at, of jobs that are paused or gone")
+        world.claim(process.may_ask(), f"{batch_id} is looked at after SIGTERM")
         fault = world.look_fault  # as it is now: the answer may be on its way for long
         await asyncio.sleep(world.random.uniform(0.01, 1))
         process.point("looked")
@@ -550,6 +556,7 @@ class FakeOpenAI(OpenAIClient):
         """Return some rows of the list, which may lack any, repeat any, and lie about its end."""
         process, world = self._process, self._process.world
         process.point("page")
+        world.claim(process.may_ask(), "a page is read after SIGTERM")
         await asyncio.sleep(world.random.uniform(0.01, 1))
         process.point("page read")
         if world.list_fault == "none" or world.random.random() < 0.1:
@@ -657,6 +664,7 @@ class Process:
         self.may_refuse = False  # it met a full disk, or its state file was taken away
         self.crash_in: int | None = None
         self.applied_at = -1.0
+        self.stopped_at = math.inf
         self.config_changed = asyncio.Event()
         self.signals = ModelSignals()
         self._lock = StateLock(world.path, "model")
@@ -721,6 +729,10 @@ class Process:
                 self.die()
                 raise Crash
 
+    def may_ask(self) -> bool:
+        """Return whether OpenAI may be asked: not after SIGTERM, but for what has just begun."""
+        return self.world.now <= self.stopped_at
+
     def die(self) -> None:
         """From now on the process does nothing; Keboola finishes what it has begun, in time."""
         self.is_dead = True
@@ -739,6 +751,7 @@ class Process:
 
     async def stop(self) -> None:
         """Ask for an orderly end and wait for it."""
+        self.stopped_at = min(self.stopped_at, self.world.now)
         self.signals.stop.set()
         await asyncio.wait({self.task})
 

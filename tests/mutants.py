@@ -785,6 +785,118 @@ MUTANTS: tuple[Mutant, ...] = (
         new="for watch in watches]",
         tests=("test_engine.py::test_a_look_that_a_reload_has_overtaken_says_nothing",),
     ),
+    # --- looks and pages ---
+    Mutant(
+        name="a held account taken for a list that is gone",
+        old="return ApiError(self._held_for, status=429, retry_after_s=left_s, sent=False)",
+        new="return ApiError(self._held_for, status=429, retry_after_s=left_s)",
+        tests=("test_looks.py::test_a_hold_amid_the_pages_says_nothing_about_the_list",),
+    ),
+    Mutant(
+        name="a limited page told as no list",
+        old="if error.status != 429:  # which",
+        new="if True:  # which",
+        tests=("test_looks.py::test_what_may_pass_is_no_absence",),
+    ),
+    Mutant(
+        name="a page that may come in a moment taken for absent",
+        old="is_absent = error.status is not None and not error.retryable",
+        new="is_absent = error.status is not None",
+        tests=("test_looks.py::test_what_may_pass_is_no_absence",),
+    ),
+    Mutant(
+        name="the list of a silent account read",
+        old="is_ill = self._client.is_silent or self._client.refusal() is not None",
+        new="is_ill = self._client.refusal() is not None",
+        tests=("test_looks.py::test_a_silent_account_says_nothing_about_its_list",),
+    ),
+    Mutant(
+        name="an older answer recorded over a newer one",
+        old="if came_at > asked_at:",
+        new="if False:",
+        tests=("test_looks.py::test_an_answer_that_was_overtaken_by_a_page",),
+    ),
+    Mutant(
+        name="an older page recorded over a newer answer",
+        old="self._hear(key, page.batches[key], asked_at)",
+        new="self._hear(key, page.batches[key], math.inf)",
+        tests=("test_looks.py::test_a_page_that_was_overtaken_by_answers",),
+    ),
+    Mutant(
+        name="known pages asked for after one has failed",
+        old="                    look.is_broken = True\n",
+        new="                    pass\n",
+        tests=("test_looks.py::test_a_list_that_breaks_takes_no_request_more",),
+    ),
+    Mutant(
+        name="a page asked for twice",
+        old="return await self._in_turn(attempt, Budget(self._clock), is_page=True)",
+        new="turn = functools.partial(self._in_turn, attempt, is_page=True)\n"
+        "        return await with_retries(turn, self._clock)",
+        tests=("test_looks.py::test_a_list_that_breaks_takes_no_request_more",),
+    ),
+    Mutant(
+        name="a list that refuses every cursor believed in",
+        old="self._is_in_doubt = not look.pages",
+        new="pass",
+        tests=("test_looks.py::test_no_list_is_noticed_after_a_restart",),
+    ),
+    Mutant(
+        name="a work that a page has shown kept busy",
+        old="self._free(other, other.whole(theirs))",
+        new="pass",
+        tests=("test_looks.py::test_what_another_look_has_shown_is_free",),
+    ),
+    Mutant(
+        name="what was left out forgotten",
+        old="self._left_out -= look.due.keys() - left_out",
+        new="self._left_out.clear()",
+        tests=("test_looks.py::test_what_was_left_out_comes_first_whatever_else_is_looked_at",),
+    ),
+    Mutant(
+        name="batches asked for after SIGTERM",
+        old="        for poller in self._pollers.values():\n            poller.stop()\n",
+        new="",
+        tests=("test_engine.py::test_no_batch_is_asked_for_after_sigterm",),
+    ),
+    Mutant(
+        name="batches asked for with a key that is gone",
+        old="self._pollers.pop(account).stop()",
+        new="self._pollers.pop(account).take(())",
+        tests=("test_engine.py::test_a_key_that_is_gone_is_not_used",),
+    ),
+    Mutant(
+        name="each pass of --once reads pages in vain",
+        old="return bool(0 <= self._engine.clock.wall() - at < rest_s)",
+        new="return False",
+        tests=("test_looks.py::test_passes_learn_that_there_is_no_list",),
+    ),
+    Mutant(
+        name="--once leaves out what decides",
+        old="left = [batch for batch in look.missing() if self._matters(batch.id, look)]",
+        new="left: list[Batch] = []",
+        tests=("test_looks.py::test_passes_learn_that_there_is_no_list",),
+    ),
+    Mutant(
+        name="a work that was paused looked at twice at a time",
+        old="        self._watches = {watch.work.id: watch for watch in polled}\n",
+        new="        self._watches = {watch.work.id: watch for watch in polled}\n"
+        "        self._busy.intersection_update(polled)\n",
+        tests=("test_looks.py::test_paused_and_unpaused_there_is_one_look",),
+    ),
+    Mutant(
+        name="more pages risked than batches can wait",
+        old="self.saved + min(self.risk, len(self.due) - self.found)",
+        new="self.saved + self.risk",
+        tests=("test_chart.py::test_what_a_page_saves",),
+    ),
+    Mutant(
+        name="a slow list explored to its end",
+        old="return self._engine.clock.mono() > look.explores_until",
+        new="return False",
+        tests=("test_looks.py::test_a_slow_list_holds_nobody_up_for_long",),
+    ),
+    # --- what nobody has thought of ---
     Mutant(
         name="a bug met again and again without a pause",
         old="                watch.due = mono + MINUTE_S\n",

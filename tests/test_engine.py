@@ -264,6 +264,55 @@ def test_nothing_begins_after_sigterm(stage: Stage) -> None:
     play(stage, scene())
 
 
+def add_many(stage: Stage) -> Job:
+    """Add a job with ten batches, of which two are asked for at a time."""
+    batch_ids = tuple(stage.new_batch() for _ in range(10))
+    job = Job("many", batch_ids, "openai-a", "keboola-eu", "component", "1", poll_interval_s=3600)
+    stage.change(job)
+    return job
+
+
+def test_no_batch_is_asked_for_after_sigterm(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a POST in flight gets its time, a look that is under way goes no further."""
+    monkeypatch.setattr(tc, "LIST_MIN", 100)
+    monkeypatch.setattr(tc.Poller, "ASKED_AT_ONCE", 2)
+
+    async def scene() -> None:
+        stage.outcomes = [(True, 10.0, None)]
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("POST handled") == 1)
+        add_many(stage)
+        await stage.until(lambda: stage.count("look") == 1 + 4)
+        await stage.running.stop()
+        assert stage.count("POST answered") == 1
+        assert (stage.count("look"), stage.count("looked")) == (1 + 4, 1 + 2)
+
+    play(stage, scene())
+
+
+@pytest.mark.parametrize("change", ["account", "key"])
+def test_a_key_that_is_gone_is_not_used(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """When a job goes to another key, its look with the old one ends, and asks no more."""
+    monkeypatch.setattr(tc, "LIST_MIN", 100)
+    monkeypatch.setattr(tc.Poller, "ASKED_AT_ONCE", 2)
+
+    async def scene() -> None:
+        job = add_many(stage)
+        stage.start()
+        await stage.until(lambda: stage.count("look") == 4)
+        stage.change(replace(job, openai_secret="openai-b") if change == "account" else job)
+        if change == "key":
+            secrets = {**stage.setup.secrets, "openai-a": Secret("a new key")}
+            stage.setup = replace(stage.setup, secrets=secrets)
+        await stage.until(lambda: stage.works()["many"].last_check_at)
+        assert (stage.count("look"), stage.count("looked")) == (4 + 10, 2 + 10)
+
+    play(stage, scene())
+
+
 # ---- an unknown outcome ----
 
 
