@@ -612,7 +612,8 @@ class Usage:
     requests: int = 0
     errors: int = 0  # of the requests: all that brought no 2xx
     last_success_at: float | None = None
-    refused_since: float | None = None  # the server has refused the key ever since
+    refused_since: float | None = None  # the server has refused the key ever since,
+    last_refused_at: float | None = None  # and did so the last time then
     error: str | None = None  # what became of the last request, if it failed
 
 
@@ -905,6 +906,11 @@ def url_problem(url: str) -> str | None:
     if parts.scheme == "http" and not is_loopback(url):
         return "is not https"
     return None
+
+
+def webhook_problem(url: str) -> str | None:
+    """Return what is wrong with a webhook's address, whose query may be its password, or None."""
+    return url_problem(url.partition("?")[0])
 
 
 # --- readers: one value each; None where a problem was noted --------------------------------------
@@ -1243,8 +1249,11 @@ def read_hooks(at: Cursor, secret_kinds: Mapping[str, str | None]) -> tuple[Hook
     read_event = read_choice(*Told)
 
     def read_events(events: Cursor) -> tuple[str, ...] | None:
-        words = [read_event(item) for item in events.items("write a list of events")]
-        return None if None in words else tuple(str(word) for word in words)
+        cure = "write a list of events, or none of the key for all"
+        words = [read_event(item) for item in events.items(cure)]
+        if isinstance(events.node, yaml.SequenceNode) and not words:
+            return events.bad("is empty", cure)
+        return tuple(str(word) for word in words) if words and None not in words else None
 
     cure = "write - {secret: NAME, events: [job_failed]}"
     readers: dict[str, Reader] = {
@@ -1257,7 +1266,7 @@ def read_hooks(at: Cursor, secret_kinds: Mapping[str, str | None]) -> tuple[Hook
         if isinstance(item.node, yaml.MappingNode) and values.get("secret") is None:
             item.bad("secret is missing", "name a secret of type webhook")
         elif "secret" in values and is_good(values):
-            hooks.append(Hook(values["secret"], values.get("events") or tuple(Told)))
+            hooks.append(Hook(values["secret"], values.get("events", tuple(Told))))
     return tuple(hooks)
 
 
@@ -1530,10 +1539,22 @@ class Redactor:
 
         In data only long ones are looked for: a short one could be part of an honest id.
         """
+        plain = self._ESCAPES.sub(self._unescaped, body) if b"\\" in body else body
         for form in self._longest_first:
-            if (len(form) >= 16 or not is_data) and form.encode() in body:
-                body = body.replace(form.encode(), self.MASK.encode())
+            if (len(form) >= 16 or not is_data) and form.encode() in plain:
+                body = plain = plain.replace(form.encode(), self.MASK.encode())
         return body
+
+    # JSON may write a character as `\u0041`, and `/` as `\/`; others are no part of a token.
+    _ESCAPES: Final = re.compile(rb"\\(?:u00([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
+
+    @staticmethod
+    def _unescaped(escape: re.Match[bytes]) -> bytes:
+        """Return what an escape stands for, unless it would end or begin something in JSON."""
+        if escape[2]:
+            return b"/"
+        character = bytes.fromhex(escape[1].decode()) if escape[1] else b'"'
+        return escape[0] if character in b'"\\\x7f' else character
 
     def tree(self, value: object) -> object:
         """Return a log field's value without any secret; what is not JSON becomes its repr."""
@@ -1619,12 +1640,21 @@ class Opener:
         return found
 
     def _check_address(self, name: str, address: Secret) -> None:
-        """Check what a webhook's secret holds. The query of an address may be its password."""
-        problem = url_problem(address.reveal().partition("?")[0])
+        """Check what a webhook's secret holds."""
+        problem = webhook_problem(address.reveal())
         if problem:
             source = self.config.webhook[name].source
             path = f"secrets.{name}.{source.kind}"
             self.bad(source.place, path, f"the secret {problem}", "put the https address there")
+
+    def webhook_paths(self, secrets: Mapping[str, Secret]) -> list[Secret]:
+        """Return what is secret in the addresses of webhooks, apart from their hosts."""
+        names = self.config.webhook.keys() & secrets.keys()
+        parts = [urllib.parse.urlsplit(secrets[name].reveal()) for name in names]
+        targets = [part._replace(scheme="", netloc="").geturl() for part in parts]
+        return [
+            Secret(text) for text in (*targets, *(part.path for part in parts)) if len(text) > 8
+        ]
 
     def keyring(self) -> Keyring | None:
         """Return the keys from the first of the three places that has any."""
@@ -1761,7 +1791,7 @@ def load_setup(path: Path, files: Files, env: Mapping[str, str], redactor: Redac
     draft = read_draft(path, files)
     opener = Opener(draft.config, files, env)
     secrets = opener.open_all()
-    redactor.learn((*secrets.values(), *opener.keys))
+    redactor.learn((*secrets.values(), *opener.keys, *opener.webhook_paths(secrets)))
     problems = [*draft.problems, *opener.problems]
     if problems:
         raise ConfigError(problems)
@@ -1959,7 +1989,10 @@ class Step(enum.Enum):
 
 
 def next_step(trigger: Trigger, *, may_post: bool, is_due: bool) -> Step:
-    """Return what to do next for a trigger. A POST comes only after a search: `after_search`."""
+    """Return what to do next for a trigger.
+
+    A POST comes only after a search: see `after_clear_search`.
+    """
     match trigger.state:
         case TriggerState.SENT:
             return Step.REST
@@ -2540,14 +2573,13 @@ def after_request(usage: Usage, status: int | None, error: str | None, now: floa
     requests = usage.requests + 1
     if error is None:
         return Usage(usage.service, requests, usage.errors, now)
-    since = usage.refused_since
+    after = replace(usage, requests=requests, errors=usage.errors + 1, error=error)
     if status in REFUSED:
-        since = now if since is None else since
-    elif status is not None and status < 500 and status not in RETRYABLE:
-        since = None
-    return replace(
-        usage, requests=requests, errors=usage.errors + 1, refused_since=since, error=error
-    )
+        since = now if usage.refused_since is None else usage.refused_since
+        return replace(after, refused_since=since, last_refused_at=now)
+    if status is not None and status < 500 and status not in RETRYABLE:
+        return replace(after, refused_since=None)
+    return after
 
 
 def alarm_of(work: Work) -> Told | None:
@@ -2575,8 +2607,7 @@ def outcome_message(work: Work) -> Message:
     counts = f"{len(work.batches) - failed} of {len(work.batches)} batches completed"
     link = f" {trigger_.url}" if trigger_ and trigger_.url else ""
     text = f"job {work.name} has started Keboola job {job_id}: {counts}{link}"
-    event = Told.COMPLETED_WITH_FAILURES if failed else Told.COMPLETED
-    return Message(event, str(work.id), text, work.name)
+    return Message(Told(job_status(work)), str(work.id), text, work.name)
 
 
 def work_messages(before: Work, after: Work, standing: Container[Alarm]) -> list[Message]:
@@ -2617,12 +2648,11 @@ def gone_messages(works: Iterable[Work], standing: Mapping[Alarm, str | None]) -
     ]
 
 
-def account_messages(
-    usages: Mapping[str, Usage], standing: Iterable[Alarm], now: float
-) -> list[Message]:
+def account_messages(usages: Mapping[str, Usage], standing: Iterable[Alarm]) -> list[Message]:
     """Return what webhooks are told of keys that are refused for long, or no longer.
 
-    `usages` are those of the secrets that the config has.
+    `usages` are those of the secrets that the config has. What counts is the time between two
+    refusals, not that since one: nothing may have been asked meanwhile.
     """
     event = Told.ACCOUNT_FAILING
     messages = []
@@ -2631,8 +2661,9 @@ def account_messages(
             text = f"{event} is over: the secret {name} works again, or is no longer used"
             messages.append(Message(event, name, text, is_over=True))
     for name, usage in usages.items():
-        since = usage.refused_since
-        if since is not None and now - since > REFUSED_LONG_S and (event, name) not in standing:
+        since, last = usage.refused_since, usage.last_refused_at
+        is_long = since is not None and last is not None and last - since > REFUSED_LONG_S
+        if is_long and (event, name) not in standing:
             text = f"the secret {name} has been refused for over 10 minutes: {usage.error}"
             messages.append(Message(event, name, text))
     return messages
@@ -2792,6 +2823,7 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
             errors          INTEGER NOT NULL,
             last_success_at REAL,
             refused_since   REAL,
+            last_refused_at REAL,
             error           TEXT
         ) STRICT, WITHOUT ROWID""",
         """
@@ -3353,7 +3385,9 @@ class Store:
     def prune(self, before: float) -> None:
         """Drop log rows and settled requests older than a Unix time."""
         with self.transaction():
-            self._db.execute("DELETE FROM logs WHERE at < ?", (before,))
+            # The newest row stays, so that no number is given twice: `logs --follow` counts on it.
+            newest = "(SELECT max(id) FROM logs)"
+            self._db.execute(f"DELETE FROM logs WHERE at < ? AND id < {newest}", (before,))
             self._db.execute("DELETE FROM requests WHERE done_at < ?", (before,))
 
     def ask(self, work: Work, *, force: bool, now: float) -> None:
@@ -3427,6 +3461,19 @@ class Store:
                 [(notice.failures, notice.next_try_at, notice.id) for notice in notices],
             )
 
+    def hurry_notices(self, webhooks: Iterable[str], now: float) -> None:
+        """Have all messages of some webhooks tried at once."""
+        with self.transaction():
+            self._db.executemany(
+                "UPDATE notices SET next_try_at = ? WHERE secret = ?",
+                [(now, webhook) for webhook in webhooks],
+            )
+
+    def next_notice_at(self) -> float | None:
+        """Return when the next message is due."""
+        row = self._db.execute("SELECT min(next_try_at) FROM notices").fetchone()
+        return None if row[0] is None else float(row[0])
+
     def drop_notices(self, ids: Iterable[int]) -> None:
         """Forget notices: they are delivered, or never will be."""
         with self.transaction():
@@ -3465,13 +3512,16 @@ def read_store(path: Path) -> Iterator[Store | None]:
                     raise
                 db = connect_readonly(uri + "?mode=ro&immutable=1")
             stack.callback(db.close)
-            if check_version(db, path) == 0:
-                yield None
-                return
+            version = check_version(db, path)
+            if 0 < version < len(MIGRATIONS):  # until the daemon's restart after an upgrade
+                old, db = db, sqlite3.connect(":memory:", isolation_level=None)
+                stack.callback(db.close)
+                old.backup(db)
+                migrate(db, path)
         except sqlite3.Error as error:
             hint = "run this as the user of the daemon, or as root"
             raise StateError(f"cannot read the state file {path}: {error}", hint) from None
-        yield Store(db, path)
+        yield Store(db, path) if version else None
 
 
 @contextlib.contextmanager
@@ -4059,7 +4109,7 @@ class OpenAIClient:
 
     def __init__(self, account: Account, http: Http, note: Note | None = None) -> None:
         self._http = http
-        self._tell = note
+        self._note_request = note
         self._clock = http.clock
         self.base_url = account.base_url
         self._headers = {"Authorization": f"Bearer {account.key.reveal()}"}
@@ -4133,7 +4183,9 @@ class OpenAIClient:
 
     async def _get(self, path: str, params: Mapping[str, str] | None, budget: Budget) -> Answer:
         url = self.base_url + path
-        return await noted(self._http.get(url, self._headers, params, budget=budget), self._tell)
+        return await noted(
+            self._http.get(url, self._headers, params, budget=budget), self._note_request
+        )
 
     def _json(self, answer: Answer) -> object:
         if not answer.is_success:
@@ -4195,7 +4247,7 @@ class KeboolaClient:
         note: Note | None = None,
     ) -> None:
         self._http = http
-        self._tell = note
+        self._note_request = note
         self._clock = http.clock
         self._stack_url = stack_url
         self._headers = {"X-StorageApi-Token": token.reveal()}
@@ -4207,7 +4259,9 @@ class KeboolaClient:
         """Return the JSON of a GET; raises ApiError after the retries."""
 
         async def attempt(budget: Budget) -> object:
-            tell = self._tell if headers else None  # without the token, it says nothing of it
+            tell = (
+                self._note_request if headers else None
+            )  # without the token, it says nothing of it
             answer = await noted(self._http.get(url, headers, params, budget=budget), tell)
             if not answer.is_success:
                 raise http_error("Keboola", answer, self._clock.wall())
@@ -4261,7 +4315,7 @@ class KeboolaClient:
             error.sent = False
             raise
         headers = {**self._headers, "Content-Type": "application/json"}
-        answer = await noted(self._http.post(f"{url}/jobs", headers, payload), self._tell)
+        answer = await noted(self._http.post(f"{url}/jobs", headers, payload), self._note_request)
         if not answer.is_success:
             raise http_error("Keboola", answer, self._clock.wall())
         try:
@@ -4615,7 +4669,7 @@ class ListReader:
         else:
             if look.seen:
                 self._failures = 0
-                self._tell(is_usable=True)
+                self._note_usability(is_usable=True)
 
     async def _read_known(self, look: Look, known: Mapping[str, Batch]) -> None:
         """Read the pages that are known to show several of the due batches."""
@@ -4736,9 +4790,9 @@ class ListReader:
         wait_s = backoff_s(self._failures, MINUTE_S, clock.jitter())
         self._usable_from = clock.mono() + (HOUR_S if is_absent else wait_s)
         if error.status != 429:  # which is about the account
-            self._tell(is_usable=False, error=str(error))
+            self._note_usability(is_usable=False, error=str(error))
 
-    def _tell(self, *, is_usable: bool, **fields_: str) -> None:
+    def _note_usability(self, *, is_usable: bool, **fields_: str) -> None:
         """Tell whether the list is usable, if that is news."""
         if self._is_told is is_usable:
             self._is_told = not is_usable
@@ -4770,7 +4824,7 @@ class Poller:
         self._looks: set[Look] = set()  # those under way,
         self._busy: set[Watch] = set()  # and the works that they are at
         self._left_out: set[str] = set()  # batches that their last look could not afford
-        self._secret = ""  # the name of the account's, or of the first of several
+        self._secret = ""  # the name of the account's
         self._until = math.inf  # when `run` looks around again
         self._tasks: set[asyncio.Task[None]] = set()
         self.wake = asyncio.Event()
@@ -4789,8 +4843,8 @@ class Poller:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def take(self, watches: Iterable[Watch]) -> None:
-        """Have these works looked at from now on."""
+    def take(self, watches: Iterable[Watch], secret: str = "") -> None:
+        """Have these works looked at from now on; `secret` is the name of the account's."""
         polled = [watch for watch in watches if self._engine.is_polled(watch)]
         self._watches = {watch.work.id: watch for watch in polled}
         self._watchers = {}
@@ -4801,7 +4855,7 @@ class Poller:
         self._known = {batch.id: batch for batch in batches if batch.id in self._watchers}
         self._heard = {key: news for key, news in self._heard.items() if key in self._watchers}
         self._left_out &= self._watchers.keys()
-        self._secret = min((watch.job.openai_secret for watch in polled if watch.job), default="")
+        self._secret = secret
         self.wake.set()
 
     def _follow(self, watch: Watch) -> None:
@@ -4853,7 +4907,12 @@ class Poller:
 
     def _is_too_soon(self) -> bool:
         """Return whether an earlier pass has read pages in vain, and not long ago."""
-        passes, at = (self._engine.store.meta(VAIN_PASSES) or {}).get(self._secret, (1, -math.inf))
+        try:
+            vain = self._engine.store.meta(VAIN_PASSES) or {}
+        except sqlite3.Error as error:
+            self._engine.note_trouble(error)
+            return False
+        passes, at = vain.get(self._secret, (1, -math.inf))
         rest_s = min(DAY_S, FIRST_VAIN_REST_S * 2 ** (passes - 1))
         return bool(0 <= self._engine.clock.wall() - at < rest_s)
 
@@ -5120,7 +5179,9 @@ class Carrier:
         """Take the Keboola job that an earlier POST has started; the oldest of several."""
         ours = jobs[0]
         others = [job.id for job in jobs[1:]]
-        after = as_sent(trigger, ours, self._clock.wall())
+        found_at = self._clock.wall()
+        created_at = ours.created_time.timestamp() if ours.created_time else found_at
+        after = as_sent(trigger, ours, min(created_at, found_at))
         level = "warning" if others else "info"
         more = {"other_keboola_job_ids": others} if others else {}
         self._commit(after, "trigger_found", level, keboola_job_id=ours.id, **more)
@@ -5241,8 +5302,8 @@ class Engine:
         self._used: set[str] = set()  # secrets whose usage is not written yet
         self._accounts: dict[Account, str] = {}  # the names of their secrets
         self._alarms = store.alarms()
-        self.news = asyncio.Event()  # there is something to publish,
-        self.mail = asyncio.Event()  # and something to tell webhooks
+        self.news_came = asyncio.Event()  # there is something to publish,
+        self.mail_came = asyncio.Event()  # and something to tell webhooks
         self.clear_from = -math.inf  # a search before that, with nothing found, says nothing
         self.is_config_rejected = False
         self.has_failed = False  # something could not be written, or a bug was met
@@ -5352,12 +5413,21 @@ class Engine:
             if carrier:
                 carrier.cancel()
         self.watches = watches
+        self._hurry_notices(old)
         self._tell_standing()
         self._rearm()
         self._arrange_pollers()
         self.take_requests(at_once=True)
         for watch in self.watches.values():
             self.carry(watch)
+
+    def _hurry_notices(self, old: Setup) -> None:
+        """Have webhooks asked at once whose address is another one now."""
+        names = self.setup.config.webhook.keys()
+        changed = [n for n in names if old.secrets.get(n) != self.setup.secrets.get(n)]
+        if changed:
+            self.store.hurry_notices(changed, self.clock.wall())
+            self.mail_came.set()
 
     def _begin(self, work: Work) -> Watch:
         """Return a watch for a row, its recorded times turned into deadlines of this process.
@@ -5398,11 +5468,13 @@ class Engine:
     def _arrange_pollers(self) -> None:
         """Give each account's watches to its poller; pollers come and go with accounts."""
         by_account: dict[Account, list[Watch]] = {}
+        names: dict[Account, str] = {}  # where secrets share an account, the first one's counts
         for watch in self.watches.values():
             if watch.job:
                 account = account_of(self.setup, watch.job)
                 by_account.setdefault(account, []).append(watch)
-                self._accounts[account] = watch.job.openai_secret
+                names[account] = min(names.get(account, END_OF_IDS), watch.job.openai_secret)
+        self._accounts |= names
         for account in [account for account in self._pollers if account not in by_account]:
             self._pollers.pop(account).stop()
         for account, watches in by_account.items():
@@ -5410,7 +5482,7 @@ class Engine:
                 note = functools.partial(self._note_account, account)
                 self._pollers[account] = Poller(self, OpenAIClient(account, self._http, note))
                 self._pollers[account].start()
-            self._pollers[account].take(watches)
+            self._pollers[account].take(watches, names[account])
 
     # --- what pollers and carriers need ---
 
@@ -5544,7 +5616,7 @@ class Engine:
         """Commit the new states of works with the events that tell of them, then tell them."""
         told = [self._clean(event) for event in events]
         works = [(watch.work, after) for watch, after in changes]
-        mail = self._mail(m for work, after in works for m in self._messages(work, after))
+        mail = self._mail(lambda: self._messages(works))
         self.store.save(works, told, self.clock.wall(), mail)
         for watch, after in changes:
             watch.work = after
@@ -5564,28 +5636,29 @@ class Engine:
             self._trouble[job] = str(error)
             say(Event("state_write_failed", "error", job, {"error": str(error)}))
 
-    def note_bug(self, error: Exception, job: str) -> None:
+    def note_bug(self, error: Exception, where: str) -> None:
         """Tell of an exception that nobody has thought of, with its traceback."""
         self.has_failed = True
-        structlog.get_logger("teckochecker").error("internal_error", job=job, exc_info=error)
+        structlog.get_logger("teckochecker").error("internal_error", where=where, exc_info=error)
 
     def note_config(self, config: Config | None, error: str | None, *events: Event) -> None:
         """Remember which config the process runs with, and what was wrong with the last one."""
         self.is_config_rejected = error is not None
+        error = self._http.redactor.text(error) if error else None
         known = self.store.meta("config") or {}
         if config:
             loaded_at = rfc3339(self.clock.wall())
             known = {"path": str(config.path), "sha256": config.sha256, "loaded_at": loaded_at}
         told = [self._clean(event) for event in events]
         first = error.splitlines()[0] if error else None
-        mail = self._mail(config_messages(first, self._alarms))
+        mail = self._mail(lambda: config_messages(first, self._alarms))
         self.store.put_meta("config", {**known, "error": error}, told, self.clock.wall(), mail)
         self._say(told, mail)
 
     def _say(self, events: Iterable[Event], mail: Mail = NO_MAIL) -> None:
         """Tell what has been committed."""
         self._trouble.clear()
-        self.news.set()
+        self.news_came.set()
         for event in events:
             say(event)
         for message in mail.messages:
@@ -5595,7 +5668,7 @@ class Engine:
             elif message.lasts:
                 self._alarms[alarm] = message.job
         if mail.copies:
-            self.mail.set()
+            self.mail_came.set()
 
     def _clean(self, event: Event) -> Event:
         """Return an event without secrets: the state file keeps it too."""
@@ -5603,7 +5676,7 @@ class Engine:
         return replace(event, fields=cleaned)
 
     def flush(self, *, at_once: bool = False) -> None:
-        """Write when works were looked at, now and then: nothing depends on it."""
+        """Write when works were looked at, and how keys fared, now and then."""
         wait_s = max(TOUCH_S, len(self._touched) * TOUCH_S_EACH)
         is_time = at_once or self.clock.mono() - self._touched_at >= wait_s
         if is_time and (self._touched or self._used):
@@ -5644,33 +5717,48 @@ class Engine:
 
     def see_accounts(self) -> None:
         """Have webhooks told of keys that are refused for long."""
-        self._tell(account_messages(self.usages(), self._alarms, self.clock.wall()))
+        self._send(lambda: account_messages(self.usages(), self._alarms))
 
     def _tell_standing(self) -> None:
         """Have webhooks told of what is wrong already, and of what is over with its job."""
         works = [watch.work for watch in self.watches.values()]
-        news = [message for work in works for message in self._messages(work, work)]
-        self._tell(news + gone_messages(works, self._alarms))
+        self._send(
+            lambda: [
+                *self._messages((work, work) for work in works),
+                *gone_messages(works, self._alarms),
+            ]
+        )
 
-    def _messages(self, before: Work, after: Work) -> list[Message]:
+    def _messages(self, changes: Iterable[tuple[Work, Work]]) -> list[Message]:
+        """Return what webhooks are told of changes."""
         if not (self.setup.config.notify or self._alarms):
             return []
-        return work_messages(before, after, self._alarms)
+        return [m for before, after in changes for m in work_messages(before, after, self._alarms)]
 
-    def _mail(self, messages: Iterable[Message]) -> Mail:
-        """Return mail without secrets: the state file keeps it, and others read it."""
-        redact = self._http.redactor.text
-        clean = [replace(message, text=redact(message.text)) for message in messages]
-        if not self.setup.config.notify:  # an alarm that nobody was told of does not stand
-            clean = [message for message in clean if message.is_over]
-        return mail_of(clean, self.setup.config.notify)
+    def _mail(self, make: Callable[[], Sequence[Message]]) -> Mail:
+        """Return mail without secrets: the state file keeps it, and others read it.
 
-    def _tell(self, messages: Sequence[Message]) -> None:
+        A bug in what makes it is not the jobs': what it would tell of is stored all the same.
+        """
+        try:
+            hooks = self.setup.config.notify
+            redact = self._http.redactor.text
+            clean = [replace(message, text=redact(message.text)) for message in make()]
+            # An alarm that nobody was told of does not stand.
+            wanted = {event for hook in hooks for event in hook.events}
+            return mail_of([m for m in clean if m.is_over or m.event in wanted], hooks)
+        except Exception as error:  # noqa: BLE001 - see above
+            self.note_bug(error, "notify")
+            return NO_MAIL
+
+    def _send(self, make: Callable[[], Sequence[Message]]) -> None:
         """Store messages that go with no other change."""
-        mail = self._mail(messages)
+        mail = self._mail(make)
         if mail.messages:
             self.store.save((), (), self.clock.wall(), mail)
             self._say((), mail)
+
+    # --- what people ask for ---
 
     def take_requests(self, *, at_once: bool = False) -> None:
         """Do what people asked for with `retry` since the last time."""
@@ -5844,16 +5932,16 @@ class Teller:
     async def run(self) -> None:
         """Deliver whatever there is, as long as the process runs."""
         while True:
-            self._engine.mail.clear()
+            self._engine.mail_came.clear()
             await self.deliver()
-            await wait_for_event(self._engine.mail, self._wait_s())
+            await wait_for_event(self._engine.mail_came, self._wait_s())
 
     def _wait_s(self) -> float:
         """Return how long it is until something is due."""
         now = self._engine.clock.wall()
         with contextlib.suppress(sqlite3.Error):
-            times = [notice.next_try_at - now for notice in self._engine.store.notices()]
-            return max(1.0, min((MINUTE_S, *times)))
+            due = self._engine.store.next_notice_at()
+            return max(1.0, min(MINUTE_S, math.inf if due is None else due - now))
         return MINUTE_S
 
     async def deliver(self) -> None:
@@ -5902,17 +5990,20 @@ class Teller:
         """Post one message; raises ApiError unless it was taken."""
         headers = {"Content-Type": "application/json"}
         answer = await self._http.post(address.reveal(), headers, notice.body)
-        if not answer.is_success:
-            raise http_error("the webhook", answer, self._engine.clock.wall())
+        if not answer.is_success:  # its words may be an echo of the address, which is secret
+            message = f"the webhook answered {answer.status}"
+            wait_s = retry_after_s(answer.headers, self._engine.clock.wall())
+            raise ApiError(message, status=answer.status, retry_after_s=wait_s)
 
     def _put_off(self, notices: Sequence[Notice], error: ApiError) -> None:
         """Have messages tried again later; those that are a day old are given up."""
         now, jitter = self._engine.clock.wall(), self._engine.clock.jitter()
         old = [notice for notice in notices if now - notice.at > NOTICE_LIFE_S]
+        young = [notice for notice in notices if now - notice.at <= NOTICE_LIFE_S]
         if old:
             self._drop(old, f"not delivered within a day: {error}")
         first = after_failed_notice(notices[0], error, now, jitter)
-        later = [replace(first, id=notice.id) for notice in notices if notice not in old]
+        later = [replace(first, id=notice.id) for notice in young]
         if notices[0].failures == 0:  # told once; it would go on for a day
             fields_ = {"webhook": notices[0].secret, "error": str(error)}
             self._engine.note(Event("notify_failed", "warning", None, fields_))
@@ -6599,11 +6690,11 @@ class Publisher:
     async def run(self) -> None:
         """Publish what has changed, and now and then what has not, while the process runs."""
         while True:
-            self._engine.news.clear()
+            self._engine.news_came.clear()
             await self.publish(Holder.DAEMON)
             pause_s = min(HEARTBEAT_S, max(1.0, self._took_s / PUBLISH_SHARE))
             await asyncio.sleep(pause_s)
-            await wait_for_event(self._engine.news, HEARTBEAT_S - pause_s)
+            await wait_for_event(self._engine.news_came, HEARTBEAT_S - pause_s)
 
     async def publish(self, runs: Holder) -> None:
         """Write the files, if the config has a place for them; trouble is told once."""
@@ -6679,10 +6770,27 @@ def config_view(config: Config, meta: Mapping[str, Any]) -> dict[str, str | None
 # ==================================================================================================
 
 
+# --- the daemon and --once ------------------------------------------------------------------------
+
+
 def config_path(args: argparse.Namespace) -> Path:
     """Return the config that a command is about."""
     given_path = getattr(args, "config", None)
     return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
+
+
+async def was_cut_short(work: Coroutine[Any, Any, None], by: asyncio.Event) -> bool:
+    """Do something unless an event is or becomes set; returns whether it was."""
+    doing, waiting = asyncio.ensure_future(work), asyncio.ensure_future(by.wait())
+    if not by.is_set():
+        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    is_cut = not doing.done()
+    doing.cancel()
+    waiting.cancel()
+    await asyncio.gather(doing, waiting, return_exceptions=True)
+    if not is_cut:
+        doing.result()  # raises what it raised
+    return is_cut
 
 
 async def tell_once(engine: Engine, teller: Teller) -> None:
@@ -6722,10 +6830,10 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
     try:
         note_loaded(engine, setup)
         code = await run_engine(engine, signals, helpers, notifier)
-        if once and code == 0:
-            await tell_once(engine, teller)
-        if not signals.now.is_set():
-            await publisher.publish(Holder.ONCE if once else Holder.NOBODY)
+        if once and code == 0 and await was_cut_short(tell_once(engine, teller), signals.stop):
+            code = 130
+        last = publisher.publish(Holder.ONCE if once else Holder.NOBODY)
+        await was_cut_short(last, signals.stop if once else signals.now)
     finally:
         await http.close()
         store.close()
@@ -6741,6 +6849,9 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
 def run_daemon(args: argparse.Namespace) -> int:
     """Run the daemon, or one pass with --once."""
     return asyncio.run(serve(config_path(args), os.environ, once=args.once))
+
+
+# --- check, and what commands share ---------------------------------------------------------------
 
 
 def draft_for_reading(args: argparse.Namespace) -> Draft:
@@ -6927,9 +7038,9 @@ def run_init(args: argparse.Namespace) -> int:
     write_new(config, EXAMPLE_CONFIG)
     shown = shlex.quote(str(config))
     print(f"wrote {config} and {key}, which only you can read. Next:")
-    print(f"  1. edit {config}: your tokens in plain, the stack, your batch ids")
+    print(f"  1. edit {config}: tokens in plain, stack, batch ids, config_id")
     print(f"  2. teckochecker --config {shown} encrypt")
-    print(f"  3. teckochecker --config {shown} check, and then without `check`: the daemon")
+    print(f"  3. teckochecker --config {shown} check, then doctor, then neither: the daemon")
     return 0
 
 
@@ -7065,7 +7176,7 @@ def new_secret(name: str, kind: str | None) -> Secret:
     text = text.strip()
     problem = problem or check_secret_value(text)
     if problem is None and kind == WebhookSecret.kind:
-        problem = url_problem(text.partition("?")[0])
+        problem = webhook_problem(text)
     if problem:
         raise UsageError(f"what was given for {name} {problem}", "nothing is changed")
     return Secret(text)
@@ -7261,7 +7372,8 @@ class Doctor:
         self._see_directory(path.parent, "the state file", found)
         place = self.config.publish_path
         if place:
-            self._see_directory(place if place.is_dir() else place.parent, "published files", found)
+            where = place if os.path.lexists(place) else place.parent
+            self._see_directory(where, "published files", found)
         try:
             with read_store(path) as store:
                 if store:
@@ -7512,8 +7624,10 @@ class Doctor:
         """Check that a configuration is enabled, has a job's rows, and gets all its variables."""
         text = f"job {job.name}: {target_text(self.config.target(job))}"
         rows = said.get("rows")
-        row_ids = {str(r.get("id")) for r in rows if isinstance(r, dict)} if rows else set()
-        gone = [row_id for row_id in job.config_row_ids if row_ids and row_id not in row_ids]
+        gone: list[str] = []
+        if isinstance(rows, list):
+            there = {str(row.get("id")) for row in rows if isinstance(row, dict)}
+            gone = [row_id for row_id in job.config_row_ids if row_id not in there]
         missing = [n for n in needed or () if n not in {*OWN_VARIABLES, *dict(job.variables)}]
         if said.get("isDisabled") is True:
             return found.bad(f"{text} is disabled", "enable it in Keboola")
@@ -7548,7 +7662,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     draft = read_draft(config_path(args), files)
     opener = Opener(draft.config, files, os.environ)
     secrets = opener.open_all()
-    redactor.learn((*secrets.values(), *opener.keys))
+    redactor.learn((*secrets.values(), *opener.keys, *opener.webhook_paths(secrets)))
     doctor = Doctor(draft.config, secrets, redactor)
     doctor.see_config(draft, opener)
     if draft.config.sha256:
@@ -7653,7 +7767,7 @@ class Importer:
             "keboola_secret": self._secret(row["keboola_secret_id"], stack_url),
             "component_id": str(row["keboola_component_id"]),
             "config_id": str(row["keboola_configuration_id"]),
-            "poll_interval": show_exact_duration(row["poll_interval_seconds"]),
+            "poll_interval": imported_interval(row["poll_interval_seconds"]),
         }
         return job | self._status(name, str(row["status"]).lower())
 
@@ -7700,7 +7814,7 @@ class Importer:
         return self._new.encrypt(Secret(text))
 
 
-def show_exact_duration(seconds: object) -> str:
+def imported_interval(seconds: object) -> str:
     """Return an old interval as the config writes it, within its limits."""
     return f"{min(DAY_S, max(1, count_or_none(seconds) or 120))}s"
 
@@ -7727,7 +7841,9 @@ def run_import(args: argparse.Namespace) -> int:
     except sqlite3.Error as error:
         cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
         raise UsageError(f"cannot import {old}: {error}", cure) from None
-    text = f"# Imported from {one_line(str(old))}. Put it into config.yaml, then run `check`.\n"
+    text = (
+        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml, then run `check`.\n"
+    )
     text += yaml.safe_dump(config, sort_keys=False, allow_unicode=can_show("ěš🌙"), width=1000)
     problems = parse_config(text, Path("<imported>")).problems
     for note in (*importer.notes, *map(str, problems)):
@@ -7839,7 +7955,8 @@ def status_text(report: Report, job: str | None) -> str:
     lines = []
     if report.config["error"]:
         lines += ["The config file has problems; a running daemon goes on with the previous one:"]
-        lines += [painted(report.config["error"], RED), ""]
+        lines += [painted(line, RED) for line in report.config["error"].splitlines()]
+        lines.append("")
     if job is not None:
         events = report.last_events.get(job, ())
         return "\n".join([*lines, job_details(report.works[0], events, report.at)])
@@ -8036,7 +8153,7 @@ batches ended/all, and how much of their requests is done.""",
 The old secrets are opened with $SECRET_KEY and closed again with our key. Jobs that were
 completed come with done: true, so that nothing starts again. Exits 1 if something is left
 out, which is told on standard error.""",
-        "import old/teckochecker.db > config.yaml",
+        "import old/teckochecker.db > imported.yaml",
     ),
     "schema": (
         "print the SQL of the state file",

@@ -474,7 +474,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="the POST repeated at once",
-        old='answer = await noted(self._http.post(f"{url}/jobs", headers, payload), self._tell)',
+        old=(
+            'answer = await noted(self._http.post(f"{url}/jobs", headers, payload),'
+            " self._note_request)"
+        ),
         new=(
             "try:\n"
             '            answer = await self._http.post(f"{url}/jobs", headers, payload)\n'

@@ -176,7 +176,7 @@ def test_what_comes_over(workspace: Workspace, old: OldDatabase) -> None:
     done = import_it(workspace, old.path)
     config = config_of(done)
     first, *_ = done.stdout.splitlines()
-    assert first == f"# Imported from {old.path}. Put it into config.yaml, then run `check`."
+    assert first == f"# Imported from {old.path}. Put it in place of config.yaml, then run `check`."
     assert config["jobs"] == {
         "one": {
             "batch_ids": ["batch_b", "batch_a"],

@@ -223,7 +223,7 @@ class Scene:
             batches = tuple(Batch(k, created_at=age) for k, age in zip(ids, ages, strict=True))
             work = Work(start, f"job{start}", batches, TARGET, position=start)
             self.watches.append(Watch(work, Job(work.name, ids, "openai", "k", "c", "1")))
-        self.poller.take(self.watches)
+        self.poller.take(self.watches, "openai")
 
     async def look(self, watches: Sequence[Watch] | None = None) -> int:
         """Have works looked at; how many requests that took."""
@@ -585,11 +585,11 @@ def test_paused_and_unpaused_there_is_one_look() -> None:
         stage.poller.start()
         await asyncio.sleep(5)
         stage.office.paused.add(watch)
-        stage.poller.take(stage.watches)
+        stage.poller.take(stage.watches, "openai")
         await asyncio.sleep(1)
         stage.office.paused.clear()
         watch.due = now()  # as the engine has it, whose config has changed
-        stage.poller.take(stage.watches)
+        stage.poller.take(stage.watches, "openai")
         await asyncio.sleep(5)
         assert stage.server.in_flight.total() == 1
         await asyncio.sleep(200)

@@ -205,13 +205,13 @@ def test_since_when_a_key_is_refused(
 def test_a_key_that_is_refused_for_long(
     refused_s: int | None, *, is_standing: bool, expected: list[Any]
 ) -> None:
-    """Ten minutes of refusals are told, and the first answer that is none."""
+    """Refusals over ten minutes are told, and the first answer that is none; one alone is not."""
     since = None if refused_s is None else NOW - refused_s
-    usages = {"prod": Usage("openai", 1, 1, refused_since=since)}
+    usages = {"prod": Usage("openai", 1, 1, None, since, NOW)}
     standing = {(Told.ACCOUNT_FAILING, "prod")} if is_standing else set()
-    assert told_of(tc.account_messages(usages, standing, NOW)) == expected
+    assert told_of(tc.account_messages(usages, standing)) == expected
     gone = [("account_failing", True)] if is_standing else []
-    assert told_of(tc.account_messages({}, standing, NOW)) == gone
+    assert told_of(tc.account_messages({}, standing)) == gone
 
 
 def test_the_body_is_what_chat_programs_show() -> None:
@@ -304,6 +304,63 @@ def test_a_refused_key(told: Workspace, receiver: Receiver) -> None:
     told.daemon()
     receiver.wait_for(2)
     assert receiver.events()[1:] == [("account_failing", None, True)]
+
+
+def test_a_token_that_may_search_but_not_start(told: Workspace, receiver: Receiver) -> None:
+    """Keboola's 403 for a start, between searches that it answers, is no refused key."""
+    told.add_job("job", "batch_a")
+    told.sim.fault("queue.create", "status", None, code=403)
+    assert told.once().code == 1
+    told.change_state("UPDATE accounts SET refused_since = refused_since - 700")
+    told.change_state("UPDATE triggers SET next_try_at = 0")
+    assert told.run("--once").code == 1
+    assert receiver.events() == [("job_failed", "job", False)]
+
+
+def test_an_event_that_nobody_wants_does_not_stand(told: Workspace, receiver: Receiver) -> None:
+    """What no webhook asked for is told once one does, and its end is never told before that."""
+    told.config["notify"] = [{"secret": "hook", "events": ["completed"]}]
+    told.add_job("bad", "batch_a")
+    end = reject(told, "bad")
+    assert told.once().code == 1
+    assert row(told, "SELECT * FROM alarms") == []
+    told.config["notify"] = [{"secret": "hook", "events": ["job_failed"]}]
+    assert told.once().code == 1
+    assert receiver.events() == [("job_failed", "bad", False)]
+    end()
+    assert told.run("retry", "bad").code == 0
+    assert told.run("--once").code == 0
+    assert receiver.events()[1:] == [("job_failed", "bad", True)]
+
+
+def test_a_new_address_is_tried_at_once(told: Workspace, receiver: Receiver) -> None:
+    """A reload with another address ends the wait that the old one has earned."""
+    dead = receiver.url.replace("127.0.0.1:", "127.0.0.2:")
+    told.secrets["hook"]["value"] = told.encrypt(dead)
+    told.add_job("job", "batch_a")
+    assert told.once().code == 0
+    told.change_state("UPDATE notices SET next_try_at = next_try_at + 3000, failures = 9")
+    daemon = told.daemon()
+    assert receiver.bodies == []
+    told.secrets["hook"]["value"] = told.encrypt(receiver.url)
+    told.reload(daemon)
+    receiver.wait_for(1)
+
+
+def test_a_bug_in_a_message_is_not_the_jobs(
+    told: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is recorded and the pass ends, whatever becomes of what it would tell."""
+
+    def broken(*_: object) -> list[Message]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tc, "work_messages", broken)
+    monkeypatch.setattr(tc.Engine, "note_bug", lambda *_: None)
+    told.add_job("job", "batch_a")
+    told.write()
+    assert tc.main(["--config", str(told.path), "--once"]) == 0
+    told.assert_one_job("job")
 
 
 def test_a_dead_webhook_delays_nothing(told: Workspace, receiver: Receiver) -> None:
@@ -429,7 +486,7 @@ def test_what_stands_when_notify_comes(told: Workspace, receiver: Receiver) -> N
 
 
 def test_no_address_anywhere(told: Workspace, receiver: Receiver) -> None:
-    """A webhook's address is its password: not in the log, the state file, an error or a repr."""
+    """A webhook's address is its password, also where the server echoes it."""
     told.add_job("job", "batch_a")
     receiver.close()
     daemon = told.daemon()

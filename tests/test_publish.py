@@ -489,7 +489,7 @@ class FakeEngine:
         self.clock = tc.SystemClock()
         self.store = tc.Store.open(state)
         self.watches: dict[int, Any] = {}
-        self.news = asyncio.Event()
+        self.news_came = asyncio.Event()
         self.noted: list[Event] = []
 
     def usages(self) -> dict[str, Usage]:

@@ -1134,3 +1134,29 @@ def test_encrypt_without_values_has_nothing_to_do(text: str, with_key: Place) ->
     with_key.key_file.unlink()
     with_key.config.write_text(text, encoding="ascii")
     assert encrypt(with_key.config) == 0
+
+
+# ---- what servers echo ----
+
+
+@pytest.mark.parametrize(
+    ("written", "is_hidden"),
+    [
+        (rb"sk-ab\/cdefghij=klmn", True),
+        (rb"sk-ab/cdefghij\u003dklmn", True),
+        (rb"\u0073k-ab\/cdefghij\u003Dklmn", True),
+        (rb"sk-ab\\/cdefghij=klmn", False),  # a backslash and a slash: another text
+        (rb"sk-other \u0022 \/", False),
+    ],
+)
+@pytest.mark.parametrize("is_data", [True, False])
+def test_a_token_that_json_escapes(written: bytes, *, is_hidden: bool, is_data: bool) -> None:
+    """However a server's JSON writes the token, it is masked, and nothing else is changed."""
+    redactor = tecko.Redactor()
+    redactor.learn([tecko.Secret("sk-ab/cdefghij=klmn")])
+    body = b'{"error": "bad key ' + written + rb' \u0022 end"}'
+    masked = redactor.body(body, is_data=is_data)
+    if is_hidden:
+        assert json.loads(masked) == {"error": 'bad key *** " end'}
+    else:
+        assert masked == body

@@ -567,7 +567,7 @@ def test_touch_writes_only_the_times(store: Store) -> None:
     """A look without news stores when it was, when the next one is, and what it took."""
     [work] = sync(store, job("a"))
     looked = replace(work, last_check_at=NOW, next_check_at=NOW + 60)
-    usage = tc.Usage("openai", 3, 1, NOW, NOW - 1, "503")
+    usage = tc.Usage("openai", 3, 1, NOW, NOW - 2, NOW - 1, "503")
     store.touch([(work.id, NOW, NOW + 60)], {"o": usage})
     assert store.works() == [looked]
     assert store.usages() == {"o": usage}
@@ -625,6 +625,8 @@ def test_pruning_keeps_what_is_young_or_open(path: Path, store: Store) -> None:
     assert [row[0] for row in rows(path, "SELECT id FROM requests ORDER BY id")] == [2, 3]
     assert [request.id for request in store.requests()] == [3]
     assert store.works() == [work]
+    store.prune(NOW + 1000)
+    assert logged(path) == ["at_100"]  # numbers go on from the newest: `logs --follow` counts on it
 
 
 def test_facts_about_the_process(store: Store) -> None:
