@@ -1461,6 +1461,7 @@ def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, C
 # ==================================================================================================
 
 MIN_MASKED: Final = 4  # characters; real tokens have dozens, and "1" would mask half of the log
+MAX_SECRET_BYTES: Final = 65536
 KEY_VARIABLE: Final = "TECKOCHECKER_KEY"
 MAKE_KEY: Final = "head -c 32 /dev/urandom | base64 | tr +/ -_"
 
@@ -1753,7 +1754,7 @@ class Opener:
         if read.error:
             what = f"cannot read the file: {read.error.strerror}"
             return self.bad(source.place, path, what, "correct the path or its permissions")
-        if len(read.data) > 65536:
+        if len(read.data) > MAX_SECRET_BYTES:
             return self.bad(
                 source.place, path, "the file is over 64 KiB", "put the token there, alone"
             )
@@ -1783,6 +1784,11 @@ def read_draft(path: Path, files: Files) -> Draft:
         return refuse("is not UTF-8 text", "save it as UTF-8", place)
 
 
+def without_secrets(problems: Iterable[Problem], redactor: Redactor) -> list[Problem]:
+    """Return problems that show no known token: someone may have pasted it in the wrong place."""
+    return [replace(problem, what=redactor.text(problem.what)) for problem in problems]
+
+
 def load_setup(path: Path, files: Files, env: Mapping[str, str], redactor: Redactor) -> Setup:
     """Return the config with its secrets opened: the one way in for start, reload and `check`.
 
@@ -1792,7 +1798,7 @@ def load_setup(path: Path, files: Files, env: Mapping[str, str], redactor: Redac
     opener = Opener(draft.config, files, env)
     secrets = opener.open_all()
     redactor.learn((*secrets.values(), *opener.keys, *opener.webhook_paths(secrets)))
-    problems = [*draft.problems, *opener.problems]
+    problems = without_secrets([*draft.problems, *opener.problems], redactor)
     if problems:
         raise ConfigError(problems)
     return Setup(draft.config, secrets, tuple(opener.warnings))
@@ -6859,10 +6865,19 @@ def draft_for_reading(args: argparse.Namespace) -> Draft:
 
     Raises ConfigError where that does not even tell where the state file is.
     """
-    draft = read_draft(config_path(args), Files())
+    files, redactor = Files(), Redactor()
+    draft = read_draft(config_path(args), files)
+    if draft.problems:
+        redactor.learn(Opener(draft.config, files, os.environ).open_all().values())
+        draft = replace(draft, problems=without_secrets(draft.problems, redactor))
     if not draft.config.sha256 and not is_there(draft.config.state_path):
         raise ConfigError(draft.problems)
     return draft
+
+
+def no_such_job(name: str) -> UsageError:
+    """Return the error of a command about a job that is not there."""
+    return UsageError(f"there is no job {quoted(name)}", "`status` lists them all")
 
 
 def counted(n: int, noun: str) -> str:
@@ -7153,9 +7168,6 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
         Path(temporary).replace(real)
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-MAX_SECRET_BYTES: Final = 65536
 
 
 def typed_text(name: str) -> str:
@@ -7996,7 +8008,7 @@ def chosen_report(args: argparse.Namespace) -> Report:
         return report
     works = [work for work in report.works if work.name == args.job]
     if not works:
-        raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
+        raise no_such_job(args.job)
     return replace(report, works=works)
 
 
@@ -8040,7 +8052,7 @@ def run_logs(args: argparse.Namespace) -> int:
         with read_store(config.state_path) as store:
             rows = store.logs(after=last, job=args.job, most=most) if store else []
             if not (rows or last or most == 0 or args.job is None or args.job in config.jobs):
-                raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
+                raise no_such_job(args.job)
         for row in rows:
             print(log_json(row) if args.json else log_line(row), flush=args.follow)
             last = row.id
@@ -8071,7 +8083,7 @@ def run_retry(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
     works = {work.name: work for work in read_report(draft).works}
     if args.job not in works:
-        raise UsageError(f"there is no job {quoted(args.job)}", "`status` lists them all")
+        raise no_such_job(args.job)
     now = time.time()
     _, why_not = after_retry(works[args.job], force=args.force, now=now)
     if why_not:

@@ -28,6 +28,8 @@ from harness import (
 )
 from simulator import Simulator
 
+import teckochecker
+
 NOBODY = 65534
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
@@ -540,3 +542,29 @@ def test_status_check(workspace: Workspace) -> None:
     assert workspace.run("status").code == 0
     workspace.write("jobs: [")
     assert workspace.run("status", "one", "--check").code == 1
+
+
+@pytest.mark.parametrize("version", range(1, len(teckochecker.MIGRATIONS)))
+def test_reading_a_state_file_of_an_older_version(workspace: Workspace, version: int) -> None:
+    """Between an upgrade and the daemon's restart, what only reads works, and changes nothing."""
+    workspace.add_job("job", "batch_a")
+    workspace.write()
+    with closing(sqlite3.connect(workspace.state, isolation_level=None)) as db:
+        for statements in teckochecker.MIGRATIONS[:version]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {version}")
+        key = teckochecker.batch_key(["batch_a"])
+        db.execute(
+            "INSERT INTO jobs (name, batch_key, stack_url, component_id, config_id, position)"
+            " VALUES ('job', ?, ?, 'c', 'job', 0)",
+            (key, workspace.sim.stack_url),
+        )
+        db.execute("INSERT INTO batches (job_id, position, id) VALUES (1, 0, 'batch_a')")
+    before = workspace.state.read_bytes()
+    assert workspace.statuses() == {"job": "active"}
+    for command in (("status", "job"), ("logs",), ("doctor",)):
+        assert workspace.run(*command).code == 0
+    assert workspace.state.read_bytes() == before
+    assert workspace.run("--once").code == 0
+    workspace.assert_one_job("job")

@@ -497,3 +497,16 @@ def test_no_address_anywhere(told: Workspace, receiver: Receiver) -> None:
     assert PATH_SECRET.encode() not in told.state.read_bytes()
     for command in (("status",), ("logs",), ("secrets",), ("status", "--json")):
         assert PATH_SECRET not in told.run(*command).stdout
+
+
+def test_interrupted_while_a_webhook_hangs(told: Workspace, receiver: Receiver) -> None:
+    """Ctrl-C ends a pass that tells a webhook what it has found, at once; it is told later."""
+    receiver.gate.clear()
+    told.add_job("job", "batch_a")
+    running = told.start("--once")
+    wait_until(lambda: receiver.attempts, "the webhook is asked")
+    asked_at = time.monotonic()
+    running.send(signal.SIGINT)
+    assert running.wait() == 130
+    assert time.monotonic() - asked_at < 5
+    assert row(told, "SELECT failures FROM notices") == [(0,)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.fernet import Fernet
-from harness import KEBOOLA_TOKEN, OPENAI_KEY, Daemon, Workspace
+from harness import KEBOOLA_TOKEN, OPENAI_KEY, Daemon, Workspace, wait_until
 
 SEEN_WITHIN_S = 3.0
 BROKEN = "jobs: {nightly: {poll_interval: soon}}\n"
@@ -267,3 +267,23 @@ def test_bad_at_start(workspace: Workspace, broken: str) -> None:
     assert str(workspace.path) in done.stderr
     assert "Traceback" not in done.stderr
     assert not workspace.state.exists()
+
+
+def test_a_token_in_the_wrong_place(workspace: Workspace) -> None:
+    """A token that is pasted where another value belongs is told of, and shown nowhere."""
+    workspace.config["publish"] = "www"
+    workspace.add_job("job", "batch_a", status="in_progress")
+    daemon = workspace.daemon()
+    workspace.jobs["job"]["mode"] = OPENAI_KEY
+    workspace.write()
+    daemon.wait_for_event("config_rejected")
+    page = workspace.directory / "www" / "status.html"
+    wait_until(lambda: "config file has problems" in page.read_text(), "the page tells of it")
+    assert 'jobs.job.mode: "***" is not one of them' in workspace.status()["config"]["error"]
+    for command in ("check", "status", "--once"):
+        done = workspace.run(command)
+        assert OPENAI_KEY not in done.stdout + done.stderr
+    daemon.stop()
+    kept = [path.read_bytes() for path in workspace.directory.rglob("*") if path.is_file()]
+    assert sum(OPENAI_KEY.encode() in data for data in kept) == 1  # the config that it is in
+    assert OPENAI_KEY not in daemon.log()
