@@ -786,7 +786,7 @@ MUTANTS: tuple[Mutant, ...] = (
         name="a look's answer recorded for what a reload has changed",
         old="for watch in watches if self._is_mine(watch)]",
         new="for watch in watches]",
-        tests=("test_engine.py::test_a_look_that_a_reload_has_overtaken_says_nothing",),
+        tests=("test_engine.py::test_a_look_at_a_job_that_was_paused_meanwhile_says_nothing",),
     ),
     # --- looks and pages ---
     Mutant(

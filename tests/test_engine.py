@@ -524,6 +524,25 @@ def test_a_look_that_a_reload_has_overtaken_says_nothing(stage: Stage, change: s
     play(stage, scene())
 
 
+def test_a_look_at_a_job_that_was_paused_meanwhile_says_nothing(stage: Stage) -> None:
+    """What comes for a job that is no longer looked at is not recorded."""
+
+    async def scene() -> None:
+        job = stage.add()
+        stage.look_fault = "missing"
+        stage.start()
+        await stage.until(lambda: stage.count("look") == 1)
+        stage.look_fault = ""
+        stage.change(replace(job, paused=True))
+        await stage.until(lambda: stage.count("looked") == 1)
+        await asyncio.sleep(5)
+        stage.change(job)
+        await stage.until(lambda: stage.state() == "sent")
+        assert stage.logged("look_failed") == []
+
+    play(stage, scene())
+
+
 def test_a_rejected_trigger_waits_for_another_basis(stage: Stage) -> None:
     """What Keboola does not judge by brings no POST when it changes; a variable does."""
 
