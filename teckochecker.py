@@ -86,15 +86,17 @@ from collections.abc import (
 )
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeVar
 
-import httpx
-import structlog
-import tenacity
 import yaml
-from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+# What a pass of --once without work can do without is imported where it is used.
+if TYPE_CHECKING:
+    import httpx
+    import structlog
+    import tenacity
+    from cryptography.fernet import Fernet
 
 gc.freeze()
 gc.enable()
@@ -104,6 +106,7 @@ __version__ = "1.0.0"
 MINUTE_S: Final = 60
 HOUR_S: Final = 3600
 DAY_S: Final = 86400
+LAST_S: Final = 253402300799.0  # the last second that has a date: 9999-12-31T23:59:59Z
 MAX_PROBLEMS: Final = 1000  # of one config, that a person is shown
 
 # ==================================================================================================
@@ -681,7 +684,8 @@ def rfc3339(unix_s: float | None) -> str | None:
     """Return a Unix time as RFC 3339 in UTC, to the second."""
     if unix_s is None:
         return None
-    return datetime.fromtimestamp(int(unix_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    within = min(max(unix_s, 0.0), LAST_S)
+    return datetime.fromtimestamp(int(within), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # ==================================================================================================
@@ -1575,6 +1579,8 @@ class Keyring:
 
     def __init__(self, keys: Sequence[Secret]) -> None:
         """Take keys in order; raises ValueError for what is not a Fernet key."""
+        from cryptography.fernet import Fernet, MultiFernet
+
         self._fernet = MultiFernet([Fernet(key.reveal()) for key in keys])
 
     def encrypt(self, value: Secret) -> str:
@@ -1583,6 +1589,8 @@ class Keyring:
 
     def decrypt(self, token: str) -> Secret | None:
         """Return what is in a token, or None if these keys do not open it."""
+        from cryptography.fernet import InvalidToken
+
         try:
             return Secret(self._fernet.decrypt(token.encode()).decode())
         except (InvalidToken, ValueError):  # ValueError: non-ASCII token, or binary inside
@@ -2566,6 +2574,7 @@ REFUSED: Final = frozenset({401, 403})
 REFUSED_LONG_S: Final = 10 * MINUTE_S
 NOTICE_BACKOFF_S: Final = 5
 NOTICE_LIFE_S: Final = DAY_S
+NOTICE_TRIES: Final = 5
 NO_MAIL: Final = Mail()
 
 Alarm = tuple[str, str]  # the event and the subject of what has been told and is not over
@@ -3576,15 +3585,20 @@ USER_AGENT: Final = f"teckochecker/{__version__}"
 
 _HEADERS_READ: Final = ("content-type", "date", "retry-after", "retry-after-ms", "x-request-id")
 
-# httpx: nothing of the request can have reached the server.
-_NOT_SENT: Final = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.UnsupportedProtocol,
-    httpx.InvalidURL,
-    UnicodeError,  # from idna, for a host name that is none
-)
+
+def was_sent(error: Exception) -> bool:
+    """Return whether something of a request may have reached the server, by httpx's exception."""
+    import httpx
+
+    not_sent = (
+        httpx.ConnectError,
+        httpx.ConnectTimeout,
+        httpx.PoolTimeout,
+        httpx.UnsupportedProtocol,
+        httpx.InvalidURL,
+        UnicodeError,  # from idna, for a host name that is none
+    )
+    return not isinstance(error, not_sent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3735,6 +3749,10 @@ class Http:
             raise ApiError(self.redactor.text(message), sent=False) from None
 
     def _new_client(self) -> httpx.AsyncClient:
+        from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+        import httpx
+
         if self._tls is None:
             self._tls = httpx.create_ssl_context()
         loopback = ("127.0.0.1", "localhost", "[::1]")
@@ -3807,6 +3825,8 @@ class Http:
         **parts: Any,  # noqa: ANN401 - as httpx.AsyncClient.build_request takes them
     ) -> Answer:
         """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
+        import httpx
+
         try:
             async with asyncio.timeout(timeout_s):
                 request = client.build_request(method, url, **parts)
@@ -3821,8 +3841,7 @@ class Http:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, zlib.error) as error:
             text = one_line(self.redactor.text(str(error)), 200)  # in this order: no half a secret
             message = f"{type(error).__name__}{': ' + text if text else ''}"
-            sent = not isinstance(error, _NOT_SENT)
-            raise ApiError(message, retryable=True, sent=sent) from None
+            raise ApiError(message, retryable=True, sent=was_sent(error)) from None
         body = self.redactor.body(body, is_data=response.is_success)
         told = {name: response.headers[name] for name in _HEADERS_READ if name in response.headers}
         headers = {name: self.redactor.text(value) for name, value in told.items()}
@@ -4068,6 +4087,8 @@ async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], cloc
     Waits as the server asks, or exponentially with jitter, but never longer than PATIENCE_S at a
     time and REQUEST_BUDGET_S in all: what needs more is for the next look.
     """
+    import tenacity
+
     budget = Budget(clock)
     exponential = tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5)
 
@@ -4418,8 +4439,17 @@ TOUCH_S: Final = 2.0  # how often the times of looks are written,
 TOUCH_S_EACH: Final = 0.005  # and the more rarely, the more of them there are
 
 
-def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
-    """Send structlog and the standard library's logging to stderr, through one redactor."""
+def log_processors() -> list[structlog.typing.Processor]:
+    """Return what is done first to every event, our own or another library's."""
+    import structlog
+
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
+    return [structlog.stdlib.add_log_level, stamp]
+
+
+def log_formatter(settings: LogSettings, redactor: Redactor) -> logging.Formatter:
+    """Return what makes lines of events."""
+    import structlog
 
     def redact(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         return {key: redactor.tree(value) for key, value in event.items()}
@@ -4432,12 +4462,8 @@ def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
         if is_console
         else structlog.processors.JSONRenderer(default=repr)
     )
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-    ]
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=shared,
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=log_processors(),
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
@@ -4445,30 +4471,58 @@ def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
             renderer,
         ],
     )
+
+
+class LateFormatter(logging.Formatter):
+    """Makes its formatter for the first line: most passes of --once have none to make."""
+
+    def __init__(self, settings: LogSettings, redactor: Redactor) -> None:
+        super().__init__()
+        self._make = functools.partial(log_formatter, settings, redactor)
+        self._made: logging.Formatter | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made.format(record)
+
+
+def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
+    """Send structlog and the standard library's logging to stderr, through one redactor."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
+    handler.setFormatter(LateFormatter(settings, redactor))
     logging.raiseExceptions = False  # a full disk under stderr must not stop the work
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.level.upper())
     for name in ("httpx", "httpcore", "watchfiles", "asyncio"):  # URLs and headers, at DEBUG
         logging.getLogger(name).setLevel(logging.WARNING)
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )
+
+
+def logger() -> structlog.stdlib.BoundLogger:
+    """Return the program's own logger, which hands events to the standard library's logging."""
+    import structlog
+
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[
+                structlog.stdlib.filter_by_level,
+                *log_processors(),
+                structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            ],
+            logger_factory=structlog.stdlib.LoggerFactory(),
+            wrapper_class=structlog.stdlib.BoundLogger,
+        )
+    found: structlog.stdlib.BoundLogger = structlog.get_logger("teckochecker")
+    return found
 
 
 def say(event: Event) -> None:
     """Write one event to the log."""
-    log = structlog.get_logger("teckochecker")
     subject = {"job": event.job} if event.job else {}
-    log.log(getattr(logging, event.level.upper()), event.name, **subject, **event.fields)
+    level = getattr(logging, event.level.upper())
+    logger().log(level, event.name, **subject, **event.fields)
 
 
 class Notifier:
@@ -5645,7 +5699,7 @@ class Engine:
     def note_bug(self, error: Exception, where: str) -> None:
         """Tell of an exception that nobody has thought of, with its traceback."""
         self.has_failed = True
-        structlog.get_logger("teckochecker").error("internal_error", where=where, exc_info=error)
+        logger().error("internal_error", where=where, exc_info=error)
 
     def note_config(self, config: Config | None, error: str | None, *events: Event) -> None:
         """Remember which config the process runs with, and what was wrong with the last one."""
@@ -5861,7 +5915,7 @@ class Reloader:
         The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
         """
         # Here, because importing it costs the other commands a third of their start.
-        import watchfiles  # noqa: PLC0415
+        import watchfiles
 
         state = self._engine.store.path.name
         ours = {state, state + "-wal", state + "-shm", state + "-journal", state + ".lock"}
@@ -5928,6 +5982,7 @@ class Teller:
         self._engine = engine
         self._http = http  # of its own: its requests take none of the places of others
         self._delivered: set[int] = set()  # that are not dropped from the state file yet
+        self._busy: set[str] = set()  # webhooks that something is on its way to
 
     @classmethod
     def limits(cls, limits: Limits) -> Limits:
@@ -5936,11 +5991,15 @@ class Teller:
         return replace(limits, request_timeout_s=timeout_s, max_concurrency=10)
 
     async def run(self) -> None:
-        """Deliver whatever there is, as long as the process runs."""
-        while True:
-            self._engine.mail_came.clear()
-            await self.deliver()
-            await wait_for_event(self._engine.mail_came, self._wait_s())
+        """Deliver whatever there is, as long as the process runs; each webhook at its own pace."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._engine.mail_came.clear()
+                for secret, notices in self._due().items():
+                    if secret not in self._busy:
+                        self._busy.add(secret)
+                        group.create_task(self._deliver(secret, notices))
+                await wait_for_event(self._engine.mail_came, self._wait_s())
 
     def _wait_s(self) -> float:
         """Return how long it is until something is due."""
@@ -5951,40 +6010,49 @@ class Teller:
         return MINUTE_S
 
     async def deliver(self) -> None:
-        """Try once to deliver what is due. Never raises: no job depends on it."""
-        try:
-            await all_of(self._deliver(secret, notices) for secret, notices in self._due().items())
-        except (StorageError, sqlite3.Error) as error:
-            self._engine.note_trouble(error)
-        except Exception as error:  # noqa: BLE001 - a bug here is not the jobs'
-            self._engine.note_bug(error, "notify")
+        """Try once to deliver what is due."""
+        await all_of(self._deliver(secret, notices) for secret, notices in self._due().items())
 
     def _due(self) -> dict[str, list[Notice]]:
         """Return all messages of each webhook that is due for one, in their order."""
         now = self._engine.clock.wall()
         by_webhook: dict[str, list[Notice]] = {}
         due = set()
-        for notice in self._engine.store.notices():
-            by_webhook.setdefault(notice.secret, []).append(notice)
-            is_ahead = notice.at > now or notice.next_try_at > now + MAX_BACKOFF_S
-            if is_ahead or notice.next_try_at <= now:  # ahead: the clock was set back
-                due.add(notice.secret)
+        try:
+            for notice in self._engine.store.notices():
+                by_webhook.setdefault(notice.secret, []).append(notice)
+                is_ahead = notice.at > now or notice.next_try_at > now + MAX_BACKOFF_S
+                if is_ahead or notice.next_try_at <= now:  # ahead: the clock was set back
+                    due.add(notice.secret)
+        except sqlite3.Error as error:
+            self._engine.note_trouble(error)
         return {secret: notices for secret, notices in by_webhook.items() if secret in due}
 
     async def _deliver(self, secret: str, notices: Sequence[Notice]) -> None:
-        """Deliver one webhook's messages, in their order, until one of them does not get through.
+        """Deliver one webhook's messages. Never raises: no job depends on it."""
+        try:
+            await self._deliver_in_order(secret, notices)
+        except (StorageError, sqlite3.Error) as error:
+            self._engine.note_trouble(error)
+        except Exception as error:  # noqa: BLE001 - a bug here is not the jobs'
+            self._engine.note_bug(error, "notify")
+        else:
+            self._engine.mail_came.set()  # there may be more by now
+        self._busy.discard(secret)
+
+    async def _deliver_in_order(self, secret: str, notices: Sequence[Notice]) -> None:
+        """Deliver one webhook's messages until one of them does not get through.
 
         The others wait with it: a dead webhook is asked once, not once for each message.
         """
-        address = self._engine.setup.secrets.get(secret)
-        hooks = self._engine.setup.config.webhook
         for place, notice in enumerate(notices):
-            if address is None or secret not in hooks:
+            setup = self._engine.setup  # asked each time: a reload may have changed the address
+            if secret not in setup.config.webhook:
                 self._drop(notices[place:], "the config no longer has this webhook")
                 return
             try:
                 if notice.id not in self._delivered:
-                    await self._post(address, notice)
+                    await self._post(setup.secrets[secret], notice)
             except ApiError as error:
                 self._put_off(notices[place:], error)
                 return
@@ -6004,8 +6072,10 @@ class Teller:
     def _put_off(self, notices: Sequence[Notice], error: ApiError) -> None:
         """Have messages tried again later; those that are a day old are given up."""
         now, jitter = self._engine.clock.wall(), self._engine.clock.jitter()
-        old = [notice for notice in notices if now - notice.at > NOTICE_LIFE_S]
-        young = [notice for notice in notices if now - notice.at <= NOTICE_LIFE_S]
+        # A host that was off for a day has to have its network back first.
+        is_tried = notices[0].failures >= NOTICE_TRIES
+        old = [n for n in notices if is_tried and now - n.at > NOTICE_LIFE_S]
+        young = [n for n in notices if not is_tried or now - n.at <= NOTICE_LIFE_S]
         if old:
             self._drop(old, f"not delivered within a day: {error}")
         first = after_failed_notice(notices[0], error, now, jitter)
@@ -6667,11 +6737,14 @@ def put_file(directory: Path, name: str, text: str) -> None:
     new = directory / new_name(name)
     new.unlink(missing_ok=True)
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    # A descriptor, not a path; and what cannot be encoded must not end the process.
-    with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-        os.fchmod(fd, 0o644)
-        file.write(text)
-    new.replace(directory / name)
+    try:
+        # A descriptor, not a path; and what cannot be encoded must not end the process.
+        with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            os.fchmod(fd, 0o644)
+            file.write(text)
+        new.replace(directory / name)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk is not to stay full for its sake
 
 
 def published(report: Report) -> Iterator[tuple[str, str]]:
@@ -6681,6 +6754,35 @@ def published(report: Report) -> Iterator[tuple[str, str]]:
     body = page_body(report)
     for name in (PAGE_FILE, AGAIN_FILE):
         yield name, page_head(report, name) + body
+
+
+async def in_daemon_thread(work: Callable[[], None]) -> None:
+    """Do something in a thread that does not keep the process from ending, as a pool's would.
+
+    A directory on a network that hangs would hold it for ever.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: Exception | None) -> None:
+        if done.done():  # given up meanwhile
+            return
+        if error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def run() -> None:
+        came: Exception | None = None
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            came = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, came)
+
+    threading.Thread(target=run, name="publish", daemon=True).start()
+    await done
 
 
 class Publisher:
@@ -6709,7 +6811,7 @@ class Publisher:
             return
         trouble = ""
         try:
-            await asyncio.to_thread(self._write, directory, self._report(runs))
+            await in_daemon_thread(functools.partial(self._write, directory, self._report(runs)))
         except (OSError, TeckoError, sqlite3.Error) as error:
             trouble = one_line(str(error))
         except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
@@ -6788,12 +6890,14 @@ def config_path(args: argparse.Namespace) -> Path:
 async def was_cut_short(work: Coroutine[Any, Any, None], by: asyncio.Event) -> bool:
     """Do something unless an event is or becomes set; returns whether it was."""
     doing, waiting = asyncio.ensure_future(work), asyncio.ensure_future(by.wait())
-    if not by.is_set():
-        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    is_cut = not doing.done()
-    doing.cancel()
-    waiting.cancel()
-    await asyncio.gather(doing, waiting, return_exceptions=True)
+    try:
+        if not by.is_set():
+            await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        is_cut = not doing.done()
+    finally:
+        doing.cancel()
+        waiting.cancel()
+        await asyncio.gather(doing, waiting, return_exceptions=True)
     if not is_cut:
         doing.result()  # raises what it raised
     return is_cut
@@ -6838,8 +6942,10 @@ async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
         code = await run_engine(engine, signals, helpers, notifier)
         if once and code == 0 and await was_cut_short(tell_once(engine, teller), signals.stop):
             code = 130
-        last = publisher.publish(Holder.ONCE if once else Holder.NOBODY)
-        await was_cut_short(last, signals.stop if once else signals.now)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                last = publisher.publish(Holder.ONCE if once else Holder.NOBODY)
+                await was_cut_short(last, signals.stop if once else signals.now)
     finally:
         await http.close()
         store.close()
@@ -7036,6 +7142,8 @@ def write_new(path: Path, text: str) -> None:
 
 def run_init(args: argparse.Namespace) -> int:
     """Write a first config and a new key."""
+    from cryptography.fernet import Fernet
+
     directory = Path(args.directory)
     config, key = directory / "config.yaml", directory / DEFAULT_KEY
     for path in (config, key):  # so that not one of them is written where the other one is there
@@ -7221,7 +7329,7 @@ def set_value(text: str, path: Path, name: str, keyring: Keyring) -> str:
     found = entries.get(name, {})
     other = next((kind for kind in ("env", "file") if kind in found), None)
     if "type" not in found:
-        cure = f"write {name}: with its type: (and stack_url:) there first"
+        cure = "write it there with its type: (and stack_url:) first"
         raise UsageError(f"{path} has no secret {quoted(name)} under secrets", cure)
     if other:
         raise UsageError(f"the secret {name} has {other}:", f"take {other}: out first")
@@ -7812,6 +7920,8 @@ class Importer:
 
     def _reencrypted(self, name: str, row: sqlite3.Row) -> str:
         """Return a secret's value, closed with our key."""
+        from cryptography.fernet import InvalidToken
+
         value = row["value"]
         try:
             token = value if isinstance(value, bytes) else str(value).encode()
@@ -7833,6 +7943,8 @@ def imported_interval(seconds: object) -> str:
 
 def run_import(args: argparse.Namespace) -> int:
     """Print a config made of the database of TeckoChecker 0.9."""
+    from cryptography.fernet import Fernet
+
     old = Path(args.old)
     if not is_there(old):
         raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
@@ -7845,7 +7957,9 @@ def run_import(args: argparse.Namespace) -> int:
     keyring = opener.keyring()
     if keyring is None:
         raise ConfigError(opener.problems)
-    key = base64.urlsafe_b64encode(hashlib.sha256(old_key.encode()).digest())
+    key = base64.urlsafe_b64encode(
+        hashlib.sha256(old_key.encode(errors="surrogateescape")).digest()
+    )
     try:
         with contextlib.closing(connect_readonly(old.absolute().as_uri() + "?mode=ro")) as db:
             importer = Importer(db, Fernet(key), keyring)
@@ -7991,7 +8105,10 @@ def watch_status(args: argparse.Namespace) -> NoReturn:
         raise UsageError("--watch draws on a terminal", "use --json, or `logs --follow`")
     try:
         while True:
-            text = status_text(chosen_report(args), args.job)
+            try:
+                text = status_text(chosen_report(args), args.job)
+            except TeckoError as error:  # a file is replaced, or away for a moment
+                text = str(error)
             lines = text.splitlines()[: shutil.get_terminal_size().lines - 1]
             drawn = "".join(f"{line}\033[K\n" for line in lines)
             print(f"{HOME}{NO_WRAP}{drawn}{CLEAR_BELOW}{WRAP}", end="", flush=True)

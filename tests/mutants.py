@@ -700,8 +700,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="a message kept for ever",
-        old="if now - notice.at > NOTICE_LIFE_S]",
-        new="if now - notice.at > 1000 * NOTICE_LIFE_S]",
+        old="if is_tried and now - n.at > NOTICE_LIFE_S]",
+        new="if is_tried and now - n.at > 1000 * NOTICE_LIFE_S]",
         tests=("test_notify.py::test_a_day_is_enough",),
     ),
     # --- what is published ---

@@ -969,3 +969,10 @@ def test_a_stored_time_in_the_future_counts_as_now() -> None:
     ahead = trigger(S.UNKNOWN, unknown_at=NOW + 900, next_try_at=NOW + 960)
     again = tc.as_of_now(ahead, NOW)
     assert (again.unknown_at, again.next_try_at) == (NOW, NOW)
+
+
+@pytest.mark.parametrize("stamp", [-1e15, 0.0, 1e15, 1e308, float("inf")])
+def test_no_recorded_time_is_too_odd_to_show(stamp: float) -> None:
+    """A time that no calendar has is shown as the nearest one that it has."""
+    shown = tc.rfc3339(stamp)
+    assert shown == ("1970-01-01T00:00:00Z" if stamp <= 0 else "9999-12-31T23:59:59Z")

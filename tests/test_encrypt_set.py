@@ -214,13 +214,13 @@ REFUSED: dict[str, tuple[str, str, bytes, str]] = {
     "too long": (OPENAI, "mine", b"S3CR3T" * 11_000, "what was given for mine is over 64 KiB"),
     "not https": (WEBHOOK, "mine", b"http://S3CR3T.example.com/", "given for mine is not https"),
     "no address": (WEBHOOK, "mine", b"S3CR3T", "what was given for mine is not an address"),
-    "unknown": (OPENAI, "yours", b"S3CR3T", 'has no secret "yours" under secrets; write yours:'),
+    "unknown": (OPENAI, "yours", b"S3CR3T", 'has no secret "yours" under secrets; write it there'),
     "no name": (OPENAI, "", b"S3CR3T", 'has no secret "" under secrets'),
     "no type": (
         OPENAI.replace("type", "kind"),
         "mine",
         b"S3CR3T",
-        'has no secret "mine" under secrets; write mine: with its type:',
+        'has no secret "mine" under secrets; write it there with its type',
     ),
     "from the environment": (
         OPENAI.replace("value", "env"),

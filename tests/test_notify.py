@@ -269,7 +269,8 @@ def test_a_morning(told: Workspace, receiver: Receiver) -> None:
     assert receiver.events()[5:] == rejected
     assert f"{told.path}:" in receiver.bodies[5]["text"]
     assert PATH_SECRET not in daemon.log()
-    assert row(told, "SELECT count(*) FROM notices") == row(told, "SELECT count(*) FROM alarms")
+    wait_until(lambda: row(told, "SELECT count(*) FROM notices") == [(0,)], "all is delivered")
+    assert row(told, "SELECT count(*) FROM alarms") == [(0,)]
 
 
 def test_an_unknown_start_and_its_end(told: Workspace, receiver: Receiver) -> None:
@@ -414,6 +415,9 @@ def test_a_day_is_enough(told: Workspace, receiver: Receiver) -> None:
     told.add_job("job", "batch_a")
     assert told.once().code == 0
     told.change_state("UPDATE notices SET at = at - 90000, next_try_at = 0")
+    done = told.run("--once")  # a host that was off for a day has to have its network back first
+    assert "notify_dropped" not in done.stderr
+    told.change_state("UPDATE notices SET failures = 5, next_try_at = 0")
     done = told.run("--once")
     (dropped,) = [event for event in done.events if event["event"] == "notify_dropped"]
     assert dropped["why"].startswith("not delivered within a day: the webhook answered 500")
@@ -510,3 +514,41 @@ def test_interrupted_while_a_webhook_hangs(told: Workspace, receiver: Receiver) 
     assert running.wait() == 130
     assert time.monotonic() - asked_at < 5
     assert row(told, "SELECT failures FROM notices") == [(0,)]
+
+
+def test_a_slow_webhook_delays_no_other(told: Workspace, receiver: Receiver) -> None:
+    """While one webhook hangs, another is told at once of what happens meanwhile."""
+    with closing(Receiver()) as slow:
+        slow.gate.clear()
+        told.secrets["slow"] = {"type": "webhook", "value": told.encrypt(slow.url)}
+        told.config["notify"] = [{"secret": "slow"}, {"secret": "hook"}]
+        told.add_job("first", "batch_a")
+        daemon = told.daemon()
+        receiver.wait_for(1)
+        wait_until(lambda: slow.attempts, "the slow one is asked")
+        told.add_job("second", "batch_b")
+        told.reload(daemon)
+        receiver.wait_for(2)
+        assert daemon.events_of("notify_failed") == []  # it hangs still
+        slow.gate.set()
+        slow.wait_for(2)
+
+
+def test_a_new_address_gets_what_waits_behind_a_delivery(
+    told: Workspace, receiver: Receiver
+) -> None:
+    """What is still to be told goes to the address that the config has by then."""
+    with closing(Receiver()) as old:
+        old.gate.clear()
+        told.secrets["hook"]["value"] = told.encrypt(old.url)
+        for name in ("a", "b", "c"):
+            told.add_job(name, f"batch_{name}")
+        daemon = told.daemon()
+        wait_until(lambda: old.attempts, "the old one is asked")
+        for name in ("a", "b", "c"):
+            told.wait_for_job(name, lambda job: job["status"] == "completed")
+        told.secrets["hook"]["value"] = told.encrypt(receiver.url)
+        told.reload(daemon)
+        old.gate.set()
+        receiver.wait_for(2)
+        assert len(old.bodies) == 1

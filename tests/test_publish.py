@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -821,3 +823,44 @@ def test_killed_while_it_publishes(workspace: Workspace) -> None:
 def is_new(path: Path, inode: int | None) -> bool:
     """Whether the file is there, and is another one than that."""
     return path.exists() and path.stat().st_ino != inode
+
+
+def test_a_full_disk_keeps_nothing_of_what_did_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be written whole leaves its room to others, and the old file in place."""
+    (tmp_path / "status.json").write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fchmod", full)
+    with pytest.raises(OSError, match="No space"):
+        tc.put_file(tmp_path, "status.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert (tmp_path / "status.json").read_text() == "old"
+
+
+def test_a_directory_that_hangs_does_not_hold_the_end(tmp_path: Path) -> None:
+    """A write that never returns is given up with the process: nothing waits for its thread."""
+    code = f"""
+import asyncio, sys, threading
+sys.path.insert(0, {str(Path(tc.__file__).parent)!r})
+import teckochecker
+async def main():
+    try:
+        async with asyncio.timeout(0.1):
+            await teckochecker.in_daemon_thread(threading.Event().wait)
+    except TimeoutError:
+        print("given up")
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "given up\n", "")

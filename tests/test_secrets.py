@@ -297,7 +297,7 @@ def test_no_log_line_has_a_secret(style: str, capsys: pytest.CaptureFixture[str]
     """Event, fields and exception text of both renderers are redacted, also of foreign loggers."""
     value = VALUE.replace("\\", "")  # see test_redactor_finds_a_repr
     tecko.configure_logging(tecko.LogSettings("debug", style), redactor(value))
-    log = structlog.get_logger("test")
+    log = tecko.logger()
     log.info(
         " ".join(["event", value]), field=value, nested={"a": [value]}, other=ValueError(value)
     )
