@@ -6021,8 +6021,9 @@ class Teller:
         try:
             for notice in self._engine.store.notices():
                 by_webhook.setdefault(notice.secret, []).append(notice)
-                is_ahead = notice.at > now or notice.next_try_at > now + MAX_BACKOFF_S
-                if is_ahead or notice.next_try_at <= now:  # ahead: the clock was set back
+                is_new = notice.failures == 0
+                is_ahead = notice.next_try_at > now + MAX_BACKOFF_S  # the clock was set back
+                if is_new or is_ahead or notice.next_try_at <= now:
                     due.add(notice.secret)
         except sqlite3.Error as error:
             self._engine.note_trouble(error)
@@ -6146,7 +6147,8 @@ async def run_engine(
 # ==================================================================================================
 
 
-HEARTBEAT_S: Final = 30.0  # the longest that published files stay as they are
+HEARTBEAT_S: Final = 50.0  # the longest that published files stay as they are
+FRESH_S: Final = 15.0  # how much longer a page waits for the next one
 PUBLISH_SHARE: Final = 1 / 30  # of the time is spent on it, or more if it takes over a second
 LAST_EVENTS: Final = 3  # of each job, that are shown
 
@@ -6840,7 +6842,7 @@ class Publisher:
             works=[as_looked_at(watch, wall, mono) for watch in watches],
             usages={name: usages.get(name, Usage(kind)) for name, kind in asked.items()},
             last_events={},
-            fresh_for_s=1.5 * HEARTBEAT_S + 2 * self._took_s,
+            fresh_for_s=HEARTBEAT_S + FRESH_S + 2 * self._took_s,
         )
 
     def _write(self, directory: Path, report: Report) -> None:

@@ -460,6 +460,25 @@ def test_a_clock_that_was_set_back(told: Workspace, receiver: Receiver) -> None:
     assert receiver.events() == [("completed", "job", False)]
 
 
+def test_a_dead_webhook_is_not_asked_all_the_time(told: Workspace, receiver: Receiver) -> None:
+    """Also where its messages bear a time in the future, each failure makes it wait."""
+    receiver.status = 500
+    told.add_job("job", "batch_a")
+    told.once()
+    told.change_state("UPDATE notices SET at = at + 600, failures = 0, next_try_at = at + 600")
+    before = receiver.attempts
+    daemon = told.daemon()
+    wait_until(lambda: receiver.attempts > before, "it is asked")
+    told.add_job("later", "batch_b")
+    told.reload(daemon)
+    daemon.wait_for_event("trigger_sent", job="later")
+    wait_until(lambda: receiver.attempts > before + 1, "it is asked because of what is new")
+    told.add_job("last", "batch_c", status="in_progress")
+    told.reload(daemon)
+    daemon.wait_for_event("batch_status_changed", job="last")
+    assert receiver.attempts <= before + 3
+
+
 def test_a_webhook_that_leaves_the_config(told: Workspace, receiver: Receiver) -> None:
     """What it was still to be told is dropped with it; what is told later begins anew."""
     receiver.status = 500
