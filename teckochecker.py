@@ -6699,11 +6699,6 @@ def page_body(report: Report) -> str:
     return "".join(parts)
 
 
-def status_page(report: Report, name: str = PAGE_FILE) -> str:
-    """Return the state of all jobs as one page of HTML."""
-    return page_head(report, name) + page_body(report)
-
-
 # --- as files -------------------------------------------------------------------------------------
 
 
@@ -6788,7 +6783,7 @@ async def in_daemon_thread(work: Callable[[], None]) -> None:
 
 
 class Publisher:
-    """Writes `status.html`, `status.json` and `metrics.prom` whenever something has changed."""
+    """Writes what is `published` whenever something has changed."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from teckochecker import (
+    PAGE_FILE,
     Batch,
     Event,
     Holder,
@@ -16,12 +17,19 @@ from teckochecker import (
     TriggerState,
     Usage,
     Work,
+    page_body,
+    page_head,
 )
 
 NOW = 1_795_426_200.0  # 2026-11-23T09:30:00Z
 HOST = "https://connection.eu-central-1.keboola.com"
 TARGET = Target(HOST, "kds-team.app-custom-python", "7203114")
 EVIL = "<script>alert(1)</script>"
+
+
+def page_of(report: Report, name: str = PAGE_FILE) -> str:
+    """The page of a report, as it is published under a name."""
+    return page_head(report, name) + page_body(report)
 
 
 def batches(name: str, *parts: tuple[str | None, int]) -> tuple[Batch, ...]:

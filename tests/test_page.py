@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Browser, Page
 from harness import wait_until
-from reports import EVIL, NOW, full_of_evil, morning
+from reports import EVIL, NOW, full_of_evil, morning, page_of
 
 import teckochecker as tc
 from teckochecker import Holder, Report
@@ -48,7 +48,7 @@ def browser() -> Iterator[Browser]:
 def put(directory: Path, report: Report) -> str:
     """Writes the page under both of its names, as the publisher does; returns its address."""
     for name in (tc.PAGE_FILE, tc.AGAIN_FILE):
-        tc.put_file(directory, name, tc.status_page(report, name))
+        tc.put_file(directory, name, page_of(report, name))
     return (directory / tc.PAGE_FILE).as_uri()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from harness import JsonObject, Workspace, wait_until
-from reports import EVIL, NOW, full_of_evil, morning, sent, trigger, work
+from reports import EVIL, NOW, full_of_evil, morning, page_of, sent, trigger, work
 from simulator import Simulator
 
 import teckochecker as tc
@@ -327,7 +327,7 @@ def test_promtool(report: Report) -> None:
 
 def test_every_text_is_escaped() -> None:
     """No text of a config or of a server becomes an element, nor leaves its attribute."""
-    page = tc.status_page(full_of_evil())
+    page = page_of(full_of_evil())
     seen = Seen(page)
     assert EVIL not in page
     assert [tag for tag in ("script", "img", "b", "iframe") if seen.tags[tag]] == []
@@ -378,7 +378,7 @@ def test_the_head() -> None:
     own = f"made-{NOW:.0f}-250"
     assert head["refresh"] == f"45; url=status-again.html?{own}#{own}"
     assert head_of(report, tc.AGAIN_FILE)["refresh"] == f"45; url=status.html?{own}#{own}"
-    assert f'class="alarm loud stale" role="alert" id="{own}"' in tc.status_page(report)
+    assert f'class="alarm loud stale" role="alert" id="{own}"' in page_of(report)
 
 
 @pytest.mark.parametrize("runs", [Holder.NOBODY, Holder.ONCE])
@@ -386,13 +386,13 @@ def test_the_head_where_no_daemon_runs(runs: Holder) -> None:
     """Nobody promises another page: it is asked for anew, but never calls itself stale."""
     report = replace(morning(), runs=runs)
     assert head_of(report)["refresh"] == "60; url=status-again.html"
-    assert "stale" not in tc.status_page(report).split("</style>")[1]
-    assert ("The daemon was stopped" in tc.status_page(report)) == (runs == Holder.NOBODY)
+    assert "stale" not in page_of(report).split("</style>")[1]
+    assert ("The daemon was stopped" in page_of(report)) == (runs == Holder.NOBODY)
 
 
 def test_the_page_of_a_good_day() -> None:
     """Where nothing is wrong, it says so; and it counts as nothing in the tab's title."""
-    page = tc.status_page(replace(morning(), works=morning().works[:1]))
+    page = page_of(replace(morning(), works=morning().works[:1]))
     assert "<title>TeckoChecker</title>" in page
     assert "No job needs a person." in page
     assert "Needs a person" not in page
