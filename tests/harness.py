@@ -46,7 +46,9 @@ JsonObject = dict[str, Any]
 
 _ONE_AT_A_TIME = threading.Lock()
 
-PROGRAM = Path(__file__).resolve().parent.parent / "teckochecker.py"
+HERE = Path(__file__).resolve().parent
+# Another program may be put to the same tests, such as that of an older commit.
+PROGRAM = Path(os.environ.get("TECKOCHECKER_PROGRAM") or HERE.parent / "teckochecker.py")
 OPENAI_KEY = "sk-test-6f0c2d9e4b7a1853"
 KEBOOLA_TOKEN = "1234-567890-kbc5e2a9d7f31c"
 COMPONENT = "kds-team.app-custom-python"
@@ -474,18 +476,31 @@ class Workspace:
             assert "internal_error" not in log, log
 
 
-def add_foreign_jobs(sim: Simulator, config_id: str, count: int, per_second: int = 100) -> None:
-    """Adds somebody else's jobs of one configuration, as created during the next seconds.
+def add_foreign_jobs(
+    sim: Simulator,
+    config_id: str,
+    count: int,
+    per_second: int = 100,
+    *,
+    ago_s: int = 0,
+    **fields: object,
+) -> list[str]:
+    """Adds somebody else's jobs of one configuration; returns their ids.
 
-    The real queue would take minutes for so many; nothing but their times matters here.
+    They count as created from so many seconds ago on: the real queue would take minutes for so
+    many. `ago_s` is for a configuration without jobs yet. `fields` are in each job's document.
     """
     body: JsonObject = {"component": COMPONENT, "config": config_id, "mode": "run"}
+    ids = []
     with sim.changing():
         for number in range(count):
             job = sim._queue._new_job(body)
-            job.created_s += number // per_second
-            job.update(createdTime=iso(job.created_s))
+            job.created_s += number // per_second - ago_s
+            job.born -= ago_s
+            job.update(createdTime=iso(job.created_s), **fields)
             sim._queue._line_up(job)
+            ids.append(job.id)
+    return ids
 
 
 class Door:

@@ -348,6 +348,7 @@ class OpenAI(Api):
         self.keys: dict[str, str] = {}
         self.batches: dict[str, Batch] = {}
         self._by_project: dict[str, list[Batch]] = {}
+        self.ahead_s = 0.0  # how far this clock is from the true one
         self._route("get", "GET", r"/v1/batches/([^/]+)", self.get)
         self._route("list", "GET", r"/v1/batches", self.list)
 
@@ -422,16 +423,43 @@ class OpenAI(Api):
 # ======================================================================================
 
 
-class Keboola(Api):
-    """What Storage and Queue share: tokens, configurations and the shape of errors."""
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Whose a token is."""
 
-    def __init__(self, tokens: set[str], configs: dict[tuple[str, str], JsonObject]) -> None:
+    id: int
+    name: str
+
+    def owner(self) -> JsonObject:
+        return {"id": self.id, "name": self.name}
+
+
+FIRST_PROJECT = Project(1, "Simulated project")
+
+
+class Keboola(Api):
+    """What Storage and Queue share: tokens, configurations, a clock and the shape of errors."""
+
+    def __init__(
+        self, tokens: dict[str, Project], configs: dict[tuple[str, str], JsonObject], agenda: Agenda
+    ) -> None:
         super().__init__()
         self.tokens, self.configs = tokens, configs
+        self._agenda = agenda
+        self.ahead_s = 0.0  # how far this clock is from the true one
 
-    def _check_token(self, request: Request) -> None:
-        if request.headers.get("x-storageapi-token") not in self.tokens:
+    def _wall(self, at: float | None = None) -> float:
+        return self._agenda.wall(at) + self.ahead_s
+
+    def _project(self, request: Request) -> Project:
+        """The token's project; a token that is not known is a 401."""
+        token = request.headers.get("x-storageapi-token", "")
+        if token not in self.tokens:
             raise ApiError(401, "Invalid access token")
+        return self.tokens[token]
+
+    def sign(self, answer: Answer) -> None:
+        answer.headers.setdefault("date", formatdate(self._wall(), usegmt=True))
 
     def _config(self, component: str, config: str) -> JsonObject:
         """The configuration; where none was ever added, every one exists."""
@@ -456,11 +484,12 @@ class Storage(Keboola):
 
     def __init__(
         self,
-        tokens: set[str],
+        tokens: dict[str, Project],
         configs: dict[tuple[str, str], JsonObject],
+        agenda: Agenda,
         queue_url: Callable[[], str],
     ) -> None:
-        super().__init__(tokens, configs)
+        super().__init__(tokens, configs, agenda)
         self._queue_url = queue_url
         config = r"/v2/storage(?:/branch/[^/]+)?/components/([^/]+)/configs/([^/]+)"
         self._route("index", "GET", r"/v2/storage/?", self.index)
@@ -475,12 +504,21 @@ class Storage(Keboola):
         return Answer.json({"api": "storage", "services": services, "features": []})
 
     def verify(self, request: Request) -> Answer:
-        self._check_token(request)
-        owner = {"id": 1, "name": "Simulated project"}
-        return Answer.json({"id": "1", "description": "simulator", "owner": owner})
+        document = {
+            "id": "1",
+            "description": "simulator",
+            "isMasterToken": False,
+            "canManageBuckets": True,
+            "canManageTokens": False,
+            "canReadAllFileUploads": True,
+            "canPurgeTrash": False,
+            "canCreateJobs": True,
+            "owner": self._project(request).owner(),
+        }
+        return Answer.json(document)
 
     def config(self, component: str, config: str, request: Request) -> Answer:
-        self._check_token(request)
+        self._project(request)
         content = self._config(component, config)
         return Answer.json(
             {"id": config, "name": f"{component} {config}", "configuration": content}
@@ -492,6 +530,7 @@ class Storage(Keboola):
 # ======================================================================================
 
 MODES = frozenset({"run", "forceRun", "debug"})
+Target = tuple[str, str, int]  # component, configuration, project
 
 
 @dataclass(slots=True)
@@ -505,8 +544,13 @@ class Job:
     _json: bytes | None = None
 
     @property
-    def target(self) -> tuple[str, str]:
-        return self.document["component"], self.document["config"]
+    def target(self) -> Target:
+        return self.document["component"], self.document["config"], self.project
+
+    @property
+    def project(self) -> int:
+        owner: JsonObject = self.document["project"]
+        return int(owner["id"])
 
     def update(self, **fields: object) -> None:
         self.document.update(fields)
@@ -525,44 +569,46 @@ class Queue(Keboola):
 
     def __init__(
         self,
-        tokens: set[str],
+        tokens: dict[str, Project],
         configs: dict[tuple[str, str], JsonObject],
         agenda: Agenda,
         url: Callable[[], str],
     ) -> None:
-        super().__init__(tokens, configs)
-        self._agenda, self._url = agenda, url
+        super().__init__(tokens, configs, agenda)
+        self._url = url
         self.search_lag = 0.0
         self.job_seconds: float | None = None
         self.hides_variables = False
         self.jobs: dict[str, Job] = {}
         self._ordered: list[Job] = []
-        self._by_target: dict[tuple[str, str], list[Job]] = {}
-        self._lines: dict[tuple[str, str], deque[Job]] = {}
+        self._by_target: dict[Target, list[Job]] = {}
+        self._lines: dict[Target, deque[Job]] = {}
         self._route("create", "POST", r"/jobs", self.create)
+        self._route("list", "GET", r"/jobs", self.list)
         self._route("get", "GET", r"/jobs/([^/]+)", self.get)
         self._route("search", "GET", r"/search/jobs", self.search)
 
     # ---- creating and ending ----
 
     def create(self, request: Request) -> Answer:
-        self._check_token(request)
+        project = self._project(request)
         body = request.json()
         check_new_job(body)
         self._config(body["component"], body["config"])
-        job = self._new_job(body)
+        job = self._new_job(body, project)
         answer = Answer(201, job.json())  # a new job answers "created", also if it will wait
         self._line_up(job)
         return answer
 
-    def _new_job(self, body: JsonObject) -> Job:
+    def _new_job(self, body: JsonObject, project: Project = FIRST_PROJECT) -> Job:
         born = self._agenda.now()
-        created_s = int(self._agenda.wall(born))
+        created_s = int(self._wall(born))
         job_id = str(1_000_000_000 + next(self._serial))
         document = {
             "id": job_id,
             "runId": job_id,
-            "projectId": "1",
+            "projectId": str(project.id),
+            "project": project.owner(),
             "branchId": str(body.get("branchId") or "1"),
             "status": "created",
             "desiredStatus": "processing",
@@ -597,7 +643,7 @@ class Queue(Keboola):
         """The job is first in its line: it stays "created", or runs if jobs run by themselves."""
         job.update(status="created")
         if self.job_seconds is not None:
-            job.update(status="processing", startTime=iso(self._agenda.wall()))
+            job.update(status="processing", startTime=iso(self._wall()))
             ends = self._agenda.now() + self.job_seconds
             self._agenda.add(ends, lambda _wall: self.finish(job.id, "success"))
 
@@ -606,7 +652,7 @@ class Queue(Keboola):
         job = self.jobs[job_id]
         if job.document["isFinished"]:
             return
-        now = iso(self._agenda.wall())
+        now = iso(self._wall())
         job.update(status=status, desiredStatus=status, isFinished=True, endTime=now)
         job.update(startTime=job.document["startTime"] or now)
         line = self._lines[job.target]
@@ -618,14 +664,30 @@ class Queue(Keboola):
     # ---- reading ----
 
     def get(self, job_id: str, request: Request) -> Answer:
-        self._check_token(request)
-        if job_id not in self.jobs:
+        project = self._project(request)
+        job = self.jobs.get(job_id)
+        if job is None or job.project != project.id:
             raise ApiError(404, f'Job "{job_id}" not found')
-        return Answer(body=self.jobs[job_id].json())
+        return Answer(body=job.json())
+
+    def list(self, request: Request) -> Answer:
+        """The deprecated list: newest first, and without the search's lag."""
+        project = self._project(request)
+        limit = request.integer("limit", 100, 1, 500)
+        offset = request.integer("offset", 0, 0, 10**9)
+        wanted = {name: request.query[name] for name in LIST_FILTERS if request.query.get(name)}
+        rows = (
+            job
+            for job in reversed(self._ordered)
+            if job.project == project.id
+            and all(job.document[name] == value for name, value in wanted.items())
+        )
+        page = itertools.islice(rows, offset, offset + limit)
+        return Answer(body=b"[" + b", ".join(job.json() for job in page) + b"]")
 
     def search(self, request: Request) -> Answer:
         """Filters, sorts and pages; filters that it does not know are ignored without a word."""
-        self._check_token(request)
+        project = self._project(request)
         limit = request.integer("limit", 100, 1, 500)
         offset = request.integer("offset", 0, 0, 10**9)
         query = request.query
@@ -636,27 +698,30 @@ class Queue(Keboola):
         }
         rows = (
             job
-            for job in self._sorted(query)
-            if all(job.document[name] == value for name, value in wanted.items())
+            for job in self._sorted(query, project)
+            if job.project == project.id
+            and all(job.document[name] == value for name, value in wanted.items())
         )
         page = itertools.islice(rows, offset, offset + limit)
         return Answer(body=b"[" + b", ".join(map(self._row, page)) + b"]")
 
-    def _sorted(self, query: dict[str, str]) -> Iterable[Job]:
+    def _sorted(self, query: dict[str, str], project: Project) -> Iterable[Job]:
         """The visible jobs in the order asked for; creation order is how they are stored."""
         order, key = query.get("sortOrder", "desc").lower(), query.get("sortBy", "createdTime")
         if order not in {"asc", "desc"}:
             raise ApiError(400, 'Invalid "sortOrder": expected "asc" or "desc".')
-        jobs, low, high = self._visible_range(query)
+        jobs, low, high = self._visible_range(query, project)
         if key in {"createdTime", "id"}:
             return (jobs[i] for i in ordered(low, high, newest_first=order == "desc"))
         return sorted(
             jobs[low:high], key=lambda job: str(job.document.get(key)), reverse=order == "desc"
         )
 
-    def _visible_range(self, query: dict[str, str]) -> tuple[list[Job], int, int]:
+    def _visible_range(
+        self, query: dict[str, str], project: Project
+    ) -> tuple[Sequence[Job], int, int]:
         """Jobs in creation order, and the slice that the bounds and the search's lag leave."""
-        target = (query.get("componentId", ""), query.get("configId", ""))
+        target = (query.get("componentId", ""), query.get("configId", ""), project.id)
         jobs = self._by_target.get(target, []) if all(target) else self._ordered
         newest = self._agenda.now() - self.search_lag
         high = bisect_right(jobs, newest, key=attrgetter("born"))
@@ -674,6 +739,7 @@ class Queue(Keboola):
         return json.dumps(shown).encode()
 
 
+LIST_FILTERS = ("component", "config", "branchId", "status")
 SEARCH_FILTERS = {"componentId": "component", "configId": "config", "branchId": "branchId"}
 
 
@@ -1199,9 +1265,9 @@ class Simulator:
         self._version = 0
         self._agenda = Agenda()
         self._openai = OpenAI()
-        tokens: set[str] = set()
+        tokens: dict[str, Project] = {}
         configs: dict[tuple[str, str], JsonObject] = {}
-        self._storage = Storage(tokens, configs, lambda: self.queue_url)
+        self._storage = Storage(tokens, configs, self._agenda, lambda: self.queue_url)
         self._queue = Queue(tokens, configs, self._agenda, lambda: self.queue_url)
         self._queue.search_lag = search_lag
         self._control = Control(self)
@@ -1222,10 +1288,22 @@ class Simulator:
         with self.changing():
             self._openai.keys[key] = project
 
-    def add_token(self, token: str) -> None:
-        """Makes a Keboola token known."""
+    def add_token(self, token: str, project: int = FIRST_PROJECT.id, name: str = "") -> None:
+        """Makes a Keboola token known; it sees the jobs of its project."""
+        owner = Project(project, name or (FIRST_PROJECT.name if project == 1 else f"no {project}"))
         with self.changing():
-            self._queue.tokens.add(token)
+            self._queue.tokens[token] = owner
+
+    def revoke_token(self, token: str) -> None:
+        """Makes a Keboola token unknown: a 401 from now on."""
+        with self.changing():
+            del self._queue.tokens[token]
+
+    def set_clocks(self, *, openai_ahead_s: float = 0.0, keboola_ahead_s: float = 0.0) -> None:
+        """Sets their clocks, as seen in times and `Date`; before there are batches and jobs."""
+        with self.changing():
+            self._openai.ahead_s = openai_ahead_s
+            self._storage.ahead_s = self._queue.ahead_s = keboola_ahead_s
 
     def add_config(
         self, component: str, config: str, configuration: JsonObject | None = None
@@ -1253,7 +1331,8 @@ class Simulator:
         With `failed` there is an error file as well, and without a completed request no output
         file, as in the real API.
         """
-        created = int(self._agenda.wall()) if created_at is None else created_at
+        now = self._agenda.wall() + self._openai.ahead_s
+        created = int(now) if created_at is None else created_at
         batch = Batch(id, project, created, total, failed, output, error_file, metadata)
         with self.changing():
             self._openai.add(batch)
@@ -1263,15 +1342,14 @@ class Simulator:
         now = self._agenda.now()
         for after_s, status in timeline:
             if after_s <= 0:
-                batch.enter(status, self._agenda.wall(now))
+                batch.enter(status, self._agenda.wall(now) + self._openai.ahead_s)
             else:
                 enter = partial(self._enter, batch, batch.plan, status)
                 self._agenda.add(now + after_s, enter)
 
-    @staticmethod
-    def _enter(batch: Batch, plan: int, status: str, wall: float) -> None:
+    def _enter(self, batch: Batch, plan: int, status: str, wall: float) -> None:
         if batch.plan == plan:
-            batch.enter(status, wall)
+            batch.enter(status, wall + self._openai.ahead_s)
 
     def set_batch(self, batch_id: str, /, **fields: object) -> None:
         """Overrides fields of the JSON object for good; a `status` also ends the timeline."""
@@ -1286,7 +1364,7 @@ class Simulator:
             batch = self._openai.batches[id]
             batch.plan += 1
             batch.overrides.pop("status", None)
-            batch.enter(status, self._agenda.wall())
+            batch.enter(status, self._agenda.wall() + self._openai.ahead_s)
 
     def prepare(self) -> None:
         """Renders all batches now, so that requests find their bytes ready."""
