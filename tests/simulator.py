@@ -595,20 +595,21 @@ class Queue(Keboola):
         body = request.json()
         check_new_job(body)
         self._config(body["component"], body["config"])
-        job = self._new_job(body, project)
+        job = self._new_job(body)
+        job.update(projectId=str(project.id), project=project.owner())
         answer = Answer(201, job.json())  # a new job answers "created", also if it will wait
         self._line_up(job)
         return answer
 
-    def _new_job(self, body: JsonObject, project: Project = FIRST_PROJECT) -> Job:
+    def _new_job(self, body: JsonObject) -> Job:
         born = self._agenda.now()
         created_s = int(self._wall(born))
         job_id = str(1_000_000_000 + next(self._serial))
         document = {
             "id": job_id,
             "runId": job_id,
-            "projectId": str(project.id),
-            "project": project.owner(),
+            "projectId": str(FIRST_PROJECT.id),
+            "project": FIRST_PROJECT.owner(),
             "branchId": str(body.get("branchId") or "1"),
             "status": "created",
             "desiredStatus": "processing",
