@@ -1,0 +1,570 @@
+"""What a person types, beside the daemon and without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from harness import (
+    KEBOOLA_TOKEN,
+    OPENAI_KEY,
+    PATIENCE_S,
+    PROGRAM,
+    JsonObject,
+    Workspace,
+    clean_environment,
+    trigger_id,
+)
+from simulator import Simulator
+
+import teckochecker
+
+NOBODY = 65534
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+
+# The keys of `status --json`, exactly; a set of types for each, "time" for an RFC 3339 one.
+STATUS_KEYS = {"version": {str}, "generated_at": {"time"}, "config": {dict}, "jobs": {list}}
+CONFIG_KEYS = {"path": {str}, "sha256": {str}, "loaded_at": {"time", None}, "error": {str, None}}
+JOB_KEYS = {
+    "name": {str},
+    "status": {str},
+    "error": {str, None},
+    "batch_count": {int},
+    "completed_count": {int},
+    "failed_count": {int},
+    "batches": {list},
+    "last_check_at": {"time", None},
+    "next_check_at": {"time", None},
+    "completed_at": {"time", None},
+    "trigger": {dict, None},
+}
+BATCH_KEYS = {
+    "id": {str},
+    "status": {str, None},
+    "request_counts": {dict, None},
+    "output_file_id": {str, None},
+    "error_file_id": {str, None},
+    "completed_at": {"time", None},
+}
+COUNT_KEYS = {"total": {int}, "completed": {int}, "failed": {int}}
+TRIGGER_KEYS = {
+    "id": {str},
+    "state": {str},
+    "keboola_job_id": {str, None},
+    "keboola_status": {str, None},
+    "url": {str, None},
+    "sent_at": {"time", None},
+    "error": {str, None},
+}
+
+
+def assert_shape(value: JsonObject, keys: JsonObject) -> None:
+    """The object has these keys, in this order, with values of these types."""
+    assert list(value) == list(keys)
+    for name, item in value.items():
+        kind = type(item) if item is not None else None
+        if isinstance(item, str) and "time" in keys[name]:
+            assert TIME.fullmatch(item), f"{name}: {item}"
+            kind = "time"  # type: ignore[assignment]
+        assert kind in keys[name], f"{name}: {item!r}"
+
+
+def assert_status_shape(document: JsonObject) -> None:
+    assert_shape(document, STATUS_KEYS)
+    assert_shape(document["config"], CONFIG_KEYS)
+    for job in document["jobs"]:
+        assert_shape(job, JOB_KEYS)
+        for batch in job["batches"]:
+            assert_shape(batch, BATCH_KEYS)
+            if batch["request_counts"] is not None:
+                assert_shape(batch["request_counts"], COUNT_KEYS)
+        if job["trigger"] is not None:
+            assert_shape(job["trigger"], TRIGGER_KEYS)
+
+
+def add_jobs(workspace: Workspace) -> None:
+    workspace.sim.add_batch("batch_done", "completed", total=100, failed=2)
+    workspace.add_job("half", "batch_done", "batch_runs", status="in_progress")
+    workspace.sim.add_batch("batch_expired", "expired")
+    workspace.add_job("whole", "batch_ended", "batch_expired")
+    workspace.add_job("quiet", "batch_quiet", paused=True)
+    workspace.add_job("gone", "batch_gone")
+    workspace.sim.delete_batch("batch_gone")
+
+
+def test_status_json(workspace: Workspace) -> None:
+    """The JSON has the design's keys and types, before, during and after the daemon's run."""
+    add_jobs(workspace)
+    workspace.write()
+    before = json.loads(workspace.run("status", "--json").stdout)
+    assert_status_shape(before)
+    assert [job["status"] for job in before["jobs"]] == ["active", "active", "paused", "active"]
+    assert not workspace.state.exists()
+
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_sent", job="whole")
+    daemon.wait_for_event("poll_failed", job="gone")
+    during = workspace.wait_for_job("half", lambda job: job["completed_count"]) and (
+        workspace.status()
+    )
+    assert_status_shape(during)
+    jobs = {job["name"]: job for job in during["jobs"]}
+    assert list(jobs) == ["half", "whole", "quiet", "gone"]
+    assert during["version"] == "1.0.0"
+    assert during["config"]["path"] == str(workspace.path)
+    assert during["config"]["error"] is None
+    half = jobs["half"]
+    assert (half["batch_count"], half["completed_count"], half["failed_count"]) == (2, 1, 0)
+    assert half["next_check_at"] > half["last_check_at"]
+    assert half["batches"][0] | {"completed_at": None} == {
+        "id": "batch_done",
+        "status": "completed",
+        "request_counts": {"total": 100, "completed": 98, "failed": 2},
+        "output_file_id": "file-batch_done-output",
+        "error_file_id": "file-batch_done-errors",
+        "completed_at": None,
+    }
+    whole = jobs["whole"]
+    (keboola_job,) = workspace.started("whole")
+    assert whole["status"] == "completed_with_failures"
+    assert (whole["completed_count"], whole["failed_count"]) == (1, 1)
+    assert whole["trigger"] == {
+        "id": trigger_id("whole", ["batch_ended", "batch_expired"]),
+        "state": "sent",
+        "keboola_job_id": keboola_job["id"],
+        "keboola_status": "created",
+        "url": keboola_job["url"],
+        "sent_at": whole["completed_at"],
+        "error": None,
+    }
+    assert "404" in jobs["gone"]["error"]
+    assert jobs["quiet"]["status"] == "paused"
+
+    assert daemon.stop() == 0
+    after = json.loads(workspace.run("status", "--json").stdout)
+    assert_status_shape(after)
+    assert [job["status"] for job in after["jobs"]] == [job["status"] for job in during["jobs"]]
+
+
+def test_status_table(workspace: Workspace) -> None:
+    """The table goes to stdout with a ratio for each job; one job is shown with every batch."""
+    add_jobs(workspace)
+    assert workspace.once().code == 1
+    done = workspace.run("status")
+    assert (done.code, done.stderr) == (0, "")
+    head, _, *lines = done.stdout.splitlines()
+    assert head.startswith("Nothing runs: start the daemon, or --once. 2 active, 1 paused, 1 ")
+    assert [line.split()[0] for line in lines] == ["JOB", "gone", "half", "quiet", "whole"]
+    rows = {line.split()[0]: line for line in lines}
+    assert re.search(r"\bactive +1/2 +50%", rows["half"])
+    assert re.search(r"\bcompleted_with_failures +2/2\b", rows["whole"])
+    assert re.search(r"\bpaused +0/1\b", rows["quiet"])
+    assert "404" in rows["gone"]
+
+    one = workspace.run("status", "half").stdout
+    for word in ("batch_done", "batch_runs", "98/100", "file-batch_done-output", "in_progress"):
+        assert word in one
+    assert "batch_ended" not in one
+    only = json.loads(workspace.run("status", "half", "--json").stdout)
+    assert [job["name"] for job in only["jobs"]] == ["half"]
+
+    wrong = workspace.run("status", "nothing")
+    assert wrong.code == 2
+    assert wrong.stderr.startswith('teckochecker: there is no job "nothing"')
+
+
+def test_status_with_a_bad_config(workspace: Workspace) -> None:
+    """With the file broken, the status tells of it and of what the daemon knows."""
+    workspace.add_job("job", "batch_a")
+    workspace.once()
+    workspace.write("jobs: [\n")
+    document = workspace.status()
+    assert_status_shape(document)
+    assert str(workspace.path) in document["config"]["error"]
+    assert [job["status"] for job in document["jobs"]] == ["completed"]
+    assert "The config file has problems" in workspace.run("status").stdout
+
+
+@pytest.fixture
+def public(sim: Simulator) -> Iterator[Workspace]:
+    """A workspace that everybody may read, and only root may write: pytest's own are private."""
+    directory = Path(tempfile.mkdtemp(prefix="teckochecker-test-"))
+    directory.chmod(0o755)
+    workspace = Workspace(directory, sim)
+    try:
+        yield workspace
+    finally:
+        workspace.close()
+        shutil.rmtree(directory)
+
+
+def run_as_nobody(workspace: Workspace, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command without any right; the program is loaded before root's rights are given up.
+
+    The interpreter itself may lie where nobody else can read it.
+    """
+    script = f"""
+import encodings.ascii, os, sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import teckochecker
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+sys.exit(teckochecker.main(["--config", {str(workspace.path)!r}, *{arguments!r}]))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=workspace.directory,
+        env=clean_environment(TECKOCHECKER_KEY=workspace.key),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_status_as_nobody(public: Workspace) -> None:
+    """Who can only read the directory sees the status, beside the daemon and after its end."""
+    public.add_job("job", "batch_a")
+    daemon = public.daemon()
+    public.path.chmod(0o644)
+    daemon.wait_for_event("trigger_sent", job="job")
+    during = run_as_nobody(public, "status", "--json")
+    assert during.returncode == 0, during.stderr
+    assert json.loads(during.stdout)["jobs"][0]["status"] == "completed"
+    assert daemon.stop() == 0
+    assert not public.state.with_name("teckochecker.db-wal").exists()
+    after = run_as_nobody(public, "status", "--json")
+    assert after.returncode == 0, after.stderr
+    assert json.loads(after.stdout)["jobs"] == json.loads(during.stdout)["jobs"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_what_only_reads_needs_no_more(public: Workspace) -> None:
+    """Who can only read the files can use what only reads; all else is refused in one line."""
+    public.add_job("job", "batch_a", status="in_progress")
+    assert public.once().code == 0
+    public.path.chmod(0o644)
+    before = {path.name: path.read_bytes() for path in public.directory.iterdir()}
+    for command in ("status", "status job", "secrets", "check", "logs", "logs job", "schema"):
+        done = run_as_nobody(public, *command.split())
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout
+    for command in ("retry job", "encrypt --rotate", "--once"):
+        done = run_as_nobody(public, *command.split())
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert {path.name: path.read_bytes() for path in public.directory.iterdir()} == before
+
+
+# ---- retry ----
+
+
+def test_retry_a_failed_job(workspace: Workspace) -> None:
+    """`retry` arms a rejected job again; without a running daemon, for the next start."""
+    workspace.add_job("job", "batch_a")
+    workspace.sim.fault("queue.create", "status", times=2, code=400)
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_rejected", job="job")
+    done = workspace.run("retry", "job")
+    assert (done.code, done.stderr) == (0, "")
+    assert "the running daemon does it within two seconds" in done.stdout
+    daemon.wait_for_event("retry_taken", 2.5, job="job")
+    workspace.sim.wait_for(lambda: workspace.posts("job") == 2, PATIENCE_S)
+    workspace.wait_for_job("job", lambda job: job["status"] == "failed")
+    assert daemon.stop() == 0
+    done = workspace.run("retry", "job")
+    assert done.code == 0
+    assert "the next start or --once does it" in done.stdout
+    assert workspace.once().code == 0
+    workspace.assert_one_job("job")
+    assert workspace.job("job")["trigger"]["id"] == trigger_id("job", ["batch_a"])
+
+
+def test_retry_force_repeats(workspace: Workspace) -> None:
+    """`--force` starts the Keboola job of a finished job once more, with a new trigger id."""
+    workspace.add_job("job", "batch_a")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_sent", job="job")
+    refused = workspace.run("retry", "job")
+    assert refused.code == 2
+    assert refused.stderr == (
+        "teckochecker: job: it is triggered; --force starts the Keboola job once more\n"
+    )
+    for rerun in (1, 2):
+        mark = daemon.mark()
+        assert workspace.run("retry", "job", "--force").code == 0
+        again = trigger_id("job", ["batch_a"], rerun)
+        daemon.wait_for_event("trigger_sent", 3.0, since=mark, job="job", trigger_id=again)
+    assert daemon.stop() == 0
+    assert workspace.once().code == 0
+    jobs = workspace.started("job")
+    assert len(jobs) == 3
+    assert workspace.job("job")["trigger"]["keboola_job_id"] == jobs[2]["id"]
+
+
+def test_retry_force_decides(workspace: Workspace) -> None:
+    """`--force` sends an unknown trigger again although the search is impossible; nothing else."""
+    workspace.add_job("job", "batch_a")
+    workspace.sim.fault("queue.create", "reset_before")
+    workspace.sim.fault("queue.search", "status", None, skip=1, code=403)
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_search_failed", job="job")
+    mark = daemon.mark()
+    searches = workspace.searches("job")
+    assert workspace.run("retry", "job").code == 0
+    workspace.sim.wait_for(lambda: workspace.searches("job") > searches, PATIENCE_S)
+    assert workspace.posts("job") == 1
+    assert workspace.run("retry", "job", "--force").code == 0
+    daemon.wait_for_event("trigger_sent", 3.0, since=mark, job="job")
+    assert workspace.posts("job") == 2
+    workspace.assert_one_job("job")
+
+
+def test_retry_force_finds(workspace: Workspace) -> None:
+    """`--force` on an unknown trigger still takes the job that a search finds: no second one."""
+    workspace.config["limits"]["trigger_grace"] = "1h"
+    workspace.sim.search_lag = 3600.0
+    workspace.add_job("job", "batch_a")
+    workspace.sim.fault("queue.create", "reset_after")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_unknown", job="job")
+    workspace.sim.search_lag = 0.0
+    assert workspace.run("retry", "job", "--force").code == 0
+    daemon.wait_for_event("trigger_found", job="job")
+    workspace.assert_one_job("job")
+
+
+def test_retry_looks_at_once(workspace: Workspace) -> None:
+    """On a job that is being polled, `retry` means a look now."""
+    workspace.add_job("job", "batch_a", status="in_progress", poll_interval="24h")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("batch_status_changed", job="job")
+    workspace.sim.finish("batch_a")
+    assert workspace.run("retry", "job").code == 0
+    daemon.wait_for_event("trigger_sent", 3.0, job="job")
+
+
+def test_retry_refusals(workspace: Workspace) -> None:
+    """What cannot be retried is said in one line, with exit code 2."""
+    workspace.add_job("job", "batch_a", status="in_progress")
+    workspace.write()
+    early = workspace.run("retry", "job")
+    assert early.code == 2
+    assert early.stderr == (
+        f"teckochecker: there is no state file {workspace.state};"
+        " start the daemon or --once first\n"
+    )
+    assert not workspace.state.exists()
+    workspace.once()
+    unknown = workspace.run("retry", "nothing")
+    assert unknown.code == 2
+    assert unknown.stderr == 'teckochecker: there is no job "nothing"; `status` lists them all\n'
+    assert workspace.run("retry").code == 2
+
+
+def test_no_secret_needed(workspace: Workspace) -> None:
+    """`status` and `retry` work where the key is not at hand."""
+    workspace.add_job("job", "batch_a")
+    workspace.once()
+    workspace.key_file.unlink()
+    assert workspace.statuses() == {"job": "completed"}
+    done = workspace.run("retry", "job", "--force")
+    assert done.code == 0
+    assert OPENAI_KEY not in done.stdout + done.stderr
+    assert KEBOOLA_TOKEN not in done.stdout + done.stderr
+
+
+def test_retry_force_repeats_only_what_was_seen(workspace: Workspace, sim: Simulator) -> None:
+    """Two people who both ask for a finished job once more get one more Keboola job, not two."""
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    assert [workspace.run("retry", "job", "--force").code for _ in range(2)] == [0, 0]
+    events = [event["event"] for event in workspace.once().events]
+    assert (events.count("retry_taken"), events.count("retry_refused")) == (1, 1)
+    assert len(sim.jobs) == 2
+
+
+def test_a_pass_prunes_the_log(workspace: Workspace) -> None:
+    """Under cron, too, the log does not grow for ever; only its newest row stays."""
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    with closing(sqlite3.connect(workspace.state)) as db, db:
+        db.execute("UPDATE logs SET at = 1")
+    assert workspace.once().code == 0
+    with closing(sqlite3.connect(workspace.state)) as db:
+        assert db.execute("SELECT count(*) FROM logs").fetchone() == (1,)
+
+
+# ---- init, secrets, logs, schema ----
+
+
+def test_init(workspace: Workspace) -> None:
+    """A new directory gets a config and a key for its owner only; from there it is three steps."""
+    directory = workspace.directory / "new" / "place"
+    done = workspace.run("init", str(directory))
+    assert done.code == 0, done.stderr
+    config, key = directory / "config.yaml", directory / "teckochecker.key"
+    assert {file.stat().st_mode & 0o777 for file in (config, key)} == {0o600}
+    assert config.read_text() == (PROGRAM.parent / "config.example.yaml").read_text()
+    assert done.stdout.count(str(config)) == 4
+
+    config.write_text(config.read_text().replace("batch_YOUR_ID", "batch_1"))
+    workspace.path = config
+    assert workspace.run("encrypt").code == 0
+    assert workspace.run("check").stdout == f"{config}: fine: 1 job, 1 batch, 2 secrets\n"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "teckochecker.key"])
+def test_init_overwrites_nothing(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    """Where one of the two is there already, neither is written."""
+    directory = tmp_path / "own"
+    directory.mkdir()
+    (directory / name).write_text("mine")
+    done = workspace.run("init", str(directory))
+    assert done.code == 2
+    assert f"{directory / name} is there already; nothing is overwritten" in done.stderr
+    assert [(file.name, file.read_text()) for file in directory.iterdir()] == [(name, "mine")]
+
+
+def test_secrets(workspace: Workspace) -> None:
+    """Names, types, where values come from and who uses them, but never a value."""
+    workspace.secrets["plain"] = {"type": "openai", "value": "sk-in-plain-0123456789"}
+    workspace.secrets["away"] = {"type": "openai", "env": "AWAY_KEY"}
+    workspace.add_job("one", "batch_a")
+    workspace.add_job("two", "batch_b", openai_secret="away")
+    workspace.write()
+    done = workspace.run("secrets")
+    assert done.code == 0
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [
+        ["SECRET", "TYPE"],
+        ["openai", "openai"],
+        ["plain", "openai"],
+        ["away", "openai"],
+        ["keboola", "keboola"],
+    ]
+    assert "NOT ENCRYPTED" in rows[2][2]
+    assert rows[3][2].startswith("env AWAY_KEY")
+    assert [row[2].split("  ")[-1].strip() for row in rows[1:]] == [
+        "one",
+        "nobody",
+        "two",
+        "one, two",
+    ]
+    for secret in workspace.secrets.values():
+        assert secret.get("value", "sk-in-plain") not in done.stdout
+
+
+def test_logs(workspace: Workspace) -> None:
+    """The log of the state file, of one job or of all, the last lines, as text or as JSON."""
+    workspace.add_job("one", "batch_a")
+    workspace.add_job("two", "batch_b", status="failed")
+    assert workspace.once().code == 0
+    lines = workspace.run("logs").stdout.splitlines()
+    events = [json.loads(line) for line in workspace.run("logs", "--json").stdout.splitlines()]
+    assert [line.split()[2] for line in lines] == [event["event"] for event in events]
+    assert {event["job"] for event in events} == {None, "one", "two"}
+    assert all(re.fullmatch(r"20..-..-..T..:..:..Z", event["at"]) for event in events)
+    own = [json.loads(line) for line in workspace.run("logs", "two", "--json").stdout.splitlines()]
+    assert own == [event for event in events if event["job"] == "two"]
+    ended = next(event for event in own if event["event"] == "batch_status_changed")
+    assert (ended["level"], ended["fields"]) == (
+        "warning",
+        {"batch_id": "batch_b", "status": "failed"},
+    )
+    assert workspace.run("logs", "-n", "2").stdout.splitlines() == lines[-2:]
+    assert workspace.run("logs", "-n", "many").code == 2
+
+
+def test_logs_follow(workspace: Workspace) -> None:
+    """With --follow, what happens is told as it happens, also before there is a state file."""
+    workspace.add_job("one", "batch_a")
+    workspace.write()
+    command = [*workspace.command("logs", "--follow", "--json", "one")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        try:
+            workspace.daemon().wait_for_event("trigger_sent", job="one")
+            assert follower.stdout
+            told = (json.loads(line)["event"] for line in follower.stdout)
+            assert next(event for event in told if event == "trigger_sent")
+        finally:
+            follower.send_signal(signal.SIGINT)
+        assert follower.wait() == 130
+
+
+def test_schema(workspace: Workspace) -> None:
+    """It makes just the tables and indexes that a state file has."""
+    workspace.add_job("one", "batch_a")
+    assert workspace.once().code == 0
+    done = workspace.run("schema")
+    assert done.code == 0
+    with (
+        closing(sqlite3.connect(":memory:")) as made,
+        closing(sqlite3.connect(workspace.state)) as own,
+    ):
+        made.executescript(done.stdout)
+        shapes = [
+            {
+                (name, column)
+                for (name,) in db.execute("SELECT name FROM sqlite_schema").fetchall()
+                for (column,) in db.execute("SELECT name FROM pragma_table_info(?)", (name,))
+            }
+            for db in (made, own)
+        ]
+        assert (
+            made.execute("PRAGMA user_version").fetchone()
+            == own.execute("PRAGMA user_version").fetchone()
+        )
+    assert shapes[0] == shapes[1]
+
+
+def test_status_check(workspace: Workspace) -> None:
+    """For monitoring: exit code 1 as soon as anything needs a person, with either output."""
+    workspace.add_job("one", "batch_a")
+    assert workspace.once().code == 0
+    assert workspace.run("status", "--check").code == 0
+    workspace.add_job("two", "batch_gone")
+    workspace.sim.delete_batch("batch_gone")
+    assert workspace.once().code == 1
+    assert workspace.run("status", "--check").code == 1
+    assert workspace.run("status", "--check", "--json").code == 1
+    assert workspace.run("status", "one", "--check").code == 0
+    assert workspace.run("status").code == 0
+    workspace.write("jobs: [")
+    assert workspace.run("status", "one", "--check").code == 1
+
+
+@pytest.mark.parametrize("version", range(1, len(teckochecker.MIGRATIONS)))
+def test_reading_a_state_file_of_an_older_version(workspace: Workspace, version: int) -> None:
+    """Between an upgrade and the daemon's restart, what only reads works, and changes nothing."""
+    workspace.add_job("job", "batch_a")
+    workspace.write()
+    with closing(sqlite3.connect(workspace.state, isolation_level=None)) as db:
+        for statements in teckochecker.MIGRATIONS[:version]:
+            for statement in statements:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {version}")
+        key = teckochecker.batch_key(["batch_a"])
+        db.execute(
+            "INSERT INTO jobs (name, batch_key, stack_url, component_id, config_id, position)"
+            " VALUES ('job', ?, ?, 'c', 'job', 0)",
+            (key, workspace.sim.stack_url),
+        )
+        db.execute("INSERT INTO batches (job_id, position, id) VALUES (1, 0, 'batch_a')")
+    before = workspace.state.read_bytes()
+    assert workspace.statuses() == {"job": "active"}
+    for command in (("status", "job"), ("logs",), ("doctor",)):
+        assert workspace.run(*command).code == 0
+    assert workspace.state.read_bytes() == before
+    assert workspace.run("--once").code == 0
+    workspace.assert_one_job("job")

@@ -1,0 +1,687 @@
+"""The simulator is what every other test stands on; here it is held to the APIs' own shape."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from simulator import Fault, Simulator, build, parser
+
+OPENAI = {"Authorization": "Bearer sk-test"}
+KEBOOLA = {"X-StorageApi-Token": "kbc-test"}
+JOB = {"component": "app", "config": "1", "mode": "run"}
+REQUIRED = {
+    "id": "batch_a",
+    "object": "batch",
+    "endpoint": "/v1/chat/completions",
+    "input_file_id": "file-batch_a-input",
+    "completion_window": "24h",
+}
+
+
+@pytest.fixture
+def sim(caplog: pytest.LogCaptureFixture) -> Iterator[Simulator]:
+    with Simulator() as simulator:
+        simulator.add_key("sk-test")
+        simulator.add_token("kbc-test")
+        simulator.add_batch("batch_a", "in_progress")
+        yield simulator
+    # What goes wrong inside the event loop is only logged by asyncio.
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.fixture
+def web() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=5, headers=OPENAI | KEBOOLA) as client:
+        yield client
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as executor:
+        yield executor
+
+
+def batch(sim: Simulator, web: httpx.Client, batch_id: str = "batch_a") -> dict[str, Any]:
+    answer: dict[str, Any] = web.get(f"{sim.openai_url}/batches/{batch_id}").json()
+    return answer
+
+
+def post_job(sim: Simulator, web: httpx.Client, **fields: object) -> httpx.Response:
+    return web.post(f"{sim.queue_url}/jobs", json=JOB | fields)
+
+
+def search(sim: Simulator, web: httpx.Client, **query: str | int) -> list[str]:
+    """The ids of the jobs found."""
+    return [row["id"] for row in web.get(f"{sim.queue_url}/search/jobs", params=query).json()]
+
+
+# ---- OpenAI ----
+
+
+def test_a_batch_has_all_fields(sim: Simulator, web: httpx.Client) -> None:
+    """A batch shows the required fields, null for what does not apply, and a request id."""
+    answer = web.get(f"{sim.openai_url}/batches/batch_a")
+    found = answer.json()
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert found.items() >= REQUIRED.items()
+    assert abs(found["created_at"] - time.time()) < 5
+    assert found["request_counts"] == {"total": 100, "completed": 0, "failed": 0}
+    for name in ("errors", "output_file_id", "error_file_id", "completed_at", "metadata", "usage"):
+        assert found[name] is None
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "expected"),
+    [
+        ("completed", {}, (100, True, False)),
+        ("completed", {"failed": 3}, (97, True, True)),
+        ("completed", {"failed": 100}, (0, False, True)),
+        ("completed", {"output": False}, (100, False, False)),
+        ("completed", {"error_file": True}, (100, True, True)),
+        ("failed", {}, (0, False, False)),
+        ("expired", {}, (50, True, False)),
+        ("cancelled", {"output": False}, (50, False, False)),
+    ],
+)
+def test_the_end_of_a_batch(
+    sim: Simulator,
+    web: httpx.Client,
+    status: str,
+    options: dict[str, Any],
+    expected: tuple[int, bool, bool],
+) -> None:
+    """A terminal status brings its time, its counts and its output and error files."""
+    sim.add_batch("batch_b", **options)
+    sim.finish("batch_b", status)
+    found = batch(sim, web, "batch_b")
+    assert found["status"] == status
+    assert abs(found[f"{status}_at"] - time.time()) < 5
+    files = [found[name] is not None for name in ("output_file_id", "error_file_id")]
+    assert (found["request_counts"]["completed"], *files) == expected
+    assert bool(found["errors"]) is (status == "failed")
+
+
+def test_a_timeline(sim: Simulator, web: httpx.Client) -> None:
+    """Statuses follow by the clock, `set_batch` overrides them, `finish` ends them."""
+    sim.add_batch("batch_later", [(0, "validating"), (60, "in_progress")])
+    assert batch(sim, web, "batch_later")["status"] == "validating"
+    sim.add_batch("batch_t", [(0, "validating"), (0.02, "in_progress"), (0.04, "completed")])
+    sim.wait_for(lambda: sim.state()["batches"]["batch_t"] == "completed")
+    assert batch(sim, web, "batch_t")["in_progress_at"] is not None
+    sim.set_batch("batch_t", status="odd", output_file_id="")
+    found = batch(sim, web, "batch_t")
+    assert (found["status"], found["output_file_id"]) == ("odd", "")
+    sim.finish("batch_t", "expired")
+    assert batch(sim, web, "batch_t")["status"] == "expired"
+
+
+def test_a_finished_batch_leaves_its_timeline(sim: Simulator, web: httpx.Client) -> None:
+    """What a timeline had planned does not happen after `finish`."""
+    sim.add_batch("batch_t", [(0, "in_progress"), (0.02, "completed")])
+    sim.finish("batch_t", "failed")
+    sim.add_batch("batch_clock", [(0, "in_progress"), (0.04, "completed")])
+    sim.wait_for(lambda: sim.state()["batches"]["batch_clock"] == "completed")
+    assert batch(sim, web, "batch_t")["status"] == "failed"
+
+
+def test_paging(sim: Simulator, web: httpx.Client) -> None:
+    """The list is newest first, pages by `after`, and leaves out what is deleted or foreign."""
+    for number in range(7):
+        sim.add_batch(f"batch_{number}")
+    sim.add_batch("batch_foreign", project="proj_other")
+    sim.delete_batch("batch_3")
+    found: list[str] = []
+    query: dict[str, str | int] = {"limit": 3}
+    while True:
+        page = web.get(f"{sim.openai_url}/batches", params=query).json()
+        ids = [one["id"] for one in page["data"]]
+        assert (page["object"], page["first_id"], page["last_id"]) == ("list", ids[0], ids[-1])
+        found += ids
+        if not page["has_more"]:
+            break
+        query["after"] = page["last_id"]
+    assert found == [f"batch_{number}" for number in (6, 5, 4, 2, 1, 0)] + ["batch_a"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "message"),
+    [
+        ("/batches/batch_a", {}, 401, "You didn't provide an API key."),
+        (
+            "/batches/batch_a",
+            {"Authorization": "Bearer sk-unknown"},
+            401,
+            "Incorrect API key provided: sk-un***nown.",
+        ),
+        ("/batches/batch_x", OPENAI, 404, "No batch found with id 'batch_x'."),
+        ("/batches/batch_foreign", OPENAI, 404, "No batch found with id 'batch_foreign'."),
+        ("/batches?after=batch_x", OPENAI, 404, "No batch found with id 'batch_x'."),
+        ("/batches?limit=101", OPENAI, 400, "Invalid 'limit': expected an integer from 1 to 100."),
+        ("/batches?limit=0", OPENAI, 400, "Invalid 'limit': expected an integer from 1 to 100."),
+        ("/models", OPENAI, 404, "No such endpoint: GET /v1/models"),
+    ],
+)
+def test_openai_errors(
+    sim: Simulator, path: str, headers: dict[str, str], status: int, message: str
+) -> None:
+    """Errors have OpenAI's shape and a request id."""
+    sim.add_batch("batch_foreign", project="proj_other")
+    answer = httpx.get(sim.openai_url + path, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["message"]) == (status, message)
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "x-request-id" in answer.headers
+
+
+# ---- Keboola ----
+
+
+def test_storage(sim: Simulator, web: httpx.Client) -> None:
+    """The stack names its queue to everybody, and verifies tokens and configurations."""
+    services = httpx.get(f"{sim.stack_url}/v2/storage").json()["services"]
+    assert {"id": "queue", "url": sim.queue_url} in services
+    sim.add_config("app", "1", {"parameters": {"a": 1}})
+    base = f"{sim.stack_url}/v2/storage"
+    assert web.get(f"{base}/tokens/verify").json()["owner"]["name"] == "Simulated project"
+    assert httpx.get(f"{base}/tokens/verify").status_code == 401
+    config = web.get(f"{base}/components/app/configs/1").json()
+    assert config["configuration"] == {"parameters": {"a": 1}}
+    assert web.get(f"{base}/components/app/configs/2").status_code == 404
+
+
+def test_a_created_job(sim: Simulator, web: httpx.Client) -> None:
+    """A created job comes back whole, and is read again by its id and from the simulator."""
+    data = {"values": [{"name": "a", "value": "1"}]}
+    answer = post_job(sim, web, variableValuesData=data)
+    job = answer.json()
+    assert answer.status_code == 201
+    assert job["id"].isdigit()
+    assert job.items() >= (JOB | {"status": "created", "isFinished": False}).items()
+    assert job["variableValuesData"] == data
+    assert job["createdTime"].endswith("+00:00")
+    assert web.get(job["url"]).json() == job == sim.jobs[0]
+
+
+def test_jobs_of_one_configuration_stand_in_line(sim: Simulator, web: httpx.Client) -> None:
+    """A second job waits until the first has ended, another configuration's does not."""
+    for config in ("1", "1", "2"):
+        assert post_job(sim, web, config=config).json()["status"] == "created"
+    first, second, _ = (job["id"] for job in sim.jobs)
+    assert [job["status"] for job in sim.jobs] == ["created", "waiting", "created"]
+    sim.finish_job(first, "error")
+    assert [job["status"] for job in sim.jobs] == ["error", "created", "created"]
+    assert web.get(f"{sim.queue_url}/jobs/{first}").json()["isFinished"] is True
+    assert web.get(f"{sim.queue_url}/jobs/{second}").json()["isFinished"] is False
+
+
+def test_jobs_that_run_by_themselves(sim: Simulator, web: httpx.Client) -> None:
+    """With `job_seconds`, jobs of one configuration run and end one after another."""
+    sim.job_seconds = 60
+    first, _ = (post_job(sim, web).json()["id"] for _ in range(2))
+    assert [job["status"] for job in sim.jobs] == ["processing", "waiting"]
+    sim.job_seconds = 0.02
+    sim.finish_job(first, "warning")
+    sim.wait_for(lambda: sim.jobs[1]["isFinished"])
+    assert [job["status"] for job in sim.jobs] == ["warning", "success"]
+
+
+def pair(name: object, value: object) -> dict[str, object]:
+    return {"variableValuesData": {"values": [{"name": name, "value": value}]}}
+
+
+EMPTY = 'Invalid job: "variableValuesData.values.0.value" cannot contain an empty value.'
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "message"),
+    [
+        ({"mode": ""}, 400, 'Invalid job: "mode" must be a non-empty string.'),
+        ({"mode": "no"}, 400, "Invalid job: \"mode\" must be one of ['debug', 'forceRun', 'run']."),
+        ({"config": 1}, 400, 'Invalid job: "config" must be a non-empty string.'),
+        ({"config": "9"}, 404, "Configuration 9 of component app not found"),
+        (pair("a", ""), 400, EMPTY),
+        (pair("a", 1), 400, EMPTY),
+        (pair("", "a"), 400, EMPTY.replace("0.value", "0.name")),
+        (
+            {"variableValuesData": []},
+            400,
+            'Invalid job: "variableValuesData.values" must be a list.',
+        ),
+        (
+            pair("a", "b") | {"variableValuesId": "1"},
+            400,
+            'Only one of "variableValuesId" and "variableValuesData" can be set.',
+        ),
+    ],
+)
+def test_keboola_errors(
+    sim: Simulator, web: httpx.Client, fields: dict[str, object], status: int, message: str
+) -> None:
+    """A job that the queue would refuse is refused, in Keboola's shape, and is not created."""
+    sim.add_config("app", "1")
+    answer = post_job(sim, web, **fields)
+    error = answer.json()
+    assert (answer.status_code, error["error"], error["code"]) == (status, message, status)
+    assert (error["status"], bool(error["exceptionId"])) == ("error", True)
+    assert sim.jobs == []
+
+
+def test_an_unknown_token(sim: Simulator) -> None:
+    """Without a known token nothing is created."""
+    answer = httpx.post(f"{sim.queue_url}/jobs", json=JOB, headers={"X-StorageApi-Token": "no"})
+    assert (answer.status_code, answer.json()["error"]) == (401, "Invalid access token")
+    assert sim.jobs == []
+
+
+def test_search(sim: Simulator, web: httpx.Client) -> None:
+    """The search filters, sorts, pages and ignores what it does not know."""
+    for config, branch in (("1", None), ("2", None), ("1", "77"), ("1", None)):
+        post_job(sim, web, config=config, branchId=branch)
+    a, b, c, d = (job["id"] for job in sim.jobs)
+    first = datetime.fromisoformat(sim.jobs[0]["createdTime"])
+    last = datetime.fromisoformat(sim.jobs[-1]["createdTime"])
+    second = timedelta(seconds=1)
+    table: list[tuple[dict[str, str | int], list[str]]] = [
+        ({}, [d, c, b, a]),
+        ({"componentId": "app", "configId": "1"}, [d, c, a]),
+        ({"configId": "2"}, [b]),
+        ({"branchId": "77"}, [c]),
+        ({"limit": 2, "offset": 1}, [c, b]),
+        ({"sortOrder": "asc", "limit": 1}, [a]),
+        ({"sortBy": "config", "limit": 1}, [b]),
+        ({"noSuchFilter": "x", "limit": 500}, [d, c, b, a]),
+        ({"createdTimeFrom": first.isoformat()}, [d, c, b, a]),
+        ({"createdTimeFrom": (last + second).isoformat()}, []),
+        ({"createdTimeTo": last.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}, [d, c, b, a]),
+        ({"createdTimeTo": (first - second).isoformat()}, []),
+    ]
+    for query, expected in table:
+        assert search(sim, web, **query) == expected, query
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=501", "limit=0", "offset=-1", "sortOrder=up", "createdTimeFrom=soon"]
+)
+def test_search_refuses(sim: Simulator, web: httpx.Client, query: str) -> None:
+    """Limits out of range and values that cannot be read are a 400."""
+    assert web.get(f"{sim.queue_url}/search/jobs?{query}").status_code == 400
+
+
+def test_search_lags(sim: Simulator, web: httpx.Client) -> None:
+    """A new job is not found until the lag is over, but is there by its id."""
+    sim.search_lag = 60
+    job_id = post_job(sim, web).json()["id"]
+    assert search(sim, web) == []
+    assert web.get(f"{sim.queue_url}/jobs/{job_id}").status_code == 200
+    sim.search_lag = 0
+    assert search(sim, web) == [job_id]
+
+
+def test_search_hides_variables(sim: Simulator, web: httpx.Client) -> None:
+    """Rows of the search may lack the variables; the job itself has them."""
+    sim.search_hides_variables = True
+    job = post_job(sim, web, **pair("a", "b")).json()
+    row = web.get(f"{sim.queue_url}/search/jobs").json()[0]
+    assert job.keys() - row.keys() == {"variableValuesData"}
+    assert "variableValuesData" in web.get(job["url"]).json()
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "created"),
+    [
+        ("reset_before", httpx.ReadError, 0),
+        ("reset_after", httpx.ReadError, 1),
+        ("close_after", httpx.RemoteProtocolError, 1),
+        ("truncated", httpx.RemoteProtocolError, 1),
+        ("hang_before", httpx.ReadTimeout, 0),
+        ("hang_after", httpx.ReadTimeout, 1),
+        ("redirect", httpx.TooManyRedirects, 0),
+    ],
+)
+def test_faults_without_an_answer(
+    sim: Simulator, kind: str, error: type[Exception], created: int
+) -> None:
+    """The client sees the failure that was asked for, and the job exists or does not."""
+    fault = sim.fault("queue.create", kind, times=None)
+    with httpx.Client(timeout=0.5, headers=KEBOOLA, follow_redirects=True) as client:
+        with pytest.raises(error):
+            post_job(sim, client)
+        assert fault.hits > 0
+        assert len(sim.jobs) == created
+        sim.clear_faults()
+        assert post_job(sim, client).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("options", "headers", "created"),
+    [
+        ({"code": 500}, {}, 0),
+        ({"code": 429, "retry_after": "7"}, {"retry-after": "7"}, 0),
+        ({"code": 503, "retry_after_ms": 500}, {"retry-after-ms": "500"}, 0),
+        ({"code": 504, "handled": True}, {}, 1),
+    ],
+)
+def test_status_faults(
+    sim: Simulator,
+    web: httpx.Client,
+    options: dict[str, Any],
+    headers: dict[str, str],
+    created: int,
+) -> None:
+    """An error status comes in the API's own shape, with or without the deed."""
+    sim.fault("queue.*", "status", **options)
+    answer = post_job(sim, web)
+    assert answer.status_code == answer.json()["code"] == options["code"]
+    assert answer.headers.items() >= headers.items()
+    assert len(sim.jobs) == created
+
+
+def test_retry_after_as_a_date(sim: Simulator, web: httpx.Client) -> None:
+    """`retry_after_date` is an HTTP date that many seconds ahead."""
+    sim.fault("openai.get", "status", code=429, retry_after_date=60, body="busy")
+    answer = web.get(f"{sim.openai_url}/batches/batch_a")
+    ahead = parsedate_to_datetime(answer.headers["retry-after"]) - datetime.now(UTC)
+    assert 55 < ahead.total_seconds() <= 60
+    assert answer.text == "busy"
+
+
+def test_faults_that_bend_the_answer(sim: Simulator, web: httpx.Client) -> None:
+    """Bodies, headers and objects can be replaced, slowed down and blown up."""
+
+    def shout(obj: dict[str, Any]) -> dict[str, Any]:
+        return obj | {"status": obj["status"].upper()}
+
+    def get() -> httpx.Response:
+        return web.get(f"{sim.openai_url}/batches/batch_a")
+
+    honest = get().json()
+    sim.fault("openai.get", "body")
+    assert get().headers["content-type"] == "text/html"
+    sim.fault("openai.get", "body", body=b"\xff", content_type="application/json")
+    assert get().content == b"\xff"
+    sim.fault("openai.get", "header", headers={"x-extra": "1"})
+    assert get().headers["x-extra"] == "1"
+    sim.fault("openai.get", "json", obj=[1])
+    assert get().json() == [1]
+    sim.fault("openai.get", "json", transform=shout)
+    assert get().json()["status"] == "IN_PROGRESS"
+    sim.fault("openai.get", "drip", interval=0)
+    assert get().json() == honest
+    sim.fault("openai.get", "huge", size=200_000)
+    answer = get()
+    assert (len(answer.content), answer.json()) == (200_000, honest)
+
+
+def test_which_requests_a_fault_hits(sim: Simulator, web: httpx.Client) -> None:
+    """`skip`, `times` and `match` choose the requests; `clear` ends a fault."""
+    sim.add_batch("batch_b")
+
+    def look(batch_id: str) -> int:
+        return web.get(f"{sim.openai_url}/batches/{batch_id}").status_code
+
+    fault = sim.fault("openai.*", "status", times=2, skip=1, match="batch_a")
+    assert [look(x) for x in ("batch_a", "batch_b", "batch_a", "batch_a", "batch_a")] == [
+        200,
+        200,
+        500,
+        500,
+        200,
+    ]
+    assert fault.hits == 2
+    by_key = sim.fault("*", "status", times=None, match="sk-test")
+    assert look("batch_a") == 500
+    by_key.clear()
+    assert look("batch_a") == 200
+
+
+def test_probability(sim: Simulator, web: httpx.Client) -> None:
+    """A fault can hit some of the requests, the same ones in every run."""
+    fault = sim.fault("openai.get", "status", times=None, probability=0.5)
+    codes = [web.get(f"{sim.openai_url}/batches/batch_a").status_code for _ in range(40)]
+    assert 0 < fault.hits == codes.count(500) < 40
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda sim: sim.fault("openai.post", "status"), "no route fits 'openai.post'"),
+        (lambda sim: sim.fault("*", "explode"), "unknown fault 'explode'"),
+        (lambda sim: sim.fault("*", "drip", size=1), r"no options \['size'\]"),
+        (lambda sim: sim.hold("*", "never"), "hold when 'never'"),
+        (lambda sim: sim.add_batch("batch_a"), "batch batch_a exists already"),
+    ],
+)
+def test_slips_of_a_test_are_told(
+    sim: Simulator, call: Callable[[Simulator], Fault], message: str
+) -> None:
+    """A misspelt route, kind or option is an error at once, not a fault that never hits."""
+    with pytest.raises(ValueError, match=message):
+        call(sim)
+
+
+# ---- holds, waiting, statistics ----
+
+
+@pytest.mark.parametrize(("when", "created"), [("before", 0), ("after", 1), ("half", 1)])
+def test_hold(
+    sim: Simulator, web: httpx.Client, pool: ThreadPoolExecutor, when: str, created: int
+) -> None:
+    """A held request stands where it was told to, and goes on when it is released."""
+    hold = sim.hold("queue.create", when)
+    future = pool.submit(post_job, sim, web)
+    hold.wait_reached()
+    assert len(sim.jobs) == created
+    assert not future.done()
+    hold.release()
+    assert future.result(timeout=5).status_code == 201
+    assert post_job(sim, web).status_code == 201
+
+
+def test_hold_half_has_sent_half(sim: Simulator) -> None:
+    """With "half", the client has the head and the first half of the body."""
+    hold = sim.hold("openai.get", "half")
+    url = f"{sim.openai_url}/batches/batch_a"
+    with httpx.stream("GET", url, headers=OPENAI) as answer:
+        parts = answer.iter_raw()
+        total, start = int(answer.headers["content-length"]), next(parts)
+        assert len(start) == total // 2
+        hold.release()
+        assert json.loads(start + b"".join(parts))["id"] == "batch_a"
+
+
+def test_wait_for(sim: Simulator) -> None:
+    """A wait that fails tells where it stands and what has happened."""
+    with pytest.raises(TimeoutError, match=r"not true within 0.01 s: .*test_simulator.py:\d+; req"):
+        sim.wait_for(lambda: sim.jobs, timeout=0.01)
+    with pytest.raises(TimeoutError):
+        sim.hold("*").wait_reached(timeout=0.01)
+
+
+def test_wait_for_wakes_up(sim: Simulator, web: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    """A wait ends with the request that makes it true, and returns the value."""
+    waiting = threading.Event()
+
+    def created() -> list[dict[str, Any]]:
+        waiting.set()
+        return sim.jobs
+
+    future = pool.submit(sim.wait_for, created)
+    assert waiting.wait(5)
+    post_job(sim, web)
+    assert future.result(timeout=5)[0]["config"] == "1"
+
+
+def test_requests_are_recorded(sim: Simulator, web: httpx.Client) -> None:
+    """A request is there with everything it brought."""
+    web.get(f"{sim.openai_url}/batches", params={"limit": 5, "after": "batch_a"})
+    post_job(sim, web)
+    listed, created = sim.requests
+    assert (listed.route, listed.method, listed.path) == ("openai.list", "GET", "/v1/batches")
+    assert listed.query == {"limit": "5", "after": "batch_a"}
+    assert listed.headers["authorization"] == "Bearer sk-test"
+    assert (created.route, created.json()) == ("queue.create", JOB)
+    assert listed.at < created.at
+    assert sim.request_counts == {"openai.list": 1, "queue.create": 1}
+    sim.reset_stats()
+    assert (sim.requests, sim.request_counts, sim.max_in_flight) == ([], {}, 0)
+
+
+def test_max_in_flight(sim: Simulator, web: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    """The highest number of simultaneous requests is counted over all servers."""
+    hold = sim.hold("*", times=None)
+    futures = [pool.submit(post_job, sim, web) for _ in range(3)]
+    futures += [pool.submit(web.get, f"{sim.openai_url}/batches") for _ in range(2)]
+    sim.wait_for(lambda: hold.reached == 5)
+    hold.release()
+    assert {future.result(timeout=5).status_code for future in futures} == {200, 201}
+    assert sim.max_in_flight == 5
+
+
+def test_a_lone_client_is_never_two(sim: Simulator, web: httpx.Client) -> None:
+    """One request after another, each on a connection of its own, is one in flight."""
+    for _ in range(50):
+        web.get(f"{sim.stack_url}/v2/storage", headers={"Connection": "close"})
+    assert sim.max_in_flight == 1
+
+
+def test_latency(sim: Simulator, web: httpx.Client) -> None:
+    """The latency can be changed while it runs, and is added to each answer."""
+    sim.latency = 0.05
+    before = time.monotonic()
+    batch(sim, web)
+    assert time.monotonic() - before >= 0.05
+
+
+def test_stop_and_start(sim: Simulator) -> None:
+    """Down, connections are refused; up again, ports and state are the same."""
+    url = f"{sim.openai_url}/batches/batch_a"
+    sim.stop()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url, headers=OPENAI)
+    sim.start()
+    assert httpx.get(url, headers=OPENAI).json()["id"] == "batch_a"
+
+
+def test_stop_ends_what_hangs(sim: Simulator, web: httpx.Client, pool: ThreadPoolExecutor) -> None:
+    """Requests that hang or are held do not keep the simulator from stopping."""
+    sim.fault("openai.get", "hang_after")
+    hold = sim.hold("queue.create")
+    futures: list[Future[Any]] = [pool.submit(batch, sim, web), pool.submit(post_job, sim, web)]
+    sim.wait_for(lambda: len(sim.requests) == 2)
+    hold.wait_reached()
+    sim.stop()
+    for future in futures:
+        with pytest.raises(httpx.TransportError):
+            future.result(timeout=5)
+    hold.release()
+
+
+# ---- by hand ----
+
+
+def test_control(sim: Simulator, web: httpx.Client) -> None:
+    """People drive it over HTTP with the keywords that Python has, unseen by the statistics."""
+    control = f"{sim.stack_url}/_sim"
+    added = {"id": "batch_h", "timeline": [[0, "validating"], [60, "completed"]], "total": 5}
+    assert web.post(f"{control}/batches", json=added).status_code == 200
+    assert web.post(f"{control}/finish", json={"id": "batch_h"}).status_code == 200
+    web.post(f"{control}/faults", json={"route": "openai.get", "kind": "status", "times": None})
+    assert web.get(f"{sim.openai_url}/batches/batch_h").status_code == 500
+    state = web.get(f"{control}/state").json()
+    assert state["batches"] == {"batch_a": "in_progress", "batch_h": "completed"}
+    assert state["requests"] == {"openai.get": 1}
+    assert state["faults"] == [{"route": "openai.get", "kind": "status", "hits": 1}]
+    web.delete(f"{control}/faults")
+    assert batch(sim, web, "batch_h")["request_counts"]["total"] == 5
+    assert web.post(f"{control}/finish", json={"id": "no"}).json() == {"error": "KeyError: 'no'"}
+    assert web.post(f"{control}/faults", json={"rout": "*"}).status_code == 400
+
+
+def test_control_of_measures(sim: Simulator, web: httpx.Client) -> None:
+    """A benchmark asks when requests and Keboola jobs came, counts anew, and sets the latency."""
+    control = f"{sim.stack_url}/_sim"
+    before = time.monotonic()
+    batch(sim, web)
+    batch(sim, web)
+    post_job(sim, web)
+    stats = web.get(f"{control}/requests").json()
+    assert stats["requests"] == {"openai.get": 2, "queue.create": 1}
+    assert before <= stats["first_at"] < stats["last_at"] <= time.monotonic()
+    assert stats["longest_gap_s"] == pytest.approx(stats["last_at"] - stats["first_at"])
+    [(config, [born])] = web.get(f"{control}/births").json().items()
+    assert config == sim.jobs[0]["config"]
+    assert stats["last_at"] <= born <= time.monotonic()
+    web.delete(f"{control}/requests")
+    empty = {"first_at": None, "last_at": None, "longest_gap_s": 0.0}
+    assert web.get(f"{control}/requests").json() == {"requests": {}, "max_in_flight": 0, **empty}
+    web.post(f"{control}/latency", json={"seconds": 0.25})
+    assert sim.latency == 0.25
+
+
+def test_batches_and_keys_of_the_command_line(tmp_path: Path) -> None:
+    """A large world comes in a file, and each key sees the batches of its own project."""
+    lines = [{"id": f"batch_{p}", "project": p, "created_at": 1_750_000_000} for p in ("a", "b")]
+    file = tmp_path / "batches.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    options = parser().parse_args(["--batches", str(file), "--key=sk-a=a", "--key=sk-b=b"])
+    options.openai_port = options.stack_port = options.queue_port = 0
+    with build(options) as sim:
+        for name in ("a", "b"):
+            key = {"Authorization": f"Bearer sk-{name}"}
+            page = httpx.get(f"{sim.openai_url}/batches", headers=key).json()
+            assert [(b["id"], b["created_at"]) for b in page["data"]] == [
+                (f"batch_{name}", 1_750_000_000)
+            ]
+
+
+def test_command_line() -> None:
+    """Started by hand it prints addresses and a config, logs requests and ends with Ctrl-C."""
+    command = [sys.executable, "-W", "error", str(Path(__file__).with_name("simulator.py"))]
+    command += ["--openai-port=0", "--stack-port=0", "--queue-port=0", "--many=2"]
+    command += ["--batch", "batch_a=validating@0,completed@60"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        while not lines or "Ctrl-C" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "it ended early"
+        text = "".join(lines)
+        assert "    batch_ids: [batch_a, batch_000001, batch_000002]\n" in text
+        assert "export OPENAI_API_KEY=sk-simulator KEBOOLA_TOKEN=kbc-simulator\n" in text
+        url = lines[0].split()[1]
+        key = {"Authorization": "Bearer sk-simulator"}
+        assert httpx.get(f"{url}/batches/batch_a", headers=key).json()["status"] == "validating"
+        assert process.stdout.readline().endswith(" GET /v1/batches/batch_a -> 200\n")
+        os.kill(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=5) == ("", "")
+        assert process.returncode == 0
+
+
+def test_help_tells_everything() -> None:
+    """--help names each route and each kind of fault."""
+    script = Path(__file__).with_name("simulator.py")
+    run = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+    )
+    for word in ("example:", "queue.search", "reset_after", "retry_after_ms", "/_sim/state"):
+        assert word in run.stdout

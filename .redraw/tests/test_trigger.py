@@ -1,0 +1,411 @@
+"""The trigger: one Keboola job per piece of work, whatever becomes of its POST."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from harness import (
+    COMPONENT,
+    KEBOOLA_TOKEN,
+    OPENAI_KEY,
+    PATIENCE_S,
+    Door,
+    Workspace,
+    add_foreign_jobs,
+    trigger_id,
+    variables,
+)
+from simulator import Simulator
+
+CRASHES = {"before": 10, "late": 2, "after": 10, "half": 10, "commit": 10}
+
+# What becomes of the first POST, and whether Keboola has carried it out.
+UNKNOWN_OUTCOMES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "status_500": ("status", {"code": 500}, False),
+    "status_503_done": ("status", {"code": 503, "handled": True}, True),
+    "status_408": ("status", {"code": 408}, False),
+    "status_408_done": ("status", {"code": 408, "handled": True}, True),
+    "proxy_502": ("status", {"code": 502, "body": "<html>Bad Gateway</html>"}, False),
+    "redirect": ("redirect", {"code": 307}, False),
+    "reset_before": ("reset_before", {}, False),
+    "reset_after": ("reset_after", {}, True),
+    "close_after": ("close_after", {}, True),
+    "truncated": ("truncated", {}, True),
+    "html": ("body", {}, True),
+    "no_id": ("json", {"obj": {"status": "created"}}, True),
+    "id_null": ("json", {"obj": {"id": None}}, True),
+    "list": ("json", {"obj": []}, True),
+    "hang_before": ("hang_before", {}, False),
+    "hang_after": ("hang_after", {}, True),
+    "drip": ("drip", {"interval": 0.2}, True),
+}
+
+
+def test_unknown_outcomes(workspace: Workspace) -> None:
+    """Whatever leaves a POST's outcome open, the search decides, and one Keboola job exists."""
+    workspace.config["limits"] |= {"request_timeout": "2s", "max_concurrency": 40}
+    for name, (kind, options, _) in UNKNOWN_OUTCOMES.items():
+        workspace.add_job(name, f"batch_{name}")
+        workspace.sim.fault("queue.create", kind, match=f'"config":"{name}"', **options)
+    daemon = workspace.daemon()
+    for name, (_, _, done) in UNKNOWN_OUTCOMES.items():
+        daemon.wait_for_event("trigger_unknown", job=name)
+        daemon.wait_for_event("trigger_found" if done else "trigger_sent", job=name)
+        assert workspace.posts(name) == (1 if done else 2), name
+        if not done:  # one search before the first POST, two clear ones before the second
+            assert workspace.searches(name) >= 3, name
+    triggers = {job["name"]: job["trigger"] for job in workspace.status()["jobs"]}
+    for name in UNKNOWN_OUTCOMES:
+        jobs = workspace.started(name)
+        assert [job["id"] for job in jobs] == [triggers[name]["keboola_job_id"]], name
+        assert triggers[name]["state"] == "sent"
+        assert triggers[name]["id"] == trigger_id(name, [f"batch_{name}"])
+    assert daemon.stop() == 0
+
+
+def test_not_reached(workspace: Workspace) -> None:
+    """A refused connection is no outcome: the POST is tried again until the queue is back."""
+    with closing(Door(workspace.sim.queue_url, shut_after="/search/jobs")) as door:
+        services = {"services": [{"id": "queue", "url": door.url}]}
+        workspace.sim.fault("storage.index", "json", times=None, obj=services)
+        workspace.add_job("job", "batch_a")
+        daemon = workspace.daemon()
+        daemon.wait_for_event("trigger_not_sent", job="job")
+        trigger = workspace.job("job")["trigger"]
+        assert trigger["state"] == "intent"
+        assert "Keboola was not reached: ConnectError" in trigger["error"]
+        assert daemon.events_of("trigger_unknown") == []
+        door.open()
+        workspace.jobs["job"]["poll_interval"] = "2s"  # a change ends the backoff
+        workspace.write()
+        daemon.wait_for_event("trigger_sent", job="job")
+        workspace.assert_one_job("job")
+        assert daemon.stop() == 0
+
+
+def test_too_many_requests(workspace: Workspace) -> None:
+    """A 429 is not sent, and is tried again when the server allows it."""
+    workspace.add_job("job", "batch_a")
+    fault = workspace.sim.fault("queue.create", "status", code=429, retry_after=2)
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_not_sent", job="job", status=429)
+    assert workspace.job("job")["status"] == "triggering"
+    assert workspace.job("job")["trigger"]["state"] == "intent"
+    daemon.wait_for_event("trigger_sent", job="job")
+    first, second = [r.at for r in workspace.requests if r.route == "queue.create"]
+    assert second - first >= 2
+    assert fault.hits == 1
+    workspace.assert_one_job("job")
+
+
+def test_rejected(workspace: Workspace) -> None:
+    """A 400 fails the job in Keboola's own words, until target, variables or token change."""
+    body = {"error": "Configuration is broken", "exceptionId": "exception-77", "code": 400}
+    workspace.sim.add_token("1234-another-token")
+    workspace.secrets["second"] = workspace.keboola_secret(KEBOOLA_TOKEN)
+    workspace.sim.fault("queue.create", "status", times=3, code=400, body=json.dumps(body))
+    workspace.add_job("variables", "batch_a")
+    workspace.add_job("target", "batch_b")
+    workspace.add_job("token", "batch_c", keboola_secret="second")
+    daemon = workspace.daemon()
+    for name in workspace.jobs:
+        daemon.wait_for_event("trigger_rejected", job=name, status=400)
+    before = {job["name"]: job for job in workspace.status()["jobs"]}
+    for job in before.values():
+        assert job["status"] == "failed"
+        assert job["trigger"]["state"] == "rejected"
+        assert "Configuration is broken" in job["error"]
+        assert "exception-77" in job["error"]
+
+    for job in workspace.jobs.values():
+        job["poll_interval"] = "2s"  # nothing that Keboola judges by
+    workspace.reload(daemon)
+    assert workspace.sim.request_counts["queue.create"] == 3
+    workspace.jobs["variables"]["variables"] = {"dataset": "products"}
+    workspace.jobs["target"]["config_id"] = "another"
+    workspace.secrets["second"] = workspace.keboola_secret("1234-another-token")
+    workspace.write()
+    for name in workspace.jobs:
+        daemon.wait_for_event("trigger_sent", job=name)
+    after = {job["name"]: job for job in workspace.status()["jobs"]}
+    for name in workspace.jobs:
+        assert len(workspace.started(name)) == 1
+        assert (after[name]["status"], after[name]["error"]) == ("completed", None)
+        assert after[name]["trigger"]["id"] == before[name]["trigger"]["id"]
+    assert variables(workspace.started("variables")[0])["dataset"] == "products"
+    assert workspace.started("target")[0]["config"] == "another"
+
+
+def test_curable_rejections(workspace: Workspace) -> None:
+    """What can be cured at Keboola is tried again by itself; a 400 waits for a person."""
+    codes = {"forbidden": 403, "unpaid": 402, "gone": 404, "locked": 423, "bad": 400, "odd": 422}
+    for name, code in codes.items():
+        workspace.add_job(name, f"batch_{name}")
+        workspace.sim.fault("queue.create", "status", match=f'"config":"{name}"', code=code)
+    assert workspace.once().code == 1
+    assert set(workspace.statuses().values()) == {"failed"}
+    workspace.change_state("UPDATE triggers SET next_try_at = next_try_at - 3600")
+    assert workspace.once().code == 1
+    assert workspace.statuses() == {
+        "forbidden": "completed",
+        "unpaid": "completed",
+        "gone": "completed",
+        "locked": "completed",
+        "bad": "failed",
+        "odd": "failed",
+    }
+    for name in ("forbidden", "unpaid", "gone", "locked"):
+        workspace.assert_one_job(name)
+
+
+def test_impossible_search(workspace: Workspace) -> None:
+    """As long as the search fails there is no POST, neither a first nor a second one."""
+    sim = workspace.sim
+    faults: dict[str, tuple[str, dict[str, Any]]] = {
+        "server_error": ("status", {"code": 500}),
+        "forbidden": ("status", {"code": 403}),
+        "html": ("body", {}),
+        "no_list": ("json", {"obj": {"jobs": []}}),
+        "rows_without_id": ("json", {"obj": [{"status": "created"}]}),
+    }
+    for name, (kind, options) in faults.items():
+        workspace.add_job(name, f"batch_{name}")
+        sim.fault("queue.search", kind, None, match=f"configId={name}&", **options)
+    workspace.add_job("lost", "batch_lost")
+    sim.fault("queue.create", "reset_before", match='"config":"lost"')
+    sim.fault("queue.search", "status", None, skip=1, match="configId=lost&", code=403)
+    daemon = workspace.daemon()
+    for name in (*faults, "lost"):
+        daemon.wait_for_event("trigger_search_failed", job=name)
+    jobs = {job["name"]: job for job in workspace.status()["jobs"]}
+    assert {job["status"] for job in jobs.values()} == {"triggering"}
+    assert {name: job["trigger"]["state"] for name, job in jobs.items()} == {
+        **dict.fromkeys(faults, "intent"),
+        "lost": "unknown",
+    }
+    for name in faults:
+        assert "cannot search Keboola" in jobs[name]["error"]
+        assert workspace.posts(name) == 0
+    assert workspace.posts("lost") == 1
+
+    sim.clear_faults()
+    workspace.config["defaults"]["poll_interval"] = "2s"  # a change ends everybody's backoff
+    workspace.write()
+    for name in jobs:
+        daemon.wait_for_event("trigger_sent", job=name)
+        assert len(workspace.started(name)) == 1
+    assert workspace.posts("lost") == 2
+
+
+def test_search_lag(workspace: Workspace) -> None:
+    """A job that the search shows only shortly before the grace is over is found all the same."""
+    workspace.config["limits"]["trigger_grace"] = "2s"
+    workspace.sim.search_lag = 1.7
+    workspace.add_job("job", "batch_a")
+    workspace.sim.fault("queue.create", "reset_after")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_found", job="job")
+    assert workspace.posts("job") == 1
+    workspace.assert_one_job("job")
+
+
+def test_rows_without_variables(workspace: Workspace) -> None:
+    """Where the search's rows hide the variables, each job is read before it counts as foreign."""
+    workspace.sim.search_hides_variables = True
+    add_foreign_jobs(workspace.sim, "job", 3)
+    workspace.add_job("job", "batch_a")
+    workspace.sim.fault("queue.create", "reset_after")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_found", job="job")
+    assert workspace.sim.request_counts["queue.get"] >= 4
+    workspace.assert_one_job("job")
+
+
+def test_unreadable_rows(workspace: Workspace) -> None:
+    """A row that hides its variables and cannot be read makes the search incomplete: no POST."""
+    workspace.sim.search_hides_variables = True
+    add_foreign_jobs(workspace.sim, "job", 1)
+    workspace.sim.fault("queue.get", "status", None, code=403)
+    workspace.add_job("job", "batch_a")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_search_failed", job="job")
+    assert workspace.posts("job") == 0
+
+
+def test_paging(workspace: Workspace) -> None:
+    """Ours is found behind a thousand newer jobs of the same configuration."""
+    workspace.add_job("job", "batch_a")
+    workspace.sim.fault("queue.create", "reset_after")
+    hold = workspace.sim.hold("queue.create", "after")
+    daemon = workspace.daemon()
+    hold.wait_reached(PATIENCE_S)
+    add_foreign_jobs(workspace.sim, "job", 1100)
+    hold.release()
+    daemon.wait_for_event("trigger_found", job="job")
+    workspace.assert_one_job("job")
+    assert workspace.posts("job") == 1
+    pages = [r.query for r in workspace.requests if r.route == "queue.search"]
+    assert {page["limit"] for page in pages} == {"500"}
+    assert len({page.get("createdTimeTo") for page in pages}) >= 3
+
+
+def test_full_pages_without_ours(workspace: Workspace) -> None:
+    """A list of exactly full pages is read to its end, and then the job is started."""
+    add_foreign_jobs(workspace.sim, "job", 1000)
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    workspace.assert_one_job("job")
+
+
+def test_several_matches(workspace: Workspace) -> None:
+    """Of several jobs that bear the trigger id the oldest is ours; the others are told of."""
+    own = {"name": "teckochecker_trigger_id", "value": trigger_id("job", ["batch_a"])}
+    body = {"component": COMPONENT, "config": "job", "mode": "run"}
+    body["variableValuesData"] = {"values": [own]}  # type: ignore[assignment]
+    headers = {"X-StorageApi-Token": KEBOOLA_TOKEN}
+    ids = [
+        httpx.post(f"{workspace.sim.queue_url}/jobs", json=body, headers=headers).json()["id"]
+        for _ in range(3)
+    ]
+    workspace.add_job("job", "batch_a")
+    daemon = workspace.daemon()
+    event = daemon.wait_for_event("trigger_found", job="job", keboola_job_id=ids[0])
+    assert event["level"] == "warning"
+    assert sorted(event["other_keboola_job_ids"]) == ids[1:]
+    assert workspace.job("job")["trigger"]["keboola_job_id"] == ids[0]
+    assert len(workspace.sim.jobs) == 3
+
+
+# ---- crashes ----
+
+
+def crash(point: str, number: int, directory: Path) -> None:
+    """One kill -9 at one point of the POST, and a restart, which must end with one Keboola job."""
+    with crash_site(directory) as workspace:
+        workspace.add_job("job", "batch_a")
+        when = {"late": "before", "commit": "after"}.get(point, point)
+        hold = workspace.sim.hold("queue.create", when)
+        daemon = workspace.daemon()
+        hold.wait_reached(PATIENCE_S)
+        if point == "commit":
+            with closing(sqlite3.connect(workspace.state, isolation_level=None)) as db:
+                db.execute("BEGIN IMMEDIATE")  # the answer arrives, but cannot be committed
+                hold.release()
+                daemon.wait_for_event("state_write_failed", job="job")
+                daemon.kill()
+        else:
+            daemon.kill()
+        if point == "late":  # the server carries it out, whoever has gone meanwhile
+            hold.release()
+        assert workspace.trigger_row("job")["state"] == "sending"
+        if number % 2:
+            assert workspace.run("--once").code == 0
+        else:
+            restarted = workspace.start()
+            found = "trigger_sent" if point == "before" else "trigger_found"
+            restarted.wait_for_event(found, job="job")
+            assert restarted.stop() == 0
+        assert workspace.posts("job") == (2 if point == "before" else 1)
+        assert len(workspace.started("job")) == 1
+        row = workspace.trigger_row("job")
+        assert (row["state"], row["keboola_job_id"]) == ("sent", workspace.sim.jobs[0]["id"])
+
+
+@contextmanager
+def crash_site(directory: Path) -> Iterator[Workspace]:
+    with Simulator() as sim:
+        sim.add_key(OPENAI_KEY)
+        sim.add_token(KEBOOLA_TOKEN)
+        workspace = Workspace(directory, sim)
+        try:
+            yield workspace
+        finally:
+            workspace.close()
+
+
+@pytest.mark.parametrize(("point", "times"), CRASHES.items())
+def test_kill_9(tmp_path: Path, point: str, times: int) -> None:
+    """Killed before, amid or after the answer, or before its commit: one Keboola job each time."""
+    with ThreadPoolExecutor(times) as pool:
+        tries = [pool.submit(crash, point, n, tmp_path / str(n)) for n in range(times)]
+    for attempt in tries:
+        attempt.result()
+
+
+def test_killed_again_and_again(workspace: Workspace) -> None:
+    """A process killed in each of its POSTs never brings a second Keboola job about."""
+    workspace.add_job("job", "batch_a")
+    for number in range(3):
+        hold = workspace.sim.hold("queue.create", "after" if number == 2 else "before")
+        daemon = workspace.daemon()
+        hold.wait_reached(PATIENCE_S)
+        daemon.kill()
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_found", job="job")
+    assert workspace.posts("job") == 3
+    workspace.assert_one_job("job")
+
+
+# ---- the state file under the process ----
+
+
+@pytest.mark.parametrize("file", ["teckochecker.db", "teckochecker.db.lock"])
+@pytest.mark.parametrize("action", [Path.unlink, lambda path: path.replace(f"{path}.old")])
+def test_state_file_taken_away(
+    workspace: Workspace, file: str, action: Callable[[Path], object]
+) -> None:
+    """With its state or lock file deleted or moved, the daemon posts nothing and exits 1."""
+    workspace.add_job("job", "batch_a", status="in_progress")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("batch_status_changed", job="job")
+    action(workspace.directory / file)
+    workspace.sim.finish("batch_a")
+    assert daemon.wait() == 1
+    assert "was deleted or replaced" in daemon.lines[-1]
+    assert workspace.sim.jobs == []
+
+
+def test_state_file_taken_away_after_the_intent(workspace: Workspace) -> None:
+    """The files are compared before `sending` as well, after the search has taken its time."""
+    workspace.add_job("job", "batch_a")
+    hold = workspace.sim.hold("queue.search", "after")
+    daemon = workspace.daemon()
+    hold.wait_reached(PATIENCE_S)
+    workspace.state.unlink()
+    hold.release()
+    assert daemon.wait() == 1
+    assert workspace.sim.jobs == []
+
+
+def test_other_addresses(workspace: Workspace) -> None:
+    """A queue on another machine's loopback or without https is not sent the token."""
+    services = {"services": [{"id": "queue", "url": "http://queue.example.com"}]}
+    workspace.sim.fault("storage.index", "json", times=None, obj=services)
+    workspace.add_job("job", "batch_a")
+    daemon = workspace.daemon()
+    event = daemon.wait_for_event("trigger_search_failed", job="job")
+    assert "lists no usable https address of the queue" in event["error"]
+    assert workspace.job("job")["trigger"]["state"] == "intent"
+
+
+def test_waits_do_not_hold_places(workspace: Workspace) -> None:
+    """Triggers that wait to try again leave every place to the jobs that can go on."""
+    workspace.config["limits"]["max_concurrency"] = 1
+    blocked = partial(workspace.sim.fault, "queue.search", "status", None, code=500)
+    for number in range(3):
+        name = workspace.add_job(f"stuck{number}", f"batch_{number}")
+        blocked(match=f"configId={name}&")
+    workspace.add_job("free", "batch_free", status="in_progress")
+    daemon = workspace.daemon()
+    daemon.wait_for_event("trigger_intended", job="stuck0")
+    workspace.sim.finish("batch_free")
+    daemon.wait_for_event("trigger_sent", 8, job="free")
