@@ -82,6 +82,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from dataclasses import astuple, dataclass, field, fields, replace
@@ -184,6 +185,10 @@ class ApiError(TeckoError):
         self.retry_after_s = retry_after_s
         self.sent = sent
         self.request_id = request_id
+
+
+class TooLargeError(ApiError):
+    """An answer that is over the cap."""
 
 
 # ==================================================================================================
@@ -476,10 +481,19 @@ class Batch:
     created_at: float | None = None
     ended_at: float | None = None
     error: str | None = None
+    fileless_since: float | None = None  # it has ended, and its files are still waited for
 
     @property
     def is_terminal(self) -> bool:
-        return self.status in TERMINAL
+        """Whether it has ended, with all that is to be told of it."""
+        return self.status in TERMINAL and self.fileless_since is None
+
+    @property
+    def lacks_files(self) -> bool:
+        """Whether it has ended without a file that its counts promise."""
+        return self.status in TERMINAL and bool(
+            (self.completed and not self.output_file_id) or (self.failed and not self.error_file_id)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,8 +528,11 @@ class Moment:
 class Trigger:
     """One start of a Keboola job, from the decision to the job's id. Times are Unix seconds.
 
-    `target`, `secret` and `payload` are those of the intent, whatever the config says meanwhile.
-    `basis` is a digest of what a rejected trigger was made from: a new one arms it again.
+    Until it was `sending` once, it follows the config; from then on `target`, `project_id` and
+    `payload` stay what they were. `project_id` is Keboola's, None until it is asked for. `basis` is
+    a digest of what the trigger was made from: a new one arms a rejected one again. `unknowns`
+    counts the POSTs in a row whose outcome is unknown, `asked_wait_s` is what the server asked for
+    with the last one, and `said` is what came of it.
     """
 
     id: str
@@ -539,6 +556,20 @@ class Trigger:
     keboola_status: str | None = None
     url: str | None = None
     error: str | None = None
+    project_id: str | None = None
+    unknowns: int = 0
+    asked_wait_s: float = 0.0
+    said: str | None = None
+
+    @property
+    def follows_config(self) -> bool:
+        """Whether Keboola has certainly not seen it: a mistyped stack or token is corrected."""
+        return self.state == TriggerState.INTENT and self.sending_at is None
+
+    @property
+    def made_of(self) -> tuple[object, ...]:
+        """What it takes from the config."""
+        return self.target, self.secret, self.payload, self.basis
 
     @property
     def unknown_since(self) -> Moment | None:
@@ -1824,11 +1855,15 @@ def account_of(setup: Setup, job: Job) -> Account:
 # ==================================================================================================
 
 MAX_BACKOFF_S: Final = HOUR_S
+FILES_WAIT_S: Final = 5 * MINUTE_S  # for the files of a batch that has ended,
+FILES_LOOK_S: Final = 30.0  # with looks at most so far apart
 FIRST_TRIGGER_BACKOFF_S: Final = 5
 FIRST_REJECTED_BACKOFF_S: Final = 5 * MINUTE_S
 CLEAR_SEARCHES_NEEDED: Final = 2
-NOT_FOUND_YET: Final = "it is not known whether Keboola took the job; a search did not find it"
+SEARCH_BACK_S: Final = DAY_S  # how far clocks may be apart without hiding a job
+SEARCH_AGAIN_S: Final = 5 * MINUTE_S  # the most between two searches for an unknown trigger
 CURABLE_REJECTIONS: Final = frozenset({401, 402, 403, 404, 409, 423})
+REJECTING: Final = frozenset(range(400, 500)) - {408, 429}  # after these, no job was made
 RETRYABLE: Final = frozenset({408, 409, 429})
 
 
@@ -1843,12 +1878,24 @@ def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | Non
     return min(MAX_BACKOFF_S, max(spread, asked_s or 0.0))
 
 
-def seen_again(known: Batch, seen: Batch) -> Batch:
+def seen_again(known: Batch, seen: Batch, now: float) -> Batch:
     """Return what to remember of a batch after a look: a terminal status is never overwritten.
 
-    What has not changed stays the same object, which is quickly compared.
+    What has not changed stays the same object, which is quickly compared. Gateways tell the end of
+    a batch before its files: one without a file that its counts promise waits for some minutes.
     """
-    return known if known.is_terminal or seen == known else seen
+    if known.is_terminal or seen == known:
+        return known
+    if known.fileless_since is not None:
+        if seen.status != known.status:  # what has ended has ended
+            seen = replace(known, fileless_since=None)
+        since = min(known.fileless_since, now)
+    else:
+        since = now
+    if not seen.lacks_files or now - since >= FILES_WAIT_S:
+        return seen
+    waiting = replace(seen, fileless_since=since)
+    return known if waiting == known else waiting
 
 
 def trigger_id(name: str, batch_ids: Iterable[str], rerun: int) -> str:
@@ -1913,6 +1960,7 @@ def new_trigger(work: Work, job: Job, target: Target, token: Secret, now: float)
     old = work.trigger if work.trigger and work.trigger.rerun == work.rerun else None
     ids = [batch.id for batch in work.batches]
     own_id = old.id if old else trigger_id(work.name, ids, work.rerun)
+    basis = trigger_basis(job, target, token)
     return Trigger(
         id=own_id,
         rerun=work.rerun,
@@ -1920,22 +1968,24 @@ def new_trigger(work: Work, job: Job, target: Target, token: Secret, now: float)
         target=target,
         secret=job.keboola_secret,
         payload=keboola_payload(job, target, work.batches, own_id),
-        basis=trigger_basis(job, target, token),
+        basis=basis,
         created_at=now,
-        failures=old.failures if old else 0,
+        failures=old.failures if old and old.basis == basis else 0,
     )
 
 
-def search_from(batches: Sequence[Batch], now: float) -> float | None:
+def search_from(batches: Sequence[Batch], now: float, behind_s: float = 0.0) -> float | None:
     """Return since when a Keboola job for these batches can exist, as Unix seconds, or None.
 
-    An hour covers clocks that differ between the two companies; a time in the future is nonsense
-    and would hide every job, so it bounds nothing.
+    By Keboola's clock, which is `behind_s` behind this one. A day covers clocks that differ; an end
+    in the future is nonsense and would hide every job.
     """
     ended = [batch.ended_at for batch in batches if batch.ended_at]
     created = [batch.created_at for batch in batches if batch.created_at]
-    bound: float = max(ended) - HOUR_S if ended else min(created, default=now)
-    return bound if bound < now else None
+    if not ended and not created:
+        return None
+    bound = min(max(ended) if ended else min(created), now)
+    return max(0.0, bound - SEARCH_BACK_S - max(0.0, behind_s))
 
 
 def ours_oldest_first(jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJob]:
@@ -1997,7 +2047,7 @@ class Step(enum.Enum):
 
     REST = "rest"  # nothing, until a person or the config changes something
     WAIT = "wait"
-    ARM = "arm"  # make a fresh intent of a rejected trigger
+    ARM = "arm"  # make a fresh intent, of what the config says now
     SEARCH = "search"
     POST = "post"
 
@@ -2037,6 +2087,21 @@ def search_spacing_s(grace_s: float) -> float:
     return min(10.0, max(0.1, grace_s / 4))
 
 
+def unknown_wait_s(trigger: Trigger, grace_s: float) -> float:
+    """Return how long after an unknown outcome the next POST may come, at the earliest.
+
+    The grace; after each repeated POST twice as long, up to an hour, or what the server asked for.
+    """
+    doubled = grace_s * 2.0 ** min(max(trigger.unknowns - 1, 0), 16)
+    return max(grace_s, min(MAX_BACKOFF_S, max(doubled, trigger.asked_wait_s)))
+
+
+def unknown_text(trigger: Trigger, more: str = "") -> str:
+    """Return what a person is told of an unknown trigger: what came of its POST, above all."""
+    said = f": {trigger.said}" if trigger.said else ""
+    return f"it is not known whether Keboola took the job{more}{said}"
+
+
 def after_clear_search(
     trigger: Trigger, *, unknown_for_s: float, grace_s: float, may_post: bool, now: float
 ) -> tuple[Trigger, Step]:
@@ -2050,15 +2115,17 @@ def after_clear_search(
         trigger,
         clear_searches=trigger.clear_searches + 1,
         failures=0,
-        error=NOT_FOUND_YET,
+        error=unknown_text(trigger, "; a search did not find it"),
     )
-    is_late = unknown_for_s >= grace_s
+    needed_s = unknown_wait_s(trigger, grace_s)
+    is_late = unknown_for_s >= needed_s
     if is_late and clear.clear_searches >= CLEAR_SEARCHES_NEEDED:
         if may_post:
             return clear, Step.POST
         # Paused or removed: an earlier POST's job may still show up, so the search goes on.
         return replace(clear, next_try_at=now + HOUR_S), Step.WAIT
-    wait_s = search_spacing_s(grace_s) if is_late else max(grace_s - unknown_for_s, 0.1)
+    left_s = min(needed_s - unknown_for_s, max(grace_s, SEARCH_AGAIN_S))
+    wait_s = search_spacing_s(grace_s) if is_late else max(left_s, 0.1)
     return replace(clear, next_try_at=now + wait_s), Step.WAIT
 
 
@@ -2067,13 +2134,16 @@ def after_failed_search(
 ) -> tuple[Trigger, Step]:
     """Return the trigger after a search that could not be completed, and a step.
 
-    It says nothing, so nothing is sent; unless a person has said `retry --force`.
+    It says nothing, so nothing is sent; unless a person has said `retry --force`. Without a token
+    that is known to be of the trigger's project there is no POST either way (`may_post`).
     """
     if trigger.forced and may_post:
         return trigger, Step.POST
     failures = trigger.failures + 1
     wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
     text = f"cannot search Keboola for an earlier start: {error}"
+    if trigger.state == TriggerState.UNKNOWN:
+        text = f"{text}; {unknown_text(trigger)}"
     return replace(trigger, failures=failures, error=text, next_try_at=now + wait_s), Step.WAIT
 
 
@@ -2087,7 +2157,9 @@ def as_sent(trigger: Trigger, job: KeboolaJob, now: float) -> Trigger:
         keboola_status=job.status,
         url=job.url,
         error=None,
+        said=None,
         failures=0,
+        unknowns=0,
         forced=False,
         next_try_at=None,
     )
@@ -2106,17 +2178,24 @@ def as_sending(trigger: Trigger, now: float) -> Trigger:
     )
 
 
-def as_unknown(trigger: Trigger, error: str, *, grace_s: float, now: Moment) -> Trigger:
-    """Return the trigger when the outcome of its POST cannot be told."""
+def as_unknown(
+    trigger: Trigger, error: str, *, grace_s: float, now: Moment, asked_s: float | None = None
+) -> Trigger:
+    """Return the trigger when the outcome of its POST cannot be told.
+
+    `asked_s` is how long the server wants not to be asked again.
+    """
+    after = replace(trigger, said=error, unknowns=trigger.unknowns + 1)
     return replace(
-        trigger,
+        after,
         state=TriggerState.UNKNOWN,
         unknown_at=now.wall,
         unknown_boot=now.boot,
         unknown_uptime_s=now.uptime_s,
         clear_searches=0,
         failures=0,
-        error=f"it is not known whether Keboola took the job: {error}",
+        asked_wait_s=min(MAX_BACKOFF_S, asked_s or 0.0),
+        error=unknown_text(after),
         next_try_at=now.wall + search_spacing_s(grace_s),
     )
 
@@ -2124,21 +2203,24 @@ def as_unknown(trigger: Trigger, error: str, *, grace_s: float, now: Moment) -> 
 def after_failed_post(
     trigger: Trigger, error: ApiError, *, grace_s: float, now: Moment, jitter: float
 ) -> Trigger:
-    """Return the trigger after a POST that brought no job id: not sent, rejected or unknown."""
+    """Return the trigger after a POST that brought no job id: not sent, rejected or unknown.
+
+    A gateway may answer 429 after the job was made, as it may answer 500.
+    """
     failures = trigger.failures + 1
     next_try_at: float | None
-    if not error.sent or error.status == 429:
+    if not error.sent:
         wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
         next_try_at = now.wall + wait_s
-        text = f"Keboola was not reached: {error}" if not error.sent else str(error)
-        state = TriggerState.INTENT
-    elif error.status is not None and 400 <= error.status < 500 and error.status != 408:
+        text, state = f"Keboola was not reached: {error}", TriggerState.INTENT
+    elif error.status in REJECTING:
         curable = error.status in CURABLE_REJECTIONS
         wait_s = backoff_s(failures, FIRST_REJECTED_BACKOFF_S, jitter, error.retry_after_s)
         next_try_at = now.wall + wait_s if curable else None
         text, state = str(error), TriggerState.REJECTED
     else:
-        return as_unknown(trigger, str(error), grace_s=grace_s, now=now)
+        asked_s = error.retry_after_s
+        return as_unknown(trigger, str(error), grace_s=grace_s, now=now, asked_s=asked_s)
     return replace(trigger, state=state, failures=failures, error=text, next_try_at=next_try_at)
 
 
@@ -2516,7 +2598,7 @@ def after_look(  # noqa: PLR0913 - what it goes by is named at each call
     `lag_s` is how long ago the look began.
     """
     found = {key: value for key, value in seen.items() if isinstance(value, Batch)}
-    batches = tuple(seen_again(b, found.get(b.id, b)) for b in work.batches)
+    batches = tuple(seen_again(b, found.get(b.id, b), now) for b in work.batches)
     events = [
         batch_event(work, b)
         for b, old in zip(batches, work.batches, strict=True)
@@ -2527,6 +2609,8 @@ def after_look(  # noqa: PLR0913 - what it goes by is named at each call
     errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
     failures = work.failures + 1 if errors else 0
     wait_s = next_look_s(interval_s, lag_s)
+    if any(batch.fileless_since is not None for batch in batches):
+        wait_s = min(wait_s, FILES_LOOK_S)
     if errors:
         asked_s = max(error.retry_after_s or 0.0 for error in errors.values())
         wait_s = backoff_s(failures, interval_s, jitter, asked_s)
@@ -2562,7 +2646,7 @@ def after_retry(
         case TriggerState.SENT:
             return work, "it is triggered; --force starts the Keboola job once more"
         case TriggerState.UNKNOWN | TriggerState.SENDING | TriggerState.INTENT if force:
-            again = replace(again, state=TriggerState.INTENT, forced=True)
+            again = replace(again, state=TriggerState.INTENT, forced=True, unknowns=0)
         case _:
             pass
     return replace(work, trigger=again), None
@@ -2859,6 +2943,14 @@ MIGRATIONS: Final[Sequence[Sequence[str]]] = (
             next_try_at REAL NOT NULL
         ) STRICT""",
     ),
+    (
+        "ALTER TABLE triggers ADD COLUMN project_id TEXT",  # NULL: not asked for yet
+        "ALTER TABLE triggers ADD COLUMN unknowns INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE triggers ADD COLUMN asked_wait_s REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE triggers ADD COLUMN said TEXT",  # what came of the last POST, if unknown
+        # Since when a batch has ended, but without files that its counts promise.
+        "ALTER TABLE batches ADD COLUMN fileless_since REAL",
+    ),
 )
 
 # The columns are the model's own names; a target has four, wherever it stands.
@@ -3093,6 +3185,13 @@ def check_file(path: Path) -> None:
         refuse_damage(db, path)
 
 
+def roll_back(path: Path) -> None:
+    """Undo what a process was killed in before the file was in WAL mode; read-only, none can."""
+    if is_there(path.with_name(path.name + "-journal")):
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+
+
 def damaged(path: Path, what: str) -> StateError:
     """Return the error of a damaged state file."""
     return StateError(f"the state file {path} is damaged: {one_line(what)}", STATE_HINT)
@@ -3151,6 +3250,7 @@ class Store:
         """Open for acting, under the lock. Raises StateError for what is no state file."""
         os.close(open_own(path))
         try:
+            roll_back(path)
             if path.stat().st_size:
                 check_file(path)
             db = sqlite3.connect(path, timeout=cls.START_TIMEOUT_S, isolation_level=None)
@@ -3580,7 +3680,8 @@ PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longe
 REQUEST_BUDGET_S: Final = 60.0  # a request with all of its retries
 MAX_ATTEMPTS: Final = 4
 SEARCH_LIMIT: Final = 500
-MAX_SEARCH_PAGES: Final = 40
+MAX_SEARCH_ROWS: Final = 20_000
+MAX_ID_LENGTH: Final = 4096
 USER_AGENT: Final = f"teckochecker/{__version__}"
 
 _HEADERS_READ: Final = ("content-type", "date", "retry-after", "retry-after-ms", "x-request-id")
@@ -3723,6 +3824,33 @@ class Budget:
         return self._until - now
 
 
+def leave_out_no_proxy(env: MutableMapping[str, str]) -> list[str]:
+    """Take out of NO_PROXY what httpx has no form for, such as an IPv6 network; return that.
+
+    One such entry would let no client be made at all.
+    """
+    import httpx
+
+    left_out = []
+    for name in ("no_proxy", "NO_PROXY"):
+        kept = []
+        for entry in env.get(name, "").split(","):
+            host = entry.strip()
+            pattern = host if "://" in host else f"all://*{host}"  # as httpx has it
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(host.split("/")[0])
+                pattern = f"all://[{host}]" if address.version == 6 else f"all://{host}"
+            try:
+                httpx.URL(pattern)
+            except httpx.InvalidURL:
+                left_out.append(entry.strip())
+            else:
+                kept.append(entry)
+        if name in env and len(kept) < len(env[name].split(",")):
+            env[name] = ",".join(kept)
+    return list(dict.fromkeys(left_out))
+
+
 class Http:
     """The one way out: a gate, a deadline for the whole request, and a cap on the answer."""
 
@@ -3731,6 +3859,7 @@ class Http:
         self.clock = clock
         self.redactor = redactor
         self.gate = Gate(limits.max_concurrency)
+        self.tell: Callable[[Event], None] | None = None
         settle_sniffio()
         self._tls: ssl.SSLContext | None = None
         self._client: httpx.AsyncClient | None = None
@@ -3742,9 +3871,15 @@ class Http:
 
     def new_client(self) -> httpx.AsyncClient:
         """Return a client with connections of its own; the TLS context is costly, and shared."""
+        import httpx
+
+        left_out = leave_out_no_proxy(os.environ)
+        if left_out and self.tell:
+            self.tell(Event("no_proxy_ignored", "warning", None, {"entries": left_out}))
         try:
             return self._new_client()
-        except (ValueError, ImportError, OSError) as error:  # a proxy or certificates set amiss
+        except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
+            # A proxy or certificates set amiss.
             message = f"cannot set up connections: {one_line(str(error), 200)}"
             raise ApiError(self.redactor.text(message), sent=False) from None
 
@@ -3861,7 +3996,7 @@ class Http:
         async for chunk in response.aiter_raw():
             body += expander.decompress(chunk, MAX_BODY_BYTES) if expander else chunk
             if len(body) > MAX_BODY_BYTES or (expander and expander.unconsumed_tail):
-                raise ApiError("the answer is over 16 MiB", retryable=True)
+                raise TooLargeError("the answer is over 16 MiB", retryable=True)
             if expander and expander.eof:
                 break  # what follows would only be collected
         return bytes(body)
@@ -3888,6 +4023,17 @@ def parse_json(answer: Answer) -> Any:  # noqa: ANN401 - JSON
 def text_or_none(value: object, limit: int = 300) -> str | None:
     """Return a JSON string as one clean line, or None for anything else, also the empty one."""
     return one_line(value, limit) or None if isinstance(value, str) else None
+
+
+def id_or_none(value: object) -> str | None:
+    """Return an id as it came, or None for what is none; raises ValueError rather than cut it."""
+    if not isinstance(value, str) or not value:
+        return None
+    if len(value) > MAX_ID_LENGTH or not value.isprintable():
+        raise ValueError(
+            f"has an id that is not printable text of up to {MAX_ID_LENGTH} characters"
+        )
+    return value
 
 
 def count_or_none(value: object) -> int | None:
@@ -3932,8 +4078,8 @@ def parse_batch(data: object, batch_id: str) -> Batch:
         total=count_or_none(counts.get("total")),
         completed=count_or_none(counts.get("completed")),
         failed=count_or_none(counts.get("failed")),
-        output_file_id=text_or_none(data.get("output_file_id")),
-        error_file_id=text_or_none(data.get("error_file_id")),
+        output_file_id=id_or_none(data.get("output_file_id")),
+        error_file_id=id_or_none(data.get("error_file_id")),
         created_at=time_or_none(data.get("created_at")),
         ended_at=time_or_none(data.get(f"{status}_at")) if status in TERMINAL else None,
         error=first_error(data.get("errors")),
@@ -3982,7 +4128,7 @@ def parse_page(data: object, known: Mapping[str, Batch]) -> Page:
             continue
         with contextlib.suppress(ValueError):
             batch = parse_batch(row, batch_id)
-            if not batch.is_terminal or "input_file_id" in row:
+            if not batch.is_terminal or ("input_file_id" in row and not batch.lacks_files):
                 batches[batch_id] = batch
     return Page(
         ids=[row["id"] for row in rows],
@@ -4042,14 +4188,14 @@ def http_error(server: str, answer: Answer, now: float) -> ApiError:
 
 
 def carried_trigger_id(data: object) -> str | None:
-    """Return the trigger id among a job's variables; "" is none, None is not told."""
+    """Return the trigger id among a job's variables; "" is another's job, None is not told."""
     values = data.get("values") if isinstance(data, dict) else data
     if not isinstance(values, list):
         return None
     for item in values:
         if isinstance(item, dict) and item.get("name") == TRIGGER_ID_VARIABLE:
             return str(item.get("value"))
-    return ""
+    return "" if values else None  # an empty list may be a row that does not tell
 
 
 def parse_keboola_job(row: object) -> KeboolaJob:
@@ -4057,11 +4203,10 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     if not isinstance(row, dict):
         raise ValueError("is not an object")
     job_id = row.get("id")
-    if (
-        isinstance(job_id, bool)
-        or not isinstance(job_id, str | int)
-        or not one_line(str(job_id), 64)
-    ):
+    if isinstance(job_id, int) and not isinstance(job_id, bool):
+        job_id = str(job_id)
+    job_id = id_or_none(job_id)
+    if job_id is None or not job_id.strip():
         raise ValueError("has no id")
     try:
         created = datetime.fromisoformat(str(row.get("createdTime")))
@@ -4070,7 +4215,7 @@ def parse_keboola_job(row: object) -> KeboolaJob:
         created = None
     url = text_or_none(row.get("url"), 2000)
     return KeboolaJob(
-        id=one_line(str(job_id), 64),
+        id=job_id,
         status=text_or_none(row.get("status"), 64),
         url=url if url and url.startswith(("https://", "http://")) else None,
         created_time=created if created and created.year < 9999 else None,
@@ -4262,23 +4407,39 @@ class OpenAIClient:
                 self._held_until, self._held_for = until, str(error)
 
 
+@dataclass(slots=True)
+class Learned:
+    """What a process has found out about Keboola so far, by stack; shared between clients."""
+
+    queue_urls: dict[str, str] = field(default_factory=dict)
+    projects: dict[tuple[str, Secret], str] = field(default_factory=dict)  # by stack and token
+    clocks: dict[str, tuple[float, float]] = field(default_factory=dict)  # a `Date`, and when
+    trigger_ids: dict[tuple[str, str], str] = field(default_factory=dict)  # of jobs read by id,
+    reading: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
+    unreadable: set[tuple[str, str]] = field(default_factory=set)  # and those that were not
+
+
 class KeboolaClient:
     """Keboola's queue on one stack, with one token."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the last three are optional
         self,
         stack_url: str,
         token: Secret,
         http: Http,
-        queue_urls: dict[str, str],
+        learned: Learned | None = None,
         note: Note | None = None,
+        *,
+        tell: Callable[[Event], None] | None = None,
     ) -> None:
         self._http = http
         self._note_request = note
         self._clock = http.clock
         self._stack_url = stack_url
+        self._token = token
         self._headers = {"X-StorageApi-Token": token.reveal()}
-        self._queue_urls = queue_urls  # what was found, by stack; shared between clients
+        self._learned = learned or Learned()
+        self._tell = tell
 
     async def _get(
         self, url: str, headers: Mapping[str, str], params: Mapping[str, str] | None = None
@@ -4289,22 +4450,34 @@ class KeboolaClient:
             tell = (
                 self._note_request if headers else None
             )  # without the token, it says nothing of it
-            answer = await noted(self._http.get(url, headers, params, budget=budget), tell)
+            try:
+                answer = await noted(self._http.get(url, headers, params, budget=budget), tell)
+            except TooLargeError as error:
+                error.retryable = False  # a page is asked for with fewer rows instead
+                raise
+            if date := http_date(answer.headers.get("date", "")):
+                self._learned.clocks[self._stack_url] = date, self._clock.mono()
             if not answer.is_success:
                 raise http_error("Keboola", answer, self._clock.wall())
             return parse_json(answer)
 
         return await with_retries(attempt, self._clock)
 
+    def behind_s(self) -> float:
+        """Return how far Keboola's clock is behind ours, by the last `Date`; negative for ahead."""
+        wall, mono = self._clock.wall(), self._clock.mono()
+        date, came_at = self._learned.clocks.get(self._stack_url, (wall, mono))
+        return wall - (date + mono - came_at)
+
     async def queue_url(self) -> str:
         """Return the queue's address: by the stack's name, or as the stack's index says."""
         parts = urllib.parse.urlsplit(self._stack_url.lower())
         if parts.netloc.startswith("connection."):
             return f"{parts.scheme}://queue.{parts.netloc.removeprefix('connection.')}"
-        if self._stack_url not in self._queue_urls:
+        if self._stack_url not in self._learned.queue_urls:
             index = await self._get(f"{self._stack_url}/v2/storage", {})
-            self._queue_urls[self._stack_url] = self._find_queue(index)
-        return self._queue_urls[self._stack_url]
+            self._learned.queue_urls[self._stack_url] = self._find_queue(index)
+        return self._learned.queue_urls[self._stack_url]
 
     def _find_queue(self, index: object) -> str:
         services = index.get("services") if isinstance(index, dict) else None
@@ -4323,6 +4496,17 @@ class KeboolaClient:
         """Return what Keboola says of the token: its project, whether it expires."""
         said = await self._get(f"{self._stack_url}/v2/storage/tokens/verify", self._headers)
         return said if isinstance(said, dict) else {}
+
+    async def project(self) -> str:
+        """Return the id of the token's project; asked once for each token. Raises ApiError."""
+        known = self._learned.projects
+        if (key := (self._stack_url, self._token)) not in known:
+            owner = (await self.verify()).get("owner")
+            number = owner.get("id") if isinstance(owner, dict) else None
+            if isinstance(number, bool) or not isinstance(number, str | int) or number == "":
+                raise ApiError("Keboola does not say which project the token is of", retryable=True)
+            known[key] = one_line(str(number), 100)
+        return known[key]
 
     async def configuration(self, target: Target) -> Mapping[str, Any]:
         """Return a configuration as Keboola has it; raises ApiError, with status 404 for none."""
@@ -4364,39 +4548,71 @@ class KeboolaClient:
                 raise
         return ours_oldest_first(seen.values(), trigger)
 
+    async def listed(self, target: Target, trigger: str) -> list[KeboolaJob]:
+        """Return the jobs that carry a trigger id on the deprecated `GET /jobs`, the oldest first.
+
+        It may show at once what the search shows later. Nothing found says nothing, nor does an
+        error.
+        """
+        params = {
+            "component": target.component_id,
+            "config": target.config_id,
+            "limit": str(SEARCH_LIMIT),
+        }
+        try:
+            rows = await self._jobs(f"{await self.queue_url()}/jobs", params)
+        except ApiError:
+            return []
+        told = await asyncio.gather(*map(self._with_trigger_id, rows), return_exceptions=True)
+        return ours_oldest_first((job for job in told if isinstance(job, KeboolaJob)), trigger)
+
     async def _read_pages(
         self, target: Target, since: float | None, seen: dict[str, KeboolaJob]
     ) -> None:
-        """Fill `seen` with the jobs since a time, newest first, until a page brings none."""
+        """Fill `seen` with the jobs since a time, newest first, until a page brings none.
+
+        Pages go on by time, with overlap, or by place where that changes nothing.
+        """
         before: datetime | None = None
-        for _ in range(MAX_SEARCH_PAGES):
-            page = await self._search_page(target, since, before)
+        limit, offset, asked = SEARCH_LIMIT, 0, 0
+        while asked < MAX_SEARCH_ROWS:
+            try:
+                page = await self._search_page(target, since, before, limit, offset)
+            except TooLargeError:
+                if limit == 1:
+                    raise
+                limit //= 2  # rows carry the data of their configuration
+                continue
+            asked += limit
             fresh = [job for job in page if job.id not in seen]
             told = await asyncio.gather(*map(self._with_trigger_id, fresh), return_exceptions=True)
             seen |= {job.id: job for job in told if isinstance(job, KeboolaJob)}
             for failure in told:
                 if isinstance(failure, BaseException):
                     raise failure
-            is_full = len(page) >= SEARCH_LIMIT
+            is_full = len(page) >= limit
             if not fresh and not is_full:
                 return  # not before: a server may cap `limit` lower than it was asked for
             times = [job.created_time for job in page if job.created_time]
             is_sorted = len(times) == len(page) and times == sorted(times, reverse=True)
-            if is_full and not (fresh and is_sorted):
+            if is_full and not (is_sorted and (fresh or not offset)):
                 raise ApiError("Keboola's job list is not sorted by time: the search is incomplete")
             if not times:
                 return
-            # A second of overlap: rows of one second may stand on both sides of a page's end.
-            before = min(times) + timedelta(seconds=1)
-        raise ApiError(f"Keboola's job list does not end after {MAX_SEARCH_PAGES} pages")
+            if offset or not fresh:
+                offset += len(page)
+            else:
+                # A second of overlap: rows of one second may stand on both sides of a page's end.
+                before = min(times) + timedelta(seconds=1)
+        raise ApiError(f"Keboola's job list does not end after {MAX_SEARCH_ROWS} rows")
 
     async def _search_page(
-        self, target: Target, since: float | None, before: datetime | None
+        self, target: Target, since: float | None, before: datetime | None, limit: int, offset: int
     ) -> list[KeboolaJob]:
         params = {
             "componentId": target.component_id,
             "configId": target.config_id,
-            "limit": str(SEARCH_LIMIT),
+            "limit": str(limit),
             "sortBy": "createdTime",
             "sortOrder": "desc",
         }
@@ -4404,7 +4620,12 @@ class KeboolaClient:
             params["createdTimeFrom"] = datetime.fromtimestamp(int(since), UTC).isoformat()
         if before is not None:
             params["createdTimeTo"] = before.isoformat()
-        rows = await self._get(f"{await self.queue_url()}/search/jobs", self._headers, params)
+        if offset:
+            params["offset"] = str(offset)
+        return await self._jobs(f"{await self.queue_url()}/search/jobs", params)
+
+    async def _jobs(self, url: str, params: Mapping[str, str]) -> list[KeboolaJob]:
+        rows = await self._get(url, self._headers, params)
         if not isinstance(rows, list):
             raise ApiError("Keboola's job list is not a list", retryable=True)
         try:
@@ -4413,16 +4634,40 @@ class KeboolaClient:
             raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
 
     async def _with_trigger_id(self, job: KeboolaJob) -> KeboolaJob:
-        """Return the job with its trigger id told; where its row did not, it is read."""
+        """Return the job with its trigger id told; where its row did not, it is read, once."""
         if job.trigger_id is not None:
             return job
-        quoted_id = urllib.parse.quote(job.id, safe="")
-        row = await self._get(f"{await self.queue_url()}/jobs/{quoted_id}", self._headers)
+        key = self._stack_url, job.id
+        known = self._learned.trigger_ids
+        if key not in known:
+            async with self._learned.reading.setdefault(key, asyncio.Lock()):
+                if key not in known:
+                    said = await self._read_trigger_id(key, job.id)
+                    if said is None:
+                        return replace(job, trigger_id="")
+                    known[key] = said
+        return replace(job, trigger_id=known[key])
+
+    async def _read_trigger_id(self, key: tuple[str, str], job_id: str) -> str | None:
+        """Return the trigger id that a job carries, None for a job that is not there.
+
+        Raises ApiError unless it was told. A job that may not be read is not ours: who has made a
+        job may read it. One that is not there may merely be too new, so that is not remembered.
+        """
+        quoted_id = urllib.parse.quote(job_id, safe="")
         try:
-            whole = parse_keboola_job(row)
+            row = await self._get(f"{await self.queue_url()}/jobs/{quoted_id}", self._headers)
+            return parse_keboola_job(row).trigger_id or ""
         except ValueError as error:
-            raise ApiError(f"Keboola's job {job.id} {error}", retryable=True) from None
-        return replace(job, trigger_id=whole.trigger_id or "", url=whole.url or job.url)
+            raise ApiError(f"Keboola's job {job_id} {error}", retryable=True) from None
+        except ApiError as error:
+            if error.status not in {403, 404}:
+                raise
+            if key not in self._learned.unreadable and self._tell:
+                fields_ = {"keboola_job_id": job_id, "error": str(error)}
+                self._tell(Event("keboola_job_unreadable", "warning", None, fields_))
+            self._learned.unreadable.add(key)
+            return "" if error.status == 403 else None
 
 
 # ==================================================================================================
@@ -4556,6 +4801,14 @@ def secrets_of(setup: Setup, job: Job | None) -> tuple[object, ...]:
         return ()
     target = setup.config.target(job)
     return account_of(setup, job), target, setup.secrets[job.keboola_secret]
+
+
+def keboola_secrets(setup: Setup) -> dict[str, tuple[str, Secret]]:
+    """Return the stacks and tokens of a setup, to tell whether they have changed."""
+    return {
+        name: (secret.stack_url, setup.secrets[name])
+        for name, secret in setup.config.keboola.items()
+    }
 
 
 def first_leaf(group: BaseExceptionGroup[TeckoError]) -> TeckoError:
@@ -5162,7 +5415,10 @@ class Carrier:
         if trigger.state == TriggerState.SENDING:
             return self._recover(trigger)
         left_s = watch.trigger_due - self._clock.mono()
-        match next_step(trigger, may_post=may_post, is_due=left_s <= 0):
+        step = next_step(trigger, may_post=may_post, is_due=left_s <= 0)
+        if may_post and self._is_outdated(trigger):
+            step = Step.ARM
+        match step:
             case Step.ARM:
                 return self._intend()
             case Step.SEARCH:
@@ -5174,16 +5430,33 @@ class Carrier:
 
     def _intend(self) -> bool:
         """Commit the decision: trigger id, payload and target. Nothing is sent without it."""
-        watch, engine = self._watch, self._engine
-        job = watch.job
-        if job is None:
+        trigger = self._wanted()
+        if trigger is None:
             return False
-        engine.check_in_place()
-        target = engine.setup.config.target(job)
-        token = engine.setup.secrets[job.keboola_secret]
-        trigger = new_trigger(watch.work, job, target, token, self._clock.wall())
-        self._commit(trigger, "trigger_intended", config_id=target.config_id)
+        self._engine.check_in_place()
+        self._commit(trigger, "trigger_intended", config_id=trigger.target.config_id)
         return True
+
+    def _wanted(self) -> Trigger | None:
+        """Return the intent as the config has it now; None where it has no such job.
+
+        What was decided of a job's earlier ids stays, but for a secret or an address amiss.
+        """
+        setup, work, job = self._engine.setup, self._watch.work, self._watch.job
+        if job:
+            token = setup.secrets[job.keboola_secret]
+            return new_trigger(work, job, setup.config.target(job), token, self._clock.wall())
+        old, named = work.trigger, setup.config.jobs.get(work.name)
+        if old is None or named is None or not old.follows_config:
+            return None
+        secret = old.secret if old.secret in setup.config.keboola else named.keboola_secret
+        target = replace(old.target, stack_url=setup.config.keboola[secret].stack_url)
+        return replace(old, secret=secret, target=target, failures=0, next_try_at=None, error=None)
+
+    def _is_outdated(self, trigger: Trigger) -> bool:
+        """Return whether an intent that Keboola has not seen differs from what the config says."""
+        wanted = self._wanted() if trigger.follows_config else None
+        return wanted is not None and wanted.made_of != trigger.made_of
 
     def _recover(self, trigger: Trigger) -> bool:
         """Record as unknown a POST that an earlier process was about to send, or had sent."""
@@ -5195,45 +5468,96 @@ class Carrier:
 
     async def _search(self, trigger: Trigger) -> None:
         """Ask Keboola for a job with this trigger id; POST only if there is certainly none."""
-        watch, clock = self._watch, self._clock
-        begun_at = clock.mono()
+        watch, engine = self._watch, self._engine
+        begun_at = self._clock.mono()
         jobs: list[KeboolaJob] = []
         failure: ApiError | None = None
+        chosen: tuple[str, str] | None = None
         try:
-            since = search_from(watch.work.batches, clock.wall())
-            client = self._engine.keboola(trigger)
-            jobs = await client.search(trigger.target, since, trigger.id)
+            chosen = await engine.find_secret(watch, trigger)
+            if not self._is_current(trigger):
+                return
+            trigger = self._bound(trigger, chosen[1])
+            jobs = await self._jobs_of(trigger, chosen[0])
         except ApiError as error:
             failure = error
-        if watch.work.trigger != trigger or not self._engine.is_carried(watch):
-            return  # `retry`, a reload or a signal has come meanwhile
+        if not self._is_current(trigger):
+            return
         if jobs:
             self._adopt(trigger, jobs)
-            return
-        may_post = self._engine.may_post(watch)  # asked now: a reload may have paused it
-        if failure:
-            after, step = after_failed_search(
-                trigger, failure, may_post=may_post, now=clock.wall(), jitter=clock.jitter()
-            )
+        elif self._is_outdated(trigger):  # by a reload: the answer was about something else
+            watch.trigger_due = self._clock.mono()
         else:
-            after, step = after_clear_search(
-                trigger,
-                unknown_for_s=begun_at - watch.unknown_since,
-                grace_s=self._engine.setup.config.limits.trigger_grace_s,
-                may_post=may_post,
-                now=clock.wall(),
-            )
-        if step is Step.POST and not failure and begun_at < self._engine.clear_from:
-            watch.trigger_due = self._engine.clear_from
+            await self._go_on(trigger, failure, chosen, begun_at)
+
+    async def _go_on(
+        self,
+        trigger: Trigger,
+        failure: ApiError | None,
+        chosen: tuple[str, str] | None,
+        begun_at: float,
+    ) -> None:
+        """Send a trigger that a search did not find, or wait for the next search."""
+        watch, engine = self._watch, self._engine
+        after, step = self._after_search(trigger, failure, begun_at, is_allowed=chosen is not None)
+        if step is Step.POST and engine.chosen_secret(watch, trigger) != chosen:
+            return  # another token carries it since a reload: it searches first
+        if step is Step.POST and not failure and begun_at < engine.clear_from:
+            watch.trigger_due = engine.clear_from
             return
         # Nothing is awaited between this decision and the commit of `sending` in `_post`: what was
         # found out and what is sent belong together.
-        if step is Step.POST:
-            await self._post(after)
+        if step is Step.POST and chosen:
+            await self._post(replace(after, secret=chosen[0]))
         elif failure and after.error != trigger.error:
             self._commit(after, "trigger_search_failed", "warning", error=after.error)
         elif after != trigger:
             self._commit(after)
+
+    def _is_current(self, trigger: Trigger) -> bool:
+        """Return whether neither `retry` nor a reload nor a signal has come meanwhile."""
+        return self._watch.work.trigger == trigger and self._engine.is_carried(self._watch)
+
+    def _bound(self, trigger: Trigger, project_id: str) -> Trigger:
+        """Return the trigger with its project, which is stored before anything is searched."""
+        if trigger.project_id == project_id:
+            return trigger
+        bound = replace(trigger, project_id=project_id)
+        self._commit(bound)
+        return bound
+
+    async def _jobs_of(self, trigger: Trigger, secret: str) -> list[KeboolaJob]:
+        """Return the Keboola jobs that carry a trigger's id. Raises ApiError unless that is sure.
+
+        Before a second POST the old list is asked too, which may know what the search does not yet.
+        """
+        client = self._engine.keboola(secret)
+        since = search_from(self._watch.work.batches, self._clock.wall(), client.behind_s())
+        jobs = await client.search(trigger.target, since, trigger.id)
+        if not jobs and trigger.sending_at is not None:
+            jobs = await client.listed(trigger.target, trigger.id)
+        return jobs
+
+    def _after_search(
+        self, trigger: Trigger, failure: ApiError | None, begun_at: float, *, is_allowed: bool
+    ) -> tuple[Trigger, Step]:
+        """Return the trigger after a search that did not find it, and a step.
+
+        `is_allowed` says whether there is a token that may carry it.
+        """
+        now = self._clock.wall()
+        may_post = self._engine.may_post(self._watch)  # asked now: a reload may have paused it
+        if failure:
+            may_post = may_post and is_allowed
+            jitter = self._clock.jitter()
+            return after_failed_search(trigger, failure, may_post=may_post, now=now, jitter=jitter)
+        return after_clear_search(
+            trigger,
+            unknown_for_s=begun_at - self._watch.unknown_since,
+            grace_s=self._engine.setup.config.limits.trigger_grace_s,
+            may_post=may_post,
+            now=now,
+        )
 
     def _adopt(self, trigger: Trigger, jobs: Sequence[KeboolaJob]) -> None:
         """Take the Keboola job that an earlier POST has started; the oldest of several."""
@@ -5249,11 +5573,7 @@ class Carrier:
     async def _post(self, trigger: Trigger) -> None:
         """Commit `sending`, send, and commit what came of it."""
         watch, engine = self._watch, self._engine
-        try:
-            client = engine.keboola(trigger)
-        except ApiError as error:  # the config has lost the token meanwhile
-            await self._settle(trigger, error)
-            return
+        client = engine.keboola(trigger.secret)
         engine.check_in_place()
         sending = as_sending(trigger, self._clock.wall())
         self._commit(sending, "trigger_sending")
@@ -5350,8 +5670,9 @@ class Engine:
         self.is_stopping = False
         self._lock = lock
         self._http = http
+        http.tell = self.note
         self._pollers: dict[Account, Poller] = {}
-        self._queue_urls: dict[str, str] = {}
+        self._learned = Learned()
         self._tasks: asyncio.TaskGroup | None = None
         self._touched: set[Watch] = set()
         self._touched_at = -math.inf
@@ -5454,6 +5775,7 @@ class Engine:
         known = [watch.work for watch in self.watches.values()] or self.store.works()
         works = self.store.sync(jobs, targets, known)
         old, self.setup = self.setup, setup
+        is_other_keboola = keboola_secrets(old) != keboola_secrets(setup)  # any may carry a trigger
         self._http.set_limits(setup.config.limits)
         watches = {}
         for work in works:
@@ -5462,7 +5784,10 @@ class Engine:
             if watch is None:
                 watch = self._begin(work)
             else:
-                if secrets_of(old, watch.job) != secrets_of(setup, job) or job != watch.job:
+                is_changed = job != watch.job or (
+                    secrets_of(old, watch.job) != secrets_of(setup, job)
+                )
+                if is_changed or (work.trigger and is_other_keboola):
                     self._rouse(watch)
                 watch.work = work
             watch.job = job
@@ -5579,20 +5904,64 @@ class Engine:
         """Return whether a watch's carrier may go on: it is the row's only one, and has time."""
         return self.watches.get(watch.work.id) is watch and not self.is_stopping
 
-    def keboola(self, trigger: Trigger) -> KeboolaClient:
-        """Return a client for a trigger's own stack. Raises ApiError if the config has no token."""
-        stack_url = trigger.target.stack_url
-        secrets = self.setup.config.keboola
-        names = [name for name, secret in secrets.items() if secret.stack_url == stack_url]
-        if not names:
-            message = (
-                f"the config no longer has a secret for {stack_url}, where this trigger was begun"
-            )
-            raise ApiError(message, sent=False)
-        name = trigger.secret if trigger.secret in names else names[0]
+    def keboola(self, name: str) -> KeboolaClient:
+        """Return a client with a Keboola secret of the config."""
+        stack_url = self.setup.config.keboola[name].stack_url
         note = functools.partial(self.note_request, name, KeboolaSecret.kind)
         token = self.setup.secrets[name]
-        return KeboolaClient(stack_url, token, self._http, self._queue_urls, note)
+        return KeboolaClient(stack_url, token, self._http, self._learned, note, tell=self.note)
+
+    def may_carry(self, watch: Watch, trigger: Trigger) -> list[str]:
+        """Return the secrets that may carry a trigger if they are of its project, the best first.
+
+        Its job's own comes first. Where the project is not known, only the one that it was begun
+        with may be of it: another one of the stack may be another project's.
+        """
+        config = self.setup.config
+        job = config.jobs.get(watch.work.name)
+        names = [trigger.secret]
+        if trigger.project_id is not None and not trigger.follows_config:
+            names = [*([job.keboola_secret] if job else ()), trigger.secret, *config.keboola]
+        stack_url = trigger.target.stack_url
+        usable = {n: s for n, s in config.keboola.items() if s.stack_url == stack_url}
+        return [name for name in dict.fromkeys(names) if name in usable]
+
+    def chosen_secret(self, watch: Watch, trigger: Trigger) -> tuple[str, str] | None:
+        """Return which secret carries a trigger, and its project, by what is known already."""
+        for name in self.may_carry(watch, trigger):
+            key = trigger.target.stack_url, self.setup.secrets[name]
+            project = self._learned.projects.get(key)
+            is_bound = trigger.project_id is not None and not trigger.follows_config
+            if project is not None and (project == trigger.project_id or not is_bound):
+                return name, project
+        return None
+
+    async def find_secret(self, watch: Watch, trigger: Trigger) -> tuple[str, str]:
+        """Return which secret carries a trigger, and its project, asking Keboola whose it is.
+
+        Raises ApiError where there is none: a token of another project never carries a trigger.
+        """
+        why = ""
+        for name in self.may_carry(watch, trigger):
+            try:
+                project = await self.keboola(name).project()
+            except ApiError as error:
+                if trigger.follows_config:
+                    raise
+                why += f"; {name}: {error}"
+            else:
+                chosen = self.chosen_secret(watch, trigger)
+                if chosen:
+                    return chosen
+                why += f"; {name} is of project {project}"
+        missing = f"project {trigger.project_id}"
+        if trigger.project_id is None:
+            missing = f"the project of the secret {trigger.secret}"
+        message = (
+            f"the config has no secret of {missing} on {trigger.target.stack_url},"
+            f" where this trigger was begun{why}"
+        )
+        raise ApiError(message, sent=False)
 
     def check_in_place(self) -> None:
         """Raise StateError if the state file was deleted or replaced under the process.
@@ -5981,6 +6350,7 @@ class Teller:
     def __init__(self, engine: Engine, http: Http) -> None:
         self._engine = engine
         self._http = http  # of its own: its requests take none of the places of others
+        http.tell = engine.note
         self._delivered: set[int] = set()  # that are not dropped from the state file yet
         self._busy: set[str] = set()  # webhooks that something is on its way to
 
@@ -7675,7 +8045,7 @@ class Doctor:
         """Check a Keboola token, its queue, and every configuration that is started with it."""
         stack_url = self.config.keboola[name].stack_url
         note = functools.partial(self._note_time, name)
-        client = KeboolaClient(stack_url, self._secrets[name], http, {}, note)
+        client = KeboolaClient(stack_url, self._secrets[name], http, note=note)
         try:
             self._see_token(name, await client.verify(), found)
         except ApiError as error:

@@ -69,7 +69,11 @@ from teckochecker import (
 EPOCH = 1_790_000_000.0  # the servers' clocks show this when a history begins
 HOUR_S = 3600.0
 PAGE_ROWS = 3
-STACKS = {"keboola-eu": "https://connection.eu.example", "keboola-us": "https://connection.us.test"}
+EU, US = "https://connection.eu.example", "https://connection.us.test"
+NOWHERE = "https://connection.nowhere.test"
+STACKS = {"keboola-eu": EU, "keboola-us": US, "keboola-eu-too": EU, "keboola-eu-other": EU}
+PROJECTS = {"keboola-eu": 1, "keboola-us": 2, "keboola-eu-too": 1, "keboola-eu-other": 3}
+FILES_WAIT_S = 300.0
 OPENAI = ("openai-a", "openai-b")
 POST_FAULTS = ("not sent", "limited", "curable", "rejected", "unknown", "slow", "no id", "any")
 SEARCH_FAULTS = ("error", "incomplete", "now and then")
@@ -117,6 +121,8 @@ class ServerBatch:
     status: str
     created_at: float | None
     ended_at: float | None = None
+    ended: float = 0.0  # these are the world's seconds
+    file_at: float | None = None  # when its file shows; None: it has none
 
 
 @dataclass(slots=True)
@@ -126,6 +132,7 @@ class ServerJob:
     id: str
     trigger: str
     target: Target
+    project: int
     payload: Mapping[str, Any]
     created_at: float
     visible_at: float
@@ -138,6 +145,9 @@ class Doubt:
 
     since: float
     clear_searches: list[float]  # when each began
+    number: int = 1  # of such POSTs in a row
+    asked_s: float = 0.0  # what the server wanted to be waited for,
+    told: Process | None = None  # and who was told so
 
 
 class World:
@@ -150,13 +160,21 @@ class World:
         self.directory = directory
         self.grace_s = self.random.choice((30, 60, 300))
         self.clock_offset_s = 0.0
+        self.was_clock_set = False
+        self.openai_ahead_s = self.random.choice((0.0, 0.0, 3 * HOUR_S, -3 * HOUR_S))
+        self.keboola_ahead_s = self.random.choice((0.0, 0.0, 5 * HOUR_S, -5 * HOUR_S))
         self.boot, self.booted_at = 1, 0.0
         self.batches: dict[str, ServerBatch] = {}
         self.keboola: list[ServerJob] = []
         self.post_fault = self.search_fault = self.look_fault = self.list_fault = ""
+        self.list_shows = False  # whether Keboola's old list always shows what was started
         self.disk_full = 0.0  # the share of transactions that it refuses
         self.jobs: dict[str, Job] = {}
-        self.tokens = dict.fromkeys(STACKS, 0)
+        self.stacks = dict(STACKS)  # as the config has them,
+        self.tokens = {name: f"{name}-0" for name in STACKS}
+        self.absent: set[str] = set()  # secrets that are not in it now
+        self.whose = {self.tokens[name]: (url, PROJECTS[name]) for name, url in STACKS.items()}
+        self.new_tokens = 0
         self.setup = self.make_setup()
         self.setup_at = 0.0
         self.process: Process | None = None
@@ -164,6 +182,7 @@ class World:
         self.sent: dict[tuple[int, int], tuple[str, str]] = {}  # what this state file said was sent
         self.forced: collections.Counter[str] = collections.Counter()
         self.doubts: dict[tuple[str, Target], Doubt] = {}  # by trigger id and target
+        self.posted: set[tuple[int, int, int]] = set()  # rows that something was posted for
         self.violations: list[str] = []
         self.story: list[str] = []
 
@@ -194,10 +213,14 @@ class World:
             limits=Limits(trigger_grace_s=self.grace_s),
             notify=(Hook("hook", tuple(Told)),),
             openai={name: OpenAISecret(name, source, f"https://{name}.test") for name in OPENAI},
-            keboola={name: KeboolaSecret(name, source, url) for name, url in STACKS.items()},
+            keboola={
+                name: KeboolaSecret(name, source, url)
+                for name, url in self.stacks.items()
+                if name not in self.absent
+            },
             jobs=dict(self.jobs),
         )
-        secrets = {name: Secret(f"{name}-{count}") for name, count in self.tokens.items()}
+        secrets = {n: Secret(token) for n, token in self.tokens.items() if n not in self.absent}
         return Setup(config, secrets | {name: Secret(name) for name in OPENAI})
 
     def save_config(self) -> None:
@@ -206,20 +229,32 @@ class World:
         if self.process:
             self.process.config_changed.set()
 
+    def new_token(self, name: str, project: int | None = None) -> None:
+        """Put another token into a secret, of its own project or of another one of its stack."""
+        self.new_tokens += 1
+        project = PROJECTS[name] if project is None else project
+        self.tokens[name] = f"{name}-{self.new_tokens}"
+        self.whose[self.tokens[name]] = STACKS[name], project
+
     # --- OpenAI ---
 
     def new_batch(self) -> str:
         """Start a batch, which now and then will not tell its times."""
         batch_id = f"batch_{len(self.batches):03}"
         told = self.random.random() < 0.8
-        self.batches[batch_id] = ServerBatch("in_progress", EPOCH + self.now if told else None)
+        created_at = EPOCH + self.now + self.openai_ahead_s if told else None
+        self.batches[batch_id] = ServerBatch("in_progress", created_at)
         return batch_id
 
     def end_batch(self, batch_id: str) -> None:
         """Let a batch come to its end, whichever."""
         batch = self.batches[batch_id]
         batch.status = self.random.choice(("completed", "completed", *sorted(TERMINAL)))
-        batch.ended_at = EPOCH + self.now if batch.created_at else None
+        batch.ended_at = EPOCH + self.now + self.openai_ahead_s if batch.created_at else None
+        is_first = not batch.ended  # what is known of it already may be without a file
+        batch.ended = batch.ended or self.now
+        if is_first and self.random.random() < 0.2:
+            batch.file_at = self.now + self.random.choice((0.0, 20.0, 250.0, 4000.0))
 
     # --- Keboola ---
 
@@ -238,7 +273,7 @@ class World:
             "no id": ApiError("no job", status=201, retryable=True),
         }.get(kind)
         is_started = kind in ("", "no id")
-        if kind in ("unknown", "slow"):
+        if kind in ("unknown", "slow", "limited"):
             is_started = self.random.random() < 0.6
         return is_started, 30.0 if kind == "slow" else self.random.uniform(0.01, 2), error
 
@@ -246,7 +281,7 @@ class World:
     def post_fault_tells(error: ApiError | None) -> bool:
         """Return whether an outcome of a POST leaves no doubt."""
         status = error.status if error else 200
-        refused = status is not None and 400 <= status < 500 and status != 408
+        refused = status is not None and 400 <= status < 500 and status not in {408, 429}
         return error is None or not error.sent or refused
 
     def start_job(self, trigger: Trigger, row: tuple[int, int], took_s: float) -> ServerJob:
@@ -257,6 +292,7 @@ class World:
             id=f"kbc-{number}",
             trigger=trigger.id,
             target=trigger.target,
+            project=int(trigger.project_id or 0),
             payload=json.loads(trigger.payload),
             created_at=self.now + self.random.uniform(0, took_s),
             visible_at=self.now + took_s + lag * self.grace_s,
@@ -270,7 +306,8 @@ class World:
     def check_jobs(self, new: ServerJob) -> None:
         """No piece of work is started twice, but for what a person has forced."""
         most = 1 + self.forced[new.trigger]
-        alike = [j.id for j in self.keboola if (j.trigger, j.target) == (new.trigger, new.target)]
+        what = new.trigger, new.target, new.project
+        alike = [j.id for j in self.keboola if (j.trigger, j.target, j.project) == what]
         self.claim(len(alike) <= most, f"started {len(alike)} times in one target: {alike}")
         alike = [j.id for j in self.keboola if j.row == new.row]
         self.claim(len(alike) <= most, f"one row was started {len(alike)} times: {alike}")
@@ -281,9 +318,34 @@ class World:
         if doubt:
             searches = doubt.clear_searches
             self.claim(len(searches) >= 2, f"a POST after {len(searches)} clear searches")
+            asked_s = doubt.asked_s if doubt.told is self.process else 0.0
+            wait_s = min(HOUR_S, max(asked_s, self.grace_s * 2.0 ** (doubt.number - 1)))
             if searches:
                 waited_s = searches[-1] - doubt.since
-                self.claim(waited_s >= self.grace_s, f"a POST after {waited_s:.0f} s")
+                claimed = f"a POST after {waited_s:.0f} s, not {wait_s:.0f} s"
+                self.claim(waited_s >= wait_s, claimed)
+
+    def check_target(self, trigger: Trigger, work: Work, job: Job | None) -> None:
+        """The first POST for a row is what the config says by now; later ones change nothing."""
+        row = self.incarnation, work.id, trigger.rerun
+        setup = self.process.engine.setup if self.process else self.setup
+        is_same = job is not None and {b.id for b in work.batches} == set(job.batch_ids)
+        if row not in self.posted and job and is_same:
+            wanted = setup.config.target(job)
+            self.claim(trigger.target == wanted, f"a POST to {trigger.target}, not {wanted}")
+            values = json.loads(trigger.payload)["variableValuesData"]["values"]
+            told = {item["name"]: item["value"] for item in values}
+            self.claim(dict(job.variables).items() <= told.items(), "a POST with old variables")
+        self.posted.add(row)
+
+    def check_files(self, work: Work) -> None:
+        """No file is left out that could still come, within the minutes that it may take."""
+        for known in work.batches:
+            batch = self.batches[known.id]
+            is_early = self.now - batch.ended < FILES_WAIT_S
+            missing = batch.file_at is not None and not known.output_file_id
+            claimed = f"{known.id} is started without its file"
+            self.claim(not (missing and is_early) or self.was_clock_set, claimed)
 
     def all_shown(self) -> bool:
         """Return whether the search shows every Keboola job by now, and no POST is under way."""
@@ -319,6 +381,7 @@ class World:
     def move_clock(self, by_s: float) -> None:
         """Set the machine's clock."""
         self.clock_offset_s += by_s
+        self.was_clock_set = True
 
     def reboot(self) -> None:
         """Begin another boot, with an uptime of its own."""
@@ -416,6 +479,8 @@ class ModelStore(Store):
         mail: Mail = NO_MAIL,
     ) -> None:
         """Webhooks are told of each start with its commit, and of each alarm once."""
+        if self.process.is_dead:
+            raise Crash
         changes = list(changes)
         claim = self.process.world.claim
         started = [str(w.id) for old, w in changes if w.is_finished and not old.is_finished]
@@ -444,8 +509,16 @@ class ModelStore(Store):
         claim = self.process.world.claim
         key = work.id, new.rerun
         old = self._db.execute(
-            "SELECT id, state, keboola_job_id FROM triggers WHERE job_id = ? AND rerun = ?", key
+            "SELECT id, state, keboola_job_id, sending_at, payload, project_id, stack_url,"
+            " component_id, config_id FROM triggers WHERE job_id = ? AND rerun = ?",
+            key,
         ).fetchone()
+        if old and old["sending_at"] is not None and old["state"] != "rejected":
+            target = new.target.stack_url, new.target.component_id, new.target.config_id
+            now = (new.payload, new.project_id, *target)
+            was_known = old["project_id"] is not None  # else an earlier version has begun it
+            then = (old["payload"], old["project_id"] if was_known else now[1], *tuple(old)[6:])
+            claim(now == then, f"what was once sent becomes {now}")
         if old:
             claim(old[0] == new.id, f"the trigger id {old[0][:6]} becomes {new.id[:6]}")
             same = (new.state, new.keboola_job_id) == ("sent", old[2])
@@ -483,9 +556,9 @@ class ModelEngine(Engine):
 
     process: Process
 
-    def keboola(self, trigger: Trigger) -> KeboolaClient:
-        super().keboola(trigger)  # whether the config has a token
-        return FakeKeboola(self.process, trigger.target)
+    def keboola(self, name: str) -> KeboolaClient:
+        stack_url = self.setup.config.keboola[name].stack_url
+        return FakeKeboola(self.process, stack_url, self.setup.secrets[name])
 
     def record(
         self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
@@ -496,7 +569,7 @@ class ModelEngine(Engine):
         """Return, now and then, batches that have ended as if they went on."""
         if self.process.world.random.random() > 0.2:
             return {}
-        ended = [batch for batch in watch.work.batches if batch.is_terminal]
+        ended = [batch for batch in watch.work.batches if batch.status in TERMINAL]
         return {batch.id: replace(batch, status="in_progress") for batch in ended}
 
     def _take_request(self, request: Request) -> None:
@@ -550,7 +623,15 @@ class FakeOpenAI(OpenAIClient):
 
     def _batch(self, batch_id: str) -> Batch:
         batch = self._process.world.batches[batch_id]
-        return Batch(batch_id, batch.status, created_at=batch.created_at, ended_at=batch.ended_at)
+        is_there = batch.file_at is not None and batch.file_at <= self._process.world.now
+        return Batch(
+            batch_id,
+            batch.status,
+            completed=None if batch.file_at is None else 1,
+            output_file_id="file" if is_there else None,
+            created_at=batch.created_at,
+            ended_at=batch.ended_at,
+        )
 
     async def page(self, cursor: str | None, known: Mapping[str, Batch]) -> Page:
         """Return some rows of the list, which may lack any, repeat any, and lie about its end."""
@@ -581,9 +662,30 @@ class FakeOpenAI(OpenAIClient):
 class FakeKeboola(KeboolaClient):
     """Starts and finds the world's Keboola jobs, or not."""
 
-    def __init__(self, process: Process, target: Target) -> None:
+    def __init__(self, process: Process, stack_url: str, token: Secret) -> None:
+        super().__init__(stack_url, token, process.http, process.engine._learned)
         self._process = process
-        self._target = target
+        self._url, self._value = stack_url, token.reveal()
+
+    def _whose(self) -> int:
+        """Return the project of the token; raises ApiError where it is of no use."""
+        if self._url not in STACKS.values():
+            raise ApiError("no connection", retryable=True, sent=False)
+        url, project = self._process.world.whose.get(self._value, ("", 0))
+        if url != self._url:
+            raise ApiError("Keboola answered 401: Invalid access token", status=401)
+        return project
+
+    async def verify(self) -> Mapping[str, Any]:
+        process, world = self._process, self._process.world
+        process.point("verify")
+        await asyncio.sleep(world.random.uniform(0.01, 1))
+        process.point("verified")
+        return {"owner": {"id": self._whose()}}
+
+    def behind_s(self) -> float:
+        world = self._process.world
+        return world.clock_offset_s - world.keboola_ahead_s
 
     async def create(self, payload: str) -> KeboolaJob:
         process, world = self._process, self._process.world
@@ -593,31 +695,44 @@ class FakeKeboola(KeboolaClient):
         if not committed:
             raise Crash
         trigger, work = committed
-        world.claim(trigger.target == self._target, "a POST to another target than the intent's")
+        world.claim(trigger.target.stack_url == self._url, "a POST to another stack")
+        project = world.whose.get(self._value, ("", 0))[1]
+        is_ours = not project or str(project) == trigger.project_id
+        world.claim(is_ours, f"a POST for project {trigger.project_id} to {project}")
         world.claim(process.engine.store.is_in_place(), "a POST without its state file")
         job = process.engine.setup.config.jobs.get(work.name)
         world.claim(job and not job.rests, f"a POST for {work.name}, which is paused or gone")
         world.claim(not process.engine.is_stopping, "a POST after SIGTERM")
         world.claim(all(b.status in TERMINAL for b in work.batches), "a POST before the end")
         world.check_doubt(trigger)
-        doubt = world.doubts[trigger.id, trigger.target] = Doubt(world.now, [])
+        world.check_target(trigger, work, job)
+        world.check_files(work)
+        old = world.doubts.get((trigger.id, trigger.target))
+        doubt = Doubt(world.now, [], old.number + 1 if old else 1)
+        world.doubts[trigger.id, trigger.target] = doubt
         is_started, took_s, error = world.post_outcome()
+        try:
+            self._whose()
+        except ApiError as refusal:
+            is_started, error = False, refusal
         started = world.start_job(trigger, (work.id, trigger.rerun), took_s) if is_started else None
         world.tell(f"POST for {trigger.id[:6]} ({work.name}): {error or 'answered'}")
         process.point("POST handled")
         await asyncio.sleep(took_s)
         process.point("POST answered")
         doubt.since = world.now
+        doubt.asked_s, doubt.told = (error.retry_after_s or 0.0) if error else 0.0, process
         if world.post_fault_tells(error):
             world.doubts.pop((trigger.id, trigger.target), None)
         if error or started is None:
             raise error or ApiError("nothing")
-        return as_told(started)
+        return self._as_told(started)
 
     async def search(self, target: Target, since: float | None, trigger: str) -> list[KeboolaJob]:
         process, world = self._process, self._process.world
         process.point("search")
-        world.claim(target == self._target, "a search in another target than the intent's")
+        world.claim(target.stack_url == self._url, "a search on another stack than the intent's")
+        project = self._whose()
         world.claim(process.store.is_committed(trigger), "a search without a committed intent")
         began = world.now
         await asyncio.sleep(world.random.uniform(0.01, 1))
@@ -625,8 +740,8 @@ class FakeKeboola(KeboolaClient):
             job
             for job in world.keboola
             if job.visible_at <= world.now
-            and (job.trigger, job.target) == (trigger, target)
-            and (since is None or EPOCH + job.created_at >= since)
+            and (job.trigger, job.target, job.project) == (trigger, target, project)
+            and (since is None or EPOCH + job.created_at + world.keboola_ahead_s >= since)
         ]
         await asyncio.sleep(world.random.uniform(0.01, 1))
         process.point("searched")
@@ -637,12 +752,24 @@ class FakeKeboola(KeboolaClient):
             raise ApiError("the search is not well", status=503, retryable=True)
         if not hits and (trigger, target) in world.doubts:
             world.doubts[trigger, target].clear_searches.append(began)
-        return [as_told(job) for job in sorted(hits, key=lambda job: job.created_at)]
+        return [self._as_told(job) for job in sorted(hits, key=lambda job: job.created_at)]
 
+    async def listed(self, target: Target, trigger: str) -> list[KeboolaJob]:
+        """Now and then, the old list shows what the search does not yet."""
+        process, world = self._process, self._process.world
+        process.point("list")
+        await asyncio.sleep(world.random.uniform(0.01, 1))
+        process.point("listed")
+        shown = world.keboola if world.list_shows or world.random.random() < 0.3 else ()
+        project = world.whose.get(self._value, ("", 0))[1]
+        wanted = trigger, target, project
+        hits = [job for job in shown if (job.trigger, job.target, job.project) == wanted]
+        return [self._as_told(job) for job in sorted(hits, key=lambda job: job.created_at)]
 
-def as_told(job: ServerJob) -> KeboolaJob:
-    created = datetime.fromtimestamp(EPOCH + job.created_at, UTC)
-    return KeboolaJob(job.id, "created", None, created, job.trigger)
+    def _as_told(self, job: ServerJob) -> KeboolaJob:
+        ahead_s = self._process.world.keboola_ahead_s
+        created = datetime.fromtimestamp(EPOCH + job.created_at + ahead_s, UTC)
+        return KeboolaJob(job.id, "created", None, created, job.trigger)
 
 
 class ModelSignals:
@@ -676,7 +803,7 @@ class Process:
         assert isinstance(store, ModelStore)
         store.process = self
         clock = ProcessClock(self)
-        http = Http(world.setup.config.limits, Redactor(), clock)
+        self.http = http = Http(world.setup.config.limits, Redactor(), clock)
         self.engine = ModelEngine(world.setup, store, self._lock, http, once=once)
         self.engine.process = self
         self.engine.store = self.store = store

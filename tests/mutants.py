@@ -57,8 +57,8 @@ MUTANTS: tuple[Mutant, ...] = (
     # --- nothing happens before it is committed ---
     Mutant(
         name="intent not committed",
-        old='self._commit(trigger, "trigger_intended", config_id=target.config_id)',
-        new="watch.work = replace(watch.work, trigger=trigger)",
+        old='self._commit(trigger, "trigger_intended", config_id=trigger.target.config_id)',
+        new="self._watch.work = replace(self._watch.work, trigger=trigger)",
         tests=("test_engine.py::test_each_step_is_committed_before_the_next",),
     ),
     Mutant(
@@ -124,20 +124,20 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="grace ignored",
-        old="is_late = unknown_for_s >= grace_s",
+        old="is_late = unknown_for_s >= needed_s",
         new="is_late = True",
         tests=("test_decisions.py::test_a_clear_search_of_an_unknown_trigger",),
     ),
     Mutant(
         name="grace of the config ignored",
-        old="unknown_for_s=begun_at - watch.unknown_since,",
+        old="unknown_for_s=begun_at - self._watch.unknown_since,",
         new="unknown_for_s=math.inf,",
         tests=("test_engine.py::test_a_job_that_shows_late_is_found",),
     ),
     Mutant(
         name="grace counted from the search's end",
-        old="unknown_for_s=begun_at - watch.unknown_since,",
-        new="unknown_for_s=clock.mono() - watch.unknown_since,",
+        old="unknown_for_s=begun_at - self._watch.unknown_since,",
+        new="unknown_for_s=self._clock.mono() - self._watch.unknown_since,",
         tests=("test_engine.py::test_a_search_begun_before_the_grace_is_over_does_not_count",),
     ),
     Mutant(
@@ -196,13 +196,13 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="an unsorted list taken for complete",
-        old="if is_full and not (fresh and is_sorted):",
-        new="if is_full and not fresh:",
+        old="if is_full and not (is_sorted and (fresh or not offset)):",
+        new="if is_full and offset and not fresh:",
         tests=("test_http.py::test_rows_out_of_order_are_no_complete_search",),
     ),
     Mutant(
-        name="the cap on pages taken for the end",
-        old='raise ApiError(f"Keboola\'s job list does not end after {MAX_SEARCH_PAGES} pages")',
+        name="the cap on rows taken for the end",
+        old='raise ApiError(f"Keboola\'s job list does not end after {MAX_SEARCH_ROWS} rows")',
         new="return",
         tests=("test_http.py::test_too_many_pages_are_no_complete_search",),
     ),
@@ -211,17 +211,6 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if job.trigger_id is not None:",
         new="if True:",
         tests=("test_http.py::test_rows_without_variables_are_read_by_their_id",),
-    ),
-    Mutant(
-        name="a row that cannot be read counted as foreign",
-        old='row = await self._get(f"{await self.queue_url()}/jobs/{quoted_id}", self._headers)',
-        new=(
-            "try:\n"
-            '            row = await self._get(f"{await self.queue_url()}/jobs/{quoted_id}", {})\n'
-            "        except ApiError:\n"
-            '            return replace(job, trigger_id="")'
-        ),
-        tests=("test_http.py::test_an_unreadable_row_is_no_foreign_one",),
     ),
     Mutant(
         name="trigger id compared with the wrong variable",
@@ -242,32 +231,32 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_engine.py::test_the_oldest_of_several_is_ours",),
     ),
     Mutant(
-        name="the search begins when the last batch ended",
-        old="max(ended) - HOUR_S if ended",
-        new="max(ended) if ended",
-        tests=("test_decisions.py::test_the_search_begins_an_hour_before_the_last_end",),
+        name="the search begins an hour before the last end",
+        old="SEARCH_BACK_S: Final = DAY_S",
+        new="SEARCH_BACK_S: Final = HOUR_S",
+        tests=("test_decisions.py::test_the_search_begins_a_day_before_the_last_end",),
     ),
     Mutant(
         name="the search begins in the future",
-        old="return bound if bound < now else None",
-        new="return bound",
-        tests=("test_decisions.py::test_the_search_begins_an_hour_before_the_last_end",),
+        old="bound = min(max(ended) if ended else min(created), now)",
+        new="bound = max(ended) if ended else min(created)",
+        tests=("test_decisions.py::test_the_search_begins_a_day_before_the_last_end",),
     ),
     Mutant(
         name="the branch narrows the search",
-        old='"limit": str(SEARCH_LIMIT),',
-        new='"limit": str(SEARCH_LIMIT), "branchId": target.branch_id or "",',
+        old='"limit": str(limit),',
+        new='"limit": str(limit), "branchId": target.branch_id or "",',
         tests=("test_http.py::test_what_the_search_asks_for",),
     ),
     Mutant(
         name="what came during a search ignored",
-        old="if watch.work.trigger != trigger or not self._engine.is_carried(watch):",
-        new="if False:",
+        old="return self._watch.work.trigger == trigger and self._engine.is_carried(self._watch)",
+        new="return True",
         tests=("test_engine.py::test_retry_force_during_a_search_is_not_forgotten",),
     ),
     Mutant(
         name="a lost state file searched for at once",
-        old="if step is Step.POST and not failure and begun_at < self._engine.clear_from:",
+        old="if step is Step.POST and not failure and begun_at < engine.clear_from:",
         new="if False:",
         tests=("test_once.py::test_state_lost_within_the_grace",),
     ),
@@ -303,43 +292,236 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_decisions.py::test_arming_again_keeps_the_id_and_rebuilds_the_payload",),
     ),
     Mutant(
-        name="target of the new config searched for an old intent",
+        name="target of the new config searched for what was sent",
         old="client.search(trigger.target, since, trigger.id)",
-        new="client.search(watch.work.target, since, trigger.id)",
-        tests=("test_engine.py::test_the_target_of_the_intent_counts",),
+        new="client.search(self._watch.work.target, since, trigger.id)",
+        tests=("test_engine.py::test_what_was_once_sent_keeps_its_target",),
     ),
     Mutant(
-        name="target of the new config sent for an old intent",
+        name="target of the new config sent for what was sent",
         old="job = await client.create(sending.payload)",
         new=(
             "job = await client.create(keboola_payload(engine.setup.config.jobs[watch.work.name],"
             " watch.work.target, watch.work.batches, sending.id))"
         ),
-        tests=("test_engine.py::test_the_target_of_the_intent_counts",),
+        tests=("test_engine.py::test_what_was_once_sent_keeps_its_target",),
+    ),
+    # --- whose token, which target, and how often ---
+    Mutant(
+        name="429 taken as rejected",
+        old="frozenset(range(400, 500)) - {408, 429}",
+        new="frozenset(range(400, 500)) - {408}",
+        tests=("test_decisions.py::test_what_a_failed_post_comes_to",),
     ),
     Mutant(
-        name="stack of another secret used for an old intent",
-        old=(
-            "        stack_url = trigger.target.stack_url\n"
-            "        secrets = self.setup.config.keboola\n"
-        ),
-        new=(
-            "        secrets = self.setup.config.keboola\n"
-            "        stack_url = secrets[trigger.secret].stack_url\n"
-        ),
-        tests=("test_engine.py::test_a_trigger_keeps_its_stack_and_its_token",),
+        name="an unsent intent does not follow the config",
+        old="wanted = self._wanted() if trigger.follows_config else None",
+        new="wanted = None",
+        tests=("test_engine.py::test_a_mistyped_stack_is_corrected",),
     ),
     Mutant(
-        name="token of another secret used for an old intent",
-        old="name = trigger.secret if trigger.secret in names else names[0]",
-        new="name = names[0]",
-        tests=("test_engine.py::test_a_trigger_keeps_its_stack_and_its_token",),
+        name="what was once sent follows the config",
+        old="return self.state == TriggerState.INTENT and self.sending_at is None",
+        new="return self.state == TriggerState.INTENT",
+        tests=("test_engine.py::test_what_was_once_sent_keeps_its_target",),
+    ),
+    Mutant(
+        name="a reload during the search is not seen",
+        old="elif self._is_outdated(trigger):",
+        new="elif False:",
+        tests=("test_engine.py::test_a_reload_during_the_search_makes_another_intent",),
+    ),
+    Mutant(
+        name="earlier ids keep a mistyped stack",
+        old="target = replace(old.target, stack_url=setup.config.keboola[secret].stack_url)",
+        new="target = old.target",
+        tests=("test_engine.py::test_a_mistyped_stack_is_corrected_for_earlier_ids_too",),
+    ),
+    Mutant(
+        name="another project's token carries a trigger",
+        old="if project is not None and (project == trigger.project_id or not is_bound):",
+        new="if project is not None:",
+        tests=("test_engine.py::test_only_a_token_of_the_project_carries_a_trigger",),
+    ),
+    Mutant(
+        name="any token carries a trigger whose project is not known",
+        old="if trigger.project_id is not None and not trigger.follows_config:",
+        new="if not trigger.follows_config:",
+        tests=("test_engine.py::test_a_trigger_of_an_earlier_version_keeps_its_secret",),
+    ),
+    Mutant(
+        name="a new secret of the project is not noticed",
+        old="if is_changed or (work.trigger and is_other_keboola):",
+        new="if is_changed:",
+        tests=("test_engine.py::test_only_a_token_of_the_project_carries_a_trigger",),
+    ),
+    Mutant(
+        name="a token's project asked for each time",
+        old="        if (key := (self._stack_url, self._token)) not in known:\n",
+        new="        if key := (self._stack_url, self._token):\n",
+        tests=("test_http.py::test_a_tokens_project_is_asked_for_once",),
+    ),
+    Mutant(
+        name="repeated POSTs do not come later each time",
+        old="doubled = grace_s * 2.0 ** min(max(trigger.unknowns - 1, 0), 16)",
+        new="doubled = grace_s",
+        tests=("test_engine.py::test_posts_that_bring_nothing_are_ever_further_apart",),
+    ),
+    Mutant(
+        name="repeated POSTs are days apart",
+        old="return max(grace_s, min(MAX_BACKOFF_S, max(doubled, trigger.asked_wait_s)))",
+        new="return max(grace_s, doubled, trigger.asked_wait_s)",
+        tests=("test_decisions.py::test_the_wait_for_a_repeated_post_doubles",),
+    ),
+    Mutant(
+        name="Retry-After of an unknown outcome ignored",
+        old="min(MAX_BACKOFF_S, max(doubled, trigger.asked_wait_s))",
+        new="min(MAX_BACKOFF_S, doubled)",
+        tests=("test_decisions.py::test_the_wait_for_a_repeated_post_doubles",),
+    ),
+    Mutant(
+        name="the words of the last POST forgotten",
+        old='said = f": {trigger.said}" if trigger.said else ""',
+        new='said = ""',
+        tests=("test_decisions.py::test_a_clear_search_of_an_unknown_trigger",),
+    ),
+    Mutant(
+        name="the row of unknown outcomes goes on after --force",
+        old="forced=True, unknowns=0)",
+        new="forced=True)",
+        tests=("test_decisions.py::test_unknown_outcomes_in_a_row_are_counted",),
+    ),
+    Mutant(
+        name="the old list not asked before a second POST",
+        old="if not jobs and trigger.sending_at is not None:",
+        new="if False:",
+        tests=("test_engine.py::test_the_old_list_is_asked_before_a_second_post",),
+    ),
+    Mutant(
+        name="a row read by each search that needs it",
+        old="                if key not in known:\n                    said",
+        new="                if True:\n                    said",
+        tests=("test_http.py::test_a_row_is_read_once_by_all_searches",),
+    ),
+    Mutant(
+        name="an empty list of variables taken as told",
+        old='return "" if values else None',
+        new='return ""',
+        tests=("test_http.py::test_what_counts_as_not_telling",),
+    ),
+    Mutant(
+        name="a row that may not be read stops the search",
+        old="if error.status not in {403, 404}:",
+        new="if True:",
+        tests=("test_http.py::test_a_row_that_may_not_be_read_is_foreign",),
+    ),
+    Mutant(
+        name="any row that cannot be read is foreign",
+        old="if error.status not in {403, 404}:",
+        new="if False:",
+        tests=("test_http.py::test_an_unreadable_row_is_no_foreign_one",),
+    ),
+    Mutant(
+        name="a job that is not there yet is foreign for ever",
+        old='return "" if error.status == 403 else None',
+        new='return ""',
+        tests=("test_http.py::test_a_row_that_may_not_be_read_is_foreign",),
+    ),
+    Mutant(
+        name="a page that is too large is given up",
+        old="limit //= 2",
+        new="raise",
+        tests=("test_http.py::test_a_page_that_is_too_large_is_asked_for_in_halves",),
+    ),
+    Mutant(
+        name="a page of halved size taken for the last one",
+        old="is_full = len(page) >= limit",
+        new="is_full = len(page) >= SEARCH_LIMIT",
+        tests=("test_http.py::test_a_page_that_is_too_large_is_asked_for_in_halves",),
+    ),
+    Mutant(
+        name="pages by place do not go on",
+        old="offset += len(page)",
+        new="offset += 0",
+        tests=("test_http.py::test_pages_go_on_by_place_where_the_bound_changes_nothing",),
+    ),
+    Mutant(
+        name="Keboola's clock ignored",
+        old=" - SEARCH_BACK_S - max(0.0, behind_s))",
+        new=" - SEARCH_BACK_S)",
+        tests=("test_decisions.py::test_the_search_goes_by_keboolas_clock",),
+    ),
+    Mutant(
+        name="Keboola's clock ahead shortens the search",
+        old="max(0.0, behind_s)",
+        new="behind_s",
+        tests=("test_decisions.py::test_the_search_goes_by_keboolas_clock",),
+    ),
+    Mutant(
+        name="Keboola's Date not read",
+        old='if date := http_date(answer.headers.get("date", "")):',
+        new="if date := None:",
+        tests=("test_http.py::test_keboolas_clock_is_seen",),
+    ),
+    Mutant(
+        name="a first start that was killed is never started again",
+        old="            roll_back(path)\n",
+        new="",
+        tests=("test_state.py::test_a_first_start_that_was_killed",),
+    ),
+    Mutant(
+        name="files of a batch not waited for",
+        old="now - since >= FILES_WAIT_S",
+        new="now - since >= 0",
+        tests=("test_decisions.py::test_files_that_come_after_the_end_are_waited_for",),
+    ),
+    Mutant(
+        name="files of a batch waited for without end",
+        old="now - since >= FILES_WAIT_S",
+        new="now - since >= math.inf",
+        tests=("test_decisions.py::test_files_that_come_after_the_end_are_waited_for",),
+    ),
+    Mutant(
+        name="an end that lacks its files is taken back",
+        old="        if seen.status != known.status:  # what has ended has ended\n",
+        new="        if False:\n",
+        tests=("test_decisions.py::test_files_that_come_after_the_end_are_waited_for",),
+    ),
+    Mutant(
+        name="late files looked for at the interval of the job",
+        old="wait_s = min(wait_s, FILES_LOOK_S)",
+        new="pass",
+        tests=("test_decisions.py::test_a_batch_whose_files_are_late_is_looked_at_soon",),
+    ),
+    Mutant(
+        name="a row without the files of its batch counts",
+        old=" and not batch.lacks_files):",
+        new="):",
+        tests=("test_chart.py::test_a_row_that_lacks_files_is_not_taken",),
+    ),
+    Mutant(
+        name="an id beyond all measure taken",
+        old="if len(value) > MAX_ID_LENGTH or not value.isprintable():",
+        new="if False:",
+        tests=("test_http.py::test_an_id_is_never_cut_or_changed",),
+    ),
+    Mutant(
+        name="a long id refused",
+        old="MAX_ID_LENGTH: Final = 4096",
+        new="MAX_ID_LENGTH: Final = 500",
+        tests=("test_http.py::test_an_id_is_never_cut_or_changed",),
+    ),
+    Mutant(
+        name="NO_PROXY with an IPv6 network stops everything",
+        old="left_out.append(entry.strip())",
+        new="kept.append(entry)",
+        tests=("test_http.py::test_entries_of_no_proxy_that_httpx_cannot_take",),
     ),
     # --- what is work, and when it is due ---
     Mutant(
         name="terminal status overwritten",
-        old="return known if known.is_terminal or seen == known else seen",
-        new="return seen",
+        old="if known.is_terminal or seen == known:",
+        new="if seen == known:",
         tests=("test_decisions.py::test_a_terminal_status_is_never_overwritten",),
     ),
     Mutant(
@@ -362,7 +544,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="`paused` asked before the search only",
-        old="may_post = self._engine.may_post(watch)  # asked now: a reload may have paused it",
+        old=(
+            "may_post = self._engine.may_post(self._watch)  # asked now: a reload "
+            "may have paused it"
+        ),
         new="may_post = True",
         tests=("test_engine.py::test_paused_during_the_search",),
     ),
@@ -432,14 +617,20 @@ MUTANTS: tuple[Mutant, ...] = (
     # --- what a POST came to ---
     Mutant(
         name="5xx taken as not sent",
-        old="if not error.sent or error.status == 429:",
-        new="if not error.sent or error.status == 429 or (error.status or 0) >= 500:",
+        old="    if not error.sent:\n        wait_s = backoff_s(failures, FIRST_TRIGGER",
+        new=(
+            "    if not error.sent or (error.status or 0) >= 500:\n"
+            "        wait_s = backoff_s(failures, FIRST_TRIGGER"
+        ),
         tests=("test_decisions.py::test_what_a_failed_post_comes_to",),
     ),
     Mutant(
-        name="4xx retried like 429",
-        old="if not error.sent or error.status == 429:",
-        new="if not error.sent or 400 <= (error.status or 0) < 500:",
+        name="429 taken as not sent",
+        old="    if not error.sent:\n        wait_s = backoff_s(failures, FIRST_TRIGGER",
+        new=(
+            "    if not error.sent or error.status == 429:\n"
+            "        wait_s = backoff_s(failures, FIRST_TRIGGER"
+        ),
         tests=("test_decisions.py::test_what_a_failed_post_comes_to",),
     ),
     Mutant(
@@ -450,8 +641,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="408 taken as rejected",
-        old="400 <= error.status < 500 and error.status != 408:",
-        new="400 <= error.status < 500:",
+        old="frozenset(range(400, 500)) - {408, 429}",
+        new="frozenset(range(400, 500)) - {429}",
         tests=("test_decisions.py::test_what_a_failed_post_comes_to",),
     ),
     Mutant(
@@ -528,8 +719,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="inode check left out before the intent",
-        old="        engine.check_in_place()\n        target = ",
-        new="        target = ",
+        old=(
+            "        self._engine.check_in_place()\n"
+            '        self._commit(trigger, "trigger_intended"'
+        ),
+        new='        self._commit(trigger, "trigger_intended"',
         tests=("test_engine.py::test_without_its_files_nothing_is_begun",),
     ),
     Mutant(

@@ -437,6 +437,14 @@ def test_no_page(document: object) -> None:
         tc.parse_page(document, WATCHED)
 
 
+def test_a_row_that_lacks_files_is_not_taken() -> None:
+    """Gateways' lists may have none; the batch is asked for by itself, and may have them."""
+    ended = {**ROW, "status": "completed", "request_counts": {"completed": 1, "failed": 0}}
+    assert page_of(ended).batches == {}
+    (batch,) = page_of({**ended, "output_file_id": "file-1"}).batches.values()
+    assert batch.is_terminal
+
+
 def test_a_page_has_all_rows_and_the_watched_batches() -> None:
     """Foreign rows are kept as neighbours and ends; only watched ones are taken as batches."""
     page = page_of(

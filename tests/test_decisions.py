@@ -199,14 +199,17 @@ def test_a_new_trigger_is_an_intent_with_all_that_the_post_needs() -> None:
 
 
 def test_arming_again_keeps_the_id_and_rebuilds_the_payload() -> None:
-    """A rejected trigger's id and count of failures stay, also under another name of its job."""
-    old = trigger(S.REJECTED, id="stored", failures=3, error="no", next_try_at=NOW)
+    """A rejected trigger's id stays, also under another name of its job."""
     renamed = job("renamed", config_row_ids=("9",))
+    basis = tc.trigger_basis(renamed, TARGET, tc.Secret("tok"))
+    old = trigger(S.REJECTED, id="stored", failures=3, error="no", next_try_at=NOW, basis=basis)
     known = work("completed", trigger=old, name="renamed")
     made = tc.new_trigger(known, renamed, TARGET, tc.Secret("tok"), NOW)
     assert (made.id, made.failures, made.state, made.error) == ("stored", 3, S.INTENT, None)
     assert '"configRowIds":["9"]' in made.payload
     assert '"stored"' in made.payload
+    other = tc.new_trigger(known, renamed, TARGET, tc.Secret("another"), NOW)
+    assert (other.id, other.failures) == ("stored", 0)
 
 
 def test_another_rerun_gets_another_id() -> None:
@@ -341,17 +344,68 @@ def test_a_terminal_status_is_never_overwritten() -> None:
     """Whatever comes after one of the four ends, the end stays with all of its facts."""
     for old, new in product(TERMINAL, (*TERMINAL, *GOING_ON)):
         known = Batch("batch_a", old, completed=1, output_file_id="file-1")
-        assert tc.seen_again(known, Batch("batch_a", new, completed=2)) is known
+        assert tc.seen_again(known, Batch("batch_a", new, completed=2), NOW) is known
 
 
 def test_any_other_status_gives_way() -> None:
     """An unknown or unfinished status is replaced by whatever is seen next."""
     for old, new in product(GOING_ON, (*TERMINAL, *GOING_ON)):
         seen = Batch("batch_a", new)
-        assert tc.seen_again(Batch("batch_a", old), seen) == seen
+        assert tc.seen_again(Batch("batch_a", old), seen, NOW) == seen
 
 
-HOUR = 3600.0
+LATE = [
+    # what its counts promise, what is there, whether that is waited for
+    ({"completed": 1, "failed": 0}, {}, True),
+    ({"completed": 1, "failed": 0}, {"output_file_id": "file-1"}, False),
+    ({"completed": 1, "failed": 2}, {"output_file_id": "file-1"}, True),
+    ({"completed": 0, "failed": 2}, {"error_file_id": "file-2"}, False),
+    ({"completed": 0, "failed": 0}, {}, False),
+    ({}, {}, False),
+]
+
+
+@pytest.mark.parametrize("status", TERMINAL)
+@pytest.mark.parametrize(("counts", "files", "is_waited_for"), LATE)
+def test_files_that_come_after_the_end_are_waited_for(
+    status: str, counts: dict[str, int], files: dict[str, str], *, is_waited_for: bool
+) -> None:
+    """A gateway tells the end of a batch first; within five minutes it tells the files."""
+    seen = Batch("batch_a", status, **counts, **files)  # type: ignore[arg-type]
+    waiting = tc.seen_again(Batch("batch_a", "in_progress"), seen, NOW)
+    assert waiting.status == status
+    assert waiting.is_terminal is not is_waited_for
+    if not is_waited_for:
+        assert waiting == seen
+        return
+    assert tc.seen_again(waiting, seen, NOW + 299) is waiting
+    stale = tc.seen_again(waiting, Batch("batch_a", "in_progress"), NOW + 299)
+    assert stale == waiting
+    whole = replace(seen, output_file_id="file-1", error_file_id="file-2")
+    assert tc.seen_again(waiting, whole, NOW + 9) == whole
+    ended = tc.seen_again(waiting, seen, NOW + 300)
+    assert (ended, ended.is_terminal) == (seen, True)
+    assert tc.seen_again(waiting, stale, NOW + 300).is_terminal is False
+
+
+def test_a_clock_set_back_does_not_prolong_the_wait_for_files() -> None:
+    """What was noted in the future counts from now on."""
+    seen = Batch("batch_a", "completed", completed=1)
+    waiting = replace(seen, fileless_since=NOW + 9000)
+    assert tc.seen_again(waiting, seen, NOW).fileless_since == NOW
+
+
+def test_a_batch_whose_files_are_late_is_looked_at_soon() -> None:
+    """Every 30 seconds at the latest, however long the interval of its job is."""
+    known = work("in_progress")
+    seen: dict[str, Batch | ApiError] = {"batch_0": Batch("batch_0", "completed", completed=1)}
+    after, events = tc.after_look(known, seen, interval_s=3600, now=NOW, jitter=0)
+    assert after.next_check_at == NOW + 30
+    assert not after.is_ready
+    assert [event.name for event in events] == ["batch_status_changed"]
+
+
+DAY = 86_400.0
 
 
 @pytest.mark.parametrize(
@@ -359,27 +413,34 @@ HOUR = 3600.0
     [
         ([], None),
         ([(None, None)], None),
-        ([(NOW - 9000, None), (NOW - 8000, None)], NOW - 9000),
-        ([(NOW - 9000, NOW - 500), (NOW - 8000, NOW - 100)], NOW - 100 - HOUR),
-        ([(NOW - 90_000, NOW - 80_000), (NOW - 8000, None)], NOW - 80_000 - HOUR),
-        ([(None, NOW + 1800)], NOW - 1800),
-        ([(None, NOW + HOUR)], None),
-        ([(None, NOW + 99_999)], None),
-        ([(None, NOW - 50), (None, NOW + 99_999)], None),
-        ([(NOW + 5, None)], None),
-        ([(NOW, None)], None),
-        ([(NOW + 5, None), (NOW - 7000, None)], NOW - 7000),
+        ([(NOW - 9000, None), (NOW - 8000, None)], NOW - 9000 - DAY),
+        ([(NOW - 9000, NOW - 500), (NOW - 8000, NOW - 100)], NOW - 100 - DAY),
+        ([(NOW - 90_000, NOW - 80_000), (NOW - 8000, None)], NOW - 80_000 - DAY),
+        ([(None, NOW + 1800)], NOW - DAY),
+        ([(None, NOW + 99_999)], NOW - DAY),
+        ([(None, NOW - 50), (None, NOW + 99_999)], NOW - DAY),
+        ([(NOW + 5, None)], NOW - DAY),
+        ([(NOW, None)], NOW - DAY),
+        ([(NOW + 5, None), (NOW - 7000, None)], NOW - 7000 - DAY),
         ([(0.0, 0.0)], None),
+        ([(5.0, 5.0)], 0.0),
     ],
 )
-def test_the_search_begins_an_hour_before_the_last_end(
+def test_the_search_begins_a_day_before_the_last_end(
     times: list[tuple[float | None, float | None]], expected: float | None
 ) -> None:
-    """Else at the first creation, else unbounded; a bound in the future would hide every job."""
+    """Else before the first creation, else unbounded; an end in the future counts as now."""
     batches = [
         Batch(f"batch_{n}", "completed", created_at=c, ended_at=e) for n, (c, e) in enumerate(times)
     ]
     assert tc.search_from(batches, NOW) == expected
+
+
+@pytest.mark.parametrize(("behind_s", "more_s"), [(7200.0, 7200.0), (0.0, 0.0), (-7200.0, 0.0)])
+def test_the_search_goes_by_keboolas_clock(behind_s: float, more_s: float) -> None:
+    """Where that is behind, jobs seem older; where it is ahead, a wrong `Date` must hide none."""
+    batches = [Batch("batch_a", "completed", ended_at=NOW - 100)]
+    assert tc.search_from(batches, NOW, behind_s) == NOW - 100 - DAY - more_s
 
 
 def found_job(job_id: str, minute: int | None, trigger_id: str | None = "ours") -> tc.KeboolaJob:
@@ -476,15 +537,65 @@ def test_a_clear_search_of_an_unknown_trigger(
     searches: int, unknown_for_s: float, *, may_post: bool, wait_s: float | None, expected: Step
 ) -> None:
     """Only the second one, at least the grace after the record of the outcome, allows a POST."""
-    one = trigger(S.UNKNOWN, clear_searches=searches, failures=2, error="?")
+    one = trigger(S.UNKNOWN, clear_searches=searches, failures=2, error="?", said="500: no")
     after, step = tc.after_clear_search(
         one, unknown_for_s=unknown_for_s, grace_s=GRACE, may_post=may_post, now=NOW
     )
     assert step is expected
-    assert (after.state, after.error) == (S.UNKNOWN, tc.NOT_FOUND_YET)
+    assert after.state == S.UNKNOWN
+    assert after.error == (
+        "it is not known whether Keboola took the job; a search did not find it: 500: no"
+    )
     assert (after.clear_searches, after.failures) == (searches + 1, 0)
     if wait_s is not None:
         assert after.next_try_at == pytest.approx(NOW + wait_s, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("unknowns", "asked_s", "grace_s", "expected"),
+    [
+        (0, 0.0, 60, 60),
+        (1, 0.0, 60, 60),
+        (2, 0.0, 60, 120),
+        (3, 0.0, 60, 240),
+        (7, 0.0, 60, 3600),
+        (10_000, 0.0, 60, 3600),
+        (2, 0.0, 86_400, 86_400),
+        (1, 300.0, 60, 300),
+        (4, 300.0, 60, 480),
+        (1, 9000.0, 60, 3600),
+    ],
+)
+def test_the_wait_for_a_repeated_post_doubles(
+    unknowns: int, asked_s: float, grace_s: float, expected: float
+) -> None:
+    """Up to an hour, but never less than the grace; and what the server asks for is obeyed."""
+    one = trigger(S.UNKNOWN, unknowns=unknowns, asked_wait_s=asked_s, clear_searches=9)
+    assert tc.unknown_wait_s(one, grace_s) == expected
+    for waited_s, step in ((expected - 1, Step.WAIT), (expected, Step.POST)):
+        after, found = tc.after_clear_search(
+            one, unknown_for_s=waited_s, grace_s=grace_s, may_post=True, now=NOW
+        )
+        assert found is step
+    early, _ = tc.after_clear_search(one, unknown_for_s=0, grace_s=grace_s, may_post=True, now=NOW)
+    assert (early.next_try_at or 0) - NOW == min(expected, max(grace_s, 300))
+    assert after.unknowns == unknowns
+
+
+def test_unknown_outcomes_in_a_row_are_counted() -> None:
+    """A crash in a POST is one too; an answer, or a person's word, ends the row."""
+    one = trigger(S.SENDING, sending_at=NOW)
+    error = ApiError("Keboola answered 503", status=503, retry_after_s=1e6)
+    for number in (1, 2):
+        one = tc.after_failed_post(one, error, grace_s=GRACE, now=tc.Moment(NOW), jitter=0)
+        assert (one.unknowns, one.asked_wait_s, one.said) == (number, 3600, str(error))
+    again = tc.as_unknown(one, "killed", grace_s=GRACE, now=tc.Moment(NOW))
+    assert (again.unknowns, again.asked_wait_s, again.said) == (3, 0, "killed")
+    found = tc.as_sent(again, tc.KeboolaJob("5", None, None, None, None), NOW)
+    assert (found.unknowns, found.said) == (0, None)
+    forced, _ = tc.after_retry(work("completed", trigger=again), force=True, now=NOW)
+    assert forced.trigger
+    assert forced.trigger.unknowns == 0
 
 
 @pytest.mark.parametrize(
@@ -520,14 +631,16 @@ def test_searches_for_an_unknown_trigger_are_apart(grace_s: float, expected: flo
 def test_a_failed_search_sends_nothing(state: S, *, may_post: bool) -> None:
     """The state stays, with the error, and the next search comes later each time."""
     waits = []
-    one = trigger(state, clear_searches=1)
+    one = trigger(state, clear_searches=1, said="500")
     for failures in range(1, 15):
         one, step = tc.after_failed_search(
             one, ApiError("503"), may_post=may_post, now=NOW, jitter=0.0
         )
         assert step is Step.WAIT
         assert (one.state, one.failures, one.clear_searches) == (state, failures, 1)
-        assert one.error == "cannot search Keboola for an earlier start: 503"
+        assert one.error == "cannot search Keboola for an earlier start: 503" + (
+            "; it is not known whether Keboola took the job: 500" if state == S.UNKNOWN else ""
+        )
         waits.append((one.next_try_at or 0) - NOW)
     assert waits[:4] == [3.75, 7.5, 15, 30]
     assert waits == sorted(waits)
@@ -589,9 +702,8 @@ OUTCOMES: list[tuple[str, ApiError, S, float | None]] = [
     # not sent: again, soon
     ("refused", ApiError("x", retryable=True, sent=False), S.INTENT, 5),
     ("queue address 401", ApiError("x", status=401, sent=False), S.INTENT, 5),
-    ("too many", ApiError("x", status=429), S.INTENT, 5),
-    ("too many, asked", ApiError("x", status=429, retry_after_s=40.0), S.INTENT, 40),
-    ("too many, asked for days", ApiError("x", status=429, retry_after_s=1e6), S.INTENT, 3600),
+    ("asked", ApiError("x", sent=False, retry_after_s=40.0), S.INTENT, 40),
+    ("asked for days", ApiError("x", sent=False, retry_after_s=1e6), S.INTENT, 3600),
     # rejected: what Keboola's side can cure is tried again, later
     *[(f"{s}", ApiError("x", status=s), S.REJECTED, 300.0) for s in (401, 402, 403, 404, 409, 423)],
     # rejected: until something else is asked for
@@ -600,7 +712,7 @@ OUTCOMES: list[tuple[str, ApiError, S, float | None]] = [
     ("reset", ApiError("x", retryable=True), S.UNKNOWN, 10),
     ("no id", ApiError("x", status=201, retryable=True), S.UNKNOWN, 10),
     ("redirect", ApiError("x", status=302), S.UNKNOWN, 10),
-    *[(f"{s}", ApiError("x", status=s), S.UNKNOWN, 10.0) for s in (408, 500, 502, 503, 504, 599)],
+    *[(f"{s}", ApiError("x", status=s), S.UNKNOWN, 10.0) for s in (408, 429, 500, 502, 503, 599)],
 ]
 
 

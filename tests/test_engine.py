@@ -7,18 +7,20 @@ that cannot do without it; a scene takes milliseconds, however many hours it pla
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import sqlite3
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import trigger_id
-from model import Crash, Process, ServerJob, World, played
+from model import EU, NOWHERE, US, Crash, Process, ServerJob, World, played
 
 import teckochecker as tc
 from teckochecker import (
@@ -36,7 +38,7 @@ from teckochecker import (
 GRACE_S = 60
 HOUR_S = 3600.0
 Outcome = tuple[bool, float, ApiError | None]  # is a job started, after how long is what answered
-TARGET = Target("https://connection.eu.example", "component", "1")
+TARGET = Target(EU, "component", "1")
 
 
 def lost(after_s: float = 1.0, *, is_started: bool = False) -> Outcome:
@@ -207,13 +209,17 @@ def play(stage: Stage, scene: Coroutine[Any, Any, None]) -> None:
 
 
 def test_each_step_is_committed_before_the_next(stage: Stage) -> None:
-    """The intent is in the state file before the search, `sending` before the POST."""
+    """The intent and its project are stored before the search, `sending` before the POST."""
 
     async def scene() -> None:
         stage.add()
         stage.start()
-        await stage.until(lambda: stage.count("search") == 1)
+        await stage.until(lambda: stage.count("verify") == 1)
         assert stage.state() == "intent"
+        await stage.until(lambda: stage.count("search") == 1)
+        trigger = stage.trigger()
+        assert trigger
+        assert trigger.project_id == "1"
         await stage.until(lambda: stage.count("POST handled") == 1)
         assert stage.state() == "sending"
         await stage.until(lambda: stage.state() == "sent")
@@ -429,7 +435,8 @@ def test_the_oldest_of_several_is_ours(stage: Stage) -> None:
         own_id = trigger_id("job", job.batch_ids)
         for n in range(3):
             row = (-1, n, 0)
-            stage.keboola.append(ServerJob(f"kbc-{n}", own_id, TARGET, {}, float(n), 0.0, row))
+            job_ = ServerJob(f"kbc-{n}", own_id, TARGET, 1, {}, float(n), 0.0, row)
+            stage.keboola.append(job_)
         stage.start()
         await stage.until(lambda: stage.state() == "sent")
         trigger = stage.trigger()
@@ -481,25 +488,210 @@ def test_paused_during_the_search(stage: Stage) -> None:
     play(stage, scene())
 
 
-@pytest.mark.parametrize("state", ["intent", "unknown"])
-def test_the_target_of_the_intent_counts(stage: Stage, state: str) -> None:
-    """Another target in the config does not move what is decided, nor its payload."""
+@pytest.mark.parametrize("sent", ["never", "not reached", "lost"])
+def test_what_was_once_sent_keeps_its_target(stage: Stage, sent: str) -> None:
+    """Until then, another target, secret or variable in the config counts."""
 
     async def scene() -> None:
-        stage.outcomes = [lost()] if state == "unknown" else []
-        stage.search_fault = "error" if state == "intent" else ""
+        stage.outcomes = {"never": [], "not reached": [NOT_REACHED], "lost": [lost()]}[sent]
+        stage.search_fault = "error" if sent == "never" else ""
         job = stage.add()
         stage.start()
-        await stage.until(lambda: stage.state() == state)
+        await stage.until(lambda: stage.count("POST answered" if stage.outcomes else "searched"))
+        await stage.until(lambda: stage.state() == ("unknown" if sent == "lost" else "intent"))
         other = replace(job, config_id="2", keboola_secret="keboola-us", variables=(("a", "b"),))
         stage.change(other)
         await stage.until(lambda: stage.works()["job"].target.config_id == "2")
         stage.search_fault = ""
         await stage.until(lambda: stage.state() == "sent")
         (started,) = stage.keboola
-        assert started.target == TARGET
-        assert started.payload["config"] == "1"
-        assert all(pair["name"] != "a" for pair in started.payload["variableValuesData"]["values"])
+        is_new = sent == "never"
+        assert started.target == (Target(US, "component", "2") if is_new else TARGET)
+        assert started.payload["config"] == ("2" if is_new else "1")
+        values = started.payload["variableValuesData"]["values"]
+        assert ({"name": "a", "value": "b"} in values) is is_new
+
+    play(stage, scene())
+
+
+def test_a_reload_during_the_search_makes_another_intent(stage: Stage) -> None:
+    """What was searched for is not what is to be sent: it is searched for again first."""
+
+    async def scene() -> None:
+        job = stage.add()
+        stage.start()
+        await stage.until(lambda: stage.count("search") == 1)
+        stage.change(replace(job, config_id="2"))
+        await stage.until(lambda: stage.state() == "sent")
+        (started,) = stage.keboola
+        assert started.target == replace(TARGET, config_id="2")
+        assert stage.count("search") == 2
+
+    play(stage, scene())
+
+
+@pytest.mark.parametrize("way", ["as it is", "restart", "retry", "retry --force"])
+@pytest.mark.parametrize("wrong", [NOWHERE, US])
+def test_a_mistyped_stack_is_corrected(stage: Stage, wrong: str, way: str) -> None:
+    """A refused connection, or another region's 401, is over when the address is right."""
+
+    async def scene() -> None:
+        stage.stacks["keboola-eu"] = wrong
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.logged("trigger_search_failed"))
+        await asyncio.sleep(HOUR_S)
+        assert stage.state() == "intent"
+        if way.startswith("retry"):
+            stage.retry(force=way != "retry")
+        await asyncio.sleep(60)
+        assert stage.count("POST") == 0
+        if way == "restart":
+            await stage.running.kill()
+        stage.stacks["keboola-eu"] = EU
+        stage.save_config()
+        if way == "restart":
+            stage.start()
+        await stage.until(lambda: stage.state() == "sent", 20)
+        assert [job.target for job in stage.keboola] == [TARGET]
+
+    play(stage, scene())
+
+
+def test_a_mistyped_stack_is_corrected_for_earlier_ids_too(stage: Stage) -> None:
+    """They go to the configuration that they were for, on the stack that was meant."""
+
+    async def scene() -> None:
+        stage.stacks["keboola-eu"] = NOWHERE
+        job = stage.add()
+        stage.start()
+        await stage.until(lambda: stage.logged("trigger_search_failed"))
+        stage.change(replace(job, batch_ids=(stage.new_batch(),), config_id="2"))
+        await asyncio.sleep(HOUR_S)
+        stage.stacks["keboola-eu"] = EU
+        stage.save_config()
+        await stage.until(lambda: stage.keboola, 20)
+        assert [job.target for job in stage.keboola] == [TARGET]
+
+    play(stage, scene())
+
+
+@pytest.mark.parametrize("sent", ["never", "lost"])
+@pytest.mark.parametrize("left", ["gone", "another project's", "there"])
+def test_only_a_token_of_the_project_carries_a_trigger(stage: Stage, sent: str, left: str) -> None:
+    """The job's own, or another one of the project; until something was sent, the job's own."""
+
+    async def scene() -> None:
+        stage.stacks = dict(reversed(stage.stacks.items()))  # the other project's is the first
+        stage.outcomes = [lost()] if sent == "lost" else []
+        stage.search_fault = "error"
+        job = stage.add()
+        stage.start()
+        if sent == "lost":
+            stage.search_fault = ""
+            await stage.until(lambda: stage.state() == "unknown")
+            stage.search_fault = "error"
+        await stage.until(lambda: stage.logged("trigger_search_failed"))
+        if left == "gone":
+            stage.absent.add("keboola-eu")
+        elif left == "another project's":
+            stage.new_token("keboola-eu", 3)
+        stage.absent.add("keboola-eu-too")
+        stage.change(replace(job, keboola_secret="keboola-eu-other"))
+        await asyncio.sleep(60)
+        stage.search_fault = ""
+        if sent == "lost" and left != "there":
+            await asyncio.sleep(2 * HOUR_S)
+            (work,) = stage.works().values()
+            error = tc.error_of(work) or ""
+            assert f"has no secret of project 1 on {EU}" in error
+            assert "keboola-eu-other is of project 3" in error
+            assert stage.count("POST") == 1
+            stage.absent.discard("keboola-eu-too")
+            stage.save_config()
+        await stage.until(lambda: stage.state() == "sent", 200)
+        assert [job.project for job in stage.keboola] == [1 if sent == "lost" else 3]
+
+    play(stage, scene())
+
+
+def test_a_trigger_of_an_earlier_version_keeps_its_secret(stage: Stage) -> None:
+    """Its project is not known: only the secret that it was begun with tells."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()]
+        job = stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "unknown")
+        await stage.running.kill()
+        with closing(sqlite3.connect(stage.path)) as db, db:
+            db.execute("UPDATE triggers SET project_id = NULL")
+        stage.absent.add("keboola-eu")
+        stage.change(replace(job, keboola_secret="keboola-eu-too"))
+        stage.start()
+        await stage.until(lambda: stage.logged("trigger_search_failed"))
+        (event,) = stage.logged("trigger_search_failed")
+        assert "no secret of the project of the secret keboola-eu on" in event["error"]
+        stage.absent.clear()
+        stage.save_config()
+        await stage.until(lambda: stage.state() == "sent", HOUR_S)
+        assert len(stage.keboola) == 1
+
+    play(stage, scene())
+
+
+def test_retry_force_needs_a_token_that_is_known(stage: Stage) -> None:
+    """A person decides over a search that fails, not over whose token is taken."""
+
+    async def scene() -> None:
+        stage.whose.clear()
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.logged("trigger_search_failed"))
+        stage.retry(force=True)
+        await asyncio.sleep(HOUR_S)
+        assert stage.count("POST") == 0
+
+    play(stage, scene())
+
+
+def test_posts_that_bring_nothing_are_ever_further_apart(stage: Stage) -> None:
+    """Twice as far each time, up to an hour; over a restart too."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost()] * 12
+        stage.add()
+        stage.start()
+        times = []
+
+        def is_at(number: int) -> bool:
+            return stage.count("POST answered") == number
+
+        for number in range(1, 12):
+            await stage.until(partial(is_at, number), 2 * HOUR_S)
+            times.append(stage.now)
+            if number in {3, 8}:
+                await asyncio.sleep(1)
+                await stage.restart()
+        waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+        for number, wait_s in enumerate(waits):
+            least_s = min(HOUR_S, GRACE_S * 2.0**number)
+            assert least_s <= wait_s < least_s + 40
+
+    play(stage, scene())
+
+
+def test_the_old_list_is_asked_before_a_second_post(stage: Stage) -> None:
+    """It may know at once what the search shows too late."""
+
+    async def scene() -> None:
+        stage.outcomes = [lost(is_started=True)]
+        stage.lag_s = 9 * HOUR_S
+        stage.list_shows = True
+        stage.add()
+        stage.start()
+        await stage.until(lambda: stage.state() == "sent")
+        assert (stage.count("POST"), stage.count("list")) == (1, 1)
 
     play(stage, scene())
 
@@ -562,7 +754,7 @@ def test_a_rejected_trigger_waits_for_another_basis(stage: Stage) -> None:
 
 
 def test_a_token_that_is_lost_during_the_search(stage: Stage) -> None:
-    """Without it nothing was sent, which is said, and the trigger goes on when it is back."""
+    """What was searched with it is not sent with another one: that one searches first."""
 
     async def scene() -> None:
         job = stage.add()
@@ -571,12 +763,9 @@ def test_a_token_that_is_lost_during_the_search(stage: Stage) -> None:
         stage.change(replace(job, keboola_secret="keboola-us"))
         setup, us = stage.setup, stage.setup.config.keboola["keboola-us"]
         stage.setup = replace(setup, config=replace(setup.config, keboola={us.name: us}))
-        await stage.until(lambda: stage.logged("trigger_not_sent"))
-        (event,) = stage.logged("trigger_not_sent")
-        assert "no longer has a secret" in event["error"]
-        stage.change(job)
         await stage.until(lambda: stage.state() == "sent")
         assert stage.count("POST") == 1
+        assert [job.target.stack_url for job in stage.keboola] == [US]
 
     play(stage, scene())
 
@@ -817,26 +1006,6 @@ def test_an_event_is_stored_without_secrets(tmp_path: Path, stage: Stage, idle: 
     with closing(sqlite3.connect(tmp_path / "state.db")) as db:
         (fields,) = db.execute("SELECT fields FROM logs").fetchone()
     assert json.loads(fields) == {"error": ["it was ***"]}
-
-
-def test_a_trigger_keeps_its_stack_and_its_token(stage: Stage, idle: Idle) -> None:
-    """Of several secrets for its stack the trigger's own is taken, and never another stack's."""
-    setup = stage.make_setup()
-    eu, us = setup.config.keboola["keboola-eu"], setup.config.keboola["keboola-us"]
-    others = {"first": replace(eu, name="first"), "keboola-us": us, "keboola-eu": eu}
-    secrets = {**setup.secrets, "first": Secret("another token")}
-    setup = replace(setup, config=replace(setup.config, keboola=others), secrets=secrets)
-    engine = idle(setup, tc.Redactor())
-    trigger = Trigger("t", 0, TriggerState.INTENT, TARGET, "keboola-eu", "{}", "b", 0.0)
-    own = setup.secrets["keboola-eu"].reveal()
-    told = {"keboola-eu": own, "keboola-us": "another token", "gone": "another token"}
-    for name, token in told.items():
-        client = engine.keboola(replace(trigger, secret=name))
-        assert client._stack_url == TARGET.stack_url
-        assert client._headers["X-StorageApi-Token"] == token
-    elsewhere = replace(trigger, target=replace(TARGET, stack_url="https://connection.gone"))
-    with pytest.raises(ApiError, match="no longer has a secret for"):
-        engine.keboola(elsewhere)
 
 
 CONFIG = """

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
 import random
 import socket
 import threading
@@ -108,9 +109,9 @@ def openai(http: Http, key: str = KEY, **more: str) -> tc.OpenAIClient:
 
 
 def keboola(
-    http: Http, stack_url: str = STACK, known: dict[str, str] | None = None
+    http: Http, stack_url: str = STACK, learned: tc.Learned | None = None
 ) -> tc.KeboolaClient:
-    return tc.KeboolaClient(stack_url, Secret(TOKEN), http, {} if known is None else known)
+    return tc.KeboolaClient(stack_url, Secret(TOKEN), http, learned)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -635,12 +636,20 @@ def test_errors_in_both_forms(errors: object, expected: str | None) -> None:
     assert parsed(errors=errors).error == expected
 
 
-def test_ids_are_one_line_of_valid_unicode() -> None:
-    """What cannot be stored or printed does not come in with a file's id."""
-    batch = parsed(output_file_id="file-1\nfile-2", error_file_id="file-\ud800\x00x")
-    assert (batch.output_file_id, batch.error_file_id) == ("file-1 file-2", "file- x")
-    for text in (batch.output_file_id, batch.error_file_id):
-        assert (text or "").encode()
+@pytest.mark.parametrize("name", ["output_file_id", "error_file_id"])
+@pytest.mark.parametrize("text", ["x" * 4097, "file-1\nfile-2", "file-\ud800x", "file-\x00"])
+def test_an_id_is_never_cut_or_changed(name: str, text: str) -> None:
+    """Another id would be another file: what cannot be kept as it is, is an error."""
+    with pytest.raises(ValueError, match="has an id that is not printable text of up to 4096"):
+        parsed(**{name: text})
+    assert getattr(parsed(**{name: "x" * 4096}), name) == "x" * 4096
+
+
+def test_a_keboola_jobs_id_is_never_cut() -> None:
+    """Following it, and the link to it, need all of it."""
+    assert tc.parse_keboola_job({"id": "7" * 4096}).id == "7" * 4096
+    with pytest.raises(ValueError, match="has an id"):
+        tc.parse_keboola_job({"id": "7" * 4097})
 
 
 def test_an_absent_id_is_no_other_one() -> None:
@@ -745,6 +754,7 @@ def test_the_body_is_capped_while_it_streams(
     web.get(f"{OPENAI}/x").mock(side_effect=lambda _: httpx.Response(200, stream=Endless()))
     error = failing(get(http, f"{OPENAI}/x"))
     assert (str(error), error.retryable) == ("the answer is over 16 MiB", True)
+    assert isinstance(error, tc.TooLargeError)
     assert sent <= 20_000
 
 
@@ -923,12 +933,12 @@ def test_a_queue_by_the_stacks_index(web: respx.Router, http: Http) -> None:
     """Any other host is asked, once, without the token, and the answer is shared."""
     services = [{"id": "import", "url": "https://i"}, 5, {"id": "queue", "url": "https://q.x/"}]
     route = web.get(f"{OWN_STACK}/v2/storage").mock(return_value=index(*services))
-    known: dict[str, str] = {}
+    learned = tc.Learned()
     for _ in range(2):
-        assert run(keboola(http, OWN_STACK, known).queue_url()) == "https://q.x"
+        assert run(keboola(http, OWN_STACK, learned).queue_url()) == "https://q.x"
     assert route.call_count == 1
     assert "x-storageapi-token" not in route.calls[0].request.headers
-    assert known == {OWN_STACK: "https://q.x"}
+    assert learned.queue_urls == {OWN_STACK: "https://q.x"}
 
 
 @pytest.mark.parametrize(
@@ -951,10 +961,10 @@ def test_a_queue_by_the_stacks_index(web: respx.Router, http: Http) -> None:
 def test_a_queue_that_is_refused(web: respx.Router, http: Http, url: object) -> None:
     """The token goes nowhere but over https, and not to this machine unless the stack is here."""
     web.get(f"{OWN_STACK}/v2/storage").mock(return_value=index({"id": "queue", "url": url}))
-    known: dict[str, str] = {}
-    error = failing(keboola(http, OWN_STACK, known).queue_url())
+    learned = tc.Learned()
+    error = failing(keboola(http, OWN_STACK, learned).queue_url())
     assert str(error) == f"{OWN_STACK}/v2/storage lists no usable https address of the queue"
-    assert known == {}
+    assert learned.queue_urls == {}
 
 
 def test_a_queue_that_is_no_address(web: respx.Router, http: Http) -> None:
@@ -1053,7 +1063,7 @@ def test_a_post_that_brings_no_answer(
     ("answer", "expected"),
     [
         *[(httpx.Response(code), REJECTED) for code in (400, 401, 403, 404, 409, 413, 422, 423)],
-        (httpx.Response(429, headers={"retry-after": "5"}), INTENT),
+        (httpx.Response(429, headers={"retry-after": "5"}), UNKNOWN),
         *[(httpx.Response(code), UNKNOWN) for code in (302, 307, 408, 500, 502, 503, 504)],
         (httpx.Response(201, text="created"), UNKNOWN),
         (httpx.Response(201), UNKNOWN),
@@ -1107,7 +1117,8 @@ def test_a_post_without_a_queue_is_not_sent(web: respx.Router, http: Http) -> No
         ("redirect", {"code": 307}, 0, UNKNOWN),
         ("status", {"code": 502, "handled": True}, 1, UNKNOWN),
         ("status", {"code": 503}, 0, UNKNOWN),
-        ("status", {"code": 429}, 0, INTENT),
+        ("status", {"code": 429}, 0, UNKNOWN),
+        ("status", {"code": 429, "handled": True}, 1, UNKNOWN),
         ("status", {"code": 422}, 0, REJECTED),
     ],
 )
@@ -1166,8 +1177,9 @@ def test_a_connection_that_is_not_made_sends_nothing(scheme: str, answer: bytes 
 
     async def scenario(port: int) -> ApiError:
         http = impatient(5)
+        learned = tc.Learned(queue_urls={stack: f"{scheme}://127.0.0.1:{port}"})
         with pytest.raises(ApiError) as caught:
-            await keboola(http, stack, {stack: f"{scheme}://127.0.0.1:{port}"}).create("{}")
+            await keboola(http, stack, learned).create("{}")
         await http.close()
         return caught.value
 
@@ -1213,6 +1225,8 @@ class Rows:
         self.reads: list[str] = []
         self.fails_after = 10**9
         self.unreadable: set[str] = set()
+        self.refusal = 404
+        self.knows_offset = False
         web.get(f"{QUEUE}/search/jobs").mock(side_effect=self._search)
         web.get(path__regex=r"^/jobs/").mock(side_effect=self._read)
 
@@ -1235,15 +1249,18 @@ class Rows:
             rows = [r for r in rows if moment(r) <= iso(params["createdTimeTo"])]
         if self.is_shuffled:
             random.Random(1).shuffle(rows)  # noqa: S311 - the same dice every time
+        if self.knows_offset:
+            rows = rows[int(params.get("offset", 0)) :]
         rows = rows[: min(int(params["limit"]), self.cap)]
         hidden = {"variableValuesData"} if self.hides_variables else set()
         return httpx.Response(200, json=[without(row, hidden) for row in rows])
 
-    def _read(self, request: httpx.Request) -> httpx.Response:
+    async def _read(self, request: httpx.Request) -> httpx.Response:
         job_id = request.url.path.rpartition("/")[2]
         self.reads.append(job_id)
+        await asyncio.sleep(0.01)  # so that others can be asked for meanwhile
         if job_id in self.unreadable:
-            return httpx.Response(404)
+            return httpx.Response(self.refusal)
         return httpx.Response(200, json=next(row for row in self.jobs if row["id"] == job_id))
 
 
@@ -1356,10 +1373,10 @@ def test_too_many_pages_are_no_complete_search(
     http: Http, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing was found so far is not nothing there; but what was found counts."""
-    monkeypatch.setattr(tc, "MAX_SEARCH_PAGES", 3)
+    monkeypatch.setattr(tc, "MAX_SEARCH_ROWS", 15)
     rows.add(40, step_s=60)
     error = failing(keboola(http).search(TARGET, None, "ours"))
-    assert str(error) == "Keboola's job list does not end after 3 pages"
+    assert str(error) == "Keboola's job list does not end after 15 rows"
     assert len(rows.searches) == 3
     rows.add(1, "ours", step_s=60)
     assert search(http) == ["1040"]
@@ -1387,9 +1404,11 @@ def test_rows_without_variables_are_read_by_their_id(http: Http, rows: Rows) -> 
     assert sorted(rows.reads) == [str(1000 + n) for n in range(8)]
 
 
-@pytest.mark.parametrize("hidden", [None, {}, {"values": None}, {"values": {}}, "text", 5])
+@pytest.mark.parametrize(
+    "hidden", [None, {}, {"values": None}, {"values": {}}, {"values": []}, [], "x", 5]
+)
 def test_what_counts_as_not_telling(http: Http, rows: Rows, hidden: object) -> None:
-    """Null, or anything that is no list of values, is not the same as no trigger id."""
+    """Null, an empty list or what is no list of values is not the same as no trigger id."""
     rows.add(1, "ours")
     shown = {**rows.jobs[0], "variableValuesData": hidden}
     job = tc.parse_keboola_job(shown)
@@ -1397,24 +1416,171 @@ def test_what_counts_as_not_telling(http: Http, rows: Rows, hidden: object) -> N
     assert run(keboola(http)._with_trigger_id(job)).trigger_id == "ours"
 
 
-@pytest.mark.parametrize("told", [{"values": []}, [], {"values": [{"name": "a"}, 5, None]}])
+@pytest.mark.parametrize("told", [[{"name": "a"}], {"values": [{"name": "a"}, 5, None]}])
 def test_what_counts_as_telling(told: object) -> None:
     """A list without our variable is a job that somebody else has started."""
     row = {"id": 5, "variableValuesData": told}
     assert tc.parse_keboola_job(row) == KeboolaJob("5", None, None, None, "")
 
 
-def test_an_unreadable_row_is_no_foreign_one(http: Http, rows: Rows) -> None:
+@pytest.mark.parametrize("code", [400, 401, 410])
+def test_an_unreadable_row_is_no_foreign_one(http: Http, rows: Rows, code: int) -> None:
     """A row that cannot be read may be ours: without it the search is not complete."""
     rows.hides_variables = True
     rows.add(3)
-    rows.unreadable = {"1001"}
-    assert failing(keboola(http).search(TARGET, None, "ours")).status == 404
+    rows.unreadable, rows.refusal = {"1001"}, code
+    assert failing(keboola(http).search(TARGET, None, "ours")).status == code
+
+
+@pytest.mark.parametrize(("code", "reads"), [(403, 3), (404, 4)])
+def test_a_row_that_may_not_be_read_is_foreign(
+    http: Http, rows: Rows, code: int, reads: int
+) -> None:
+    """Who has started a job may read it. It is told once; one that is gone is asked for again."""
+    rows.hides_variables = True
+    rows.add(3)
+    rows.unreadable, rows.refusal = {"1001"}, code
+    learned, told = tc.Learned(), list[tc.Event]()
+    for _ in range(2):
+        client = tc.KeboolaClient(STACK, Secret(TOKEN), http, learned, tell=told.append)
+        assert run(client.search(TARGET, None, "ours")) == []
+    assert len(rows.reads) == reads
+    (event,) = told
+    assert (event.name, event.level) == ("keboola_job_unreadable", "warning")
+    assert event.fields["keboola_job_id"] == "1001"
+
+
+def test_a_row_is_read_once_by_all_searches(http: Http, rows: Rows) -> None:
+    """Many triggers are searched for at once, in the same list of a configuration."""
+    rows.hides_variables = True
+    rows.add(4)
+    learned = tc.Learned()
+
+    async def scenario() -> None:
+        for _ in range(2):
+            clients = [keboola(http, learned=learned) for _ in range(5)]
+            await asyncio.gather(*(client.search(TARGET, None, "ours") for client in clients))
+
+    run(scenario())
+    assert sorted(rows.reads) == ["1000", "1001", "1002", "1003"]
+
+
+@pytest.mark.parametrize("fits", [1, 2, 4])
+def test_a_page_that_is_too_large_is_asked_for_in_halves(
+    http: Http, rows: Rows, monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
+    """Rows carry the data of their configuration: fewer of them are read at a time."""
+    rows.knows_offset = True
+    rows.add(1, "ours")
+    rows.add(12)
+    monkeypatch.setattr(tc, "SEARCH_LIMIT", 8)
+    monkeypatch.setattr(tc, "MAX_BODY_BYTES", fits * len(json.dumps(rows.jobs[1])) + 20)
+    assert search(http) == ["1000"]
+    limits = [int(url.params["limit"]) for url in rows.searches]
+    assert limits[:2] == [8, 4]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[-1] == fits
+
+
+def test_a_row_that_is_too_large_by_itself_leaves_nothing_said(
+    http: Http, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halving ends at one row."""
+    rows.add(1)
+    monkeypatch.setattr(tc, "MAX_BODY_BYTES", 20)
+    assert "16 MiB" in str(failing(keboola(http).search(TARGET, None, "ours")))
+
+
+def test_pages_go_on_by_place_where_the_bound_changes_nothing(http: Http, rows: Rows) -> None:
+    """A server may ignore the bound, and more rows than a page has may be of one second."""
+    rows.knows_offset = True
+    rows.add(1, "ours", step_s=0.01)
+    rows.add(33, step_s=0.01)
+    assert search(http) == ["1000"]
+    rows.ignores_until = True
+    assert search(http) == ["1000"]
+    assert search(http, "nobody's") == []
+
+
+@pytest.mark.parametrize("project", ["4711", 4711])
+def test_a_tokens_project_is_asked_for_once(web: respx.Router, http: Http, project: object) -> None:
+    """A token does not move to another project."""
+    owner = {"owner": {"id": project, "name": "Alpha"}}
+    url = f"{STACK}/v2/storage/tokens/verify"
+    route = web.get(url).mock(return_value=httpx.Response(200, json=owner))
+    learned = tc.Learned()
+    for _ in range(2):
+        assert run(keboola(http, learned=learned).project()) == "4711"
+    assert route.call_count == 1
+
+
+@pytest.mark.parametrize("said", [{}, {"owner": None}, {"owner": {"id": None}}, {"owner": {}}, []])
+def test_a_token_without_a_project_is_an_error(web: respx.Router, http: Http, said: object) -> None:
+    """A trigger is never carried on a guess."""
+    url = f"{STACK}/v2/storage/tokens/verify"
+    web.get(url).mock(return_value=httpx.Response(200, json=said))
+    assert "which project" in str(failing(keboola(http).project()))
+
+
+def test_keboolas_clock_is_seen(web: respx.Router, http: Http) -> None:
+    """Each answer tells it, also an error."""
+    late = datetime.fromtimestamp(http.clock.wall(), UTC) - timedelta(hours=2)
+    date = format_datetime(late, usegmt=True)
+    web.get(f"{QUEUE}/search/jobs").mock(
+        return_value=httpx.Response(403, headers={"date": date}, json={})
+    )
+    client = keboola(http)
+    assert client.behind_s() == 0
+    assert failing(client.search(TARGET, None, "ours")).status == 403
+    assert client.behind_s() == pytest.approx(7200, abs=5)
+
+
+def test_the_old_list_of_jobs(web: respx.Router, http: Http) -> None:
+    """What it shows is ours; that it shows nothing, or fails, says nothing."""
+    ours = keboola_row("5", NOON, "ours")
+    route = web.get(f"{QUEUE}/jobs").mock(return_value=httpx.Response(200, json=[ours]))
+    client = keboola(http)
+    assert [job.id for job in run(client.listed(TARGET, "ours"))] == ["5"]
+    assert run(client.listed(TARGET, "theirs")) == []
+    params = route.calls[0].request.url.params
+    assert (params["component"], params["config"]) == ("kds-team.app", "123")
+    for answer in (
+        httpx.Response(404),
+        httpx.Response(200, json={}),
+        httpx.Response(200, text="x"),
+    ):
+        route.mock(return_value=answer)
+        assert run(client.listed(TARGET, "ours")) == []
+
+
+NO_PROXIES = [
+    ("localhost,::1,fd07:b51a:cc66:f0::/64", ["fd07:b51a:cc66:f0::/64"]),
+    ("[::1],a.example", ["[::1]"]),
+    ("a.example,.b.example,10.0.0.0/8,fd07::1,*.c.example,https://d.example,*", []),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+@pytest.mark.parametrize(("value", "left_out"), NO_PROXIES)
+def test_entries_of_no_proxy_that_httpx_cannot_take(
+    http: Http, monkeypatch: pytest.MonkeyPatch, name: str, value: str, left_out: list[str]
+) -> None:
+    """They are left out, and named once; all others count."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv(name, value)
+    told: list[tc.Event] = []
+    http.tell = told.append
+    for _ in range(2):
+        http.new_client()
+    assert [event.fields["entries"] for event in told] == ([left_out] if left_out else [])
+    kept = [entry for entry in value.split(",") if entry not in left_out]
+    assert os.environ[name] == ",".join(kept)
 
 
 def test_an_unreadable_row_does_not_hide_ours(http: Http, rows: Rows) -> None:
     """What was found counts, also if another row of its page cannot be read."""
-    rows.hides_variables = True
+    rows.hides_variables, rows.refusal = True, 401
     rows.add(2)
     rows.add(1, "ours")
     rows.unreadable = {"1000"}

@@ -27,7 +27,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from model import HOUR_S, LOOK_FAULTS, POST_FAULTS, SEARCH_FAULTS, STACKS, Process, World, played
+from model import (
+    HOUR_S,
+    LOOK_FAULTS,
+    NOWHERE,
+    POST_FAULTS,
+    PROJECTS,
+    SEARCH_FAULTS,
+    STACKS,
+    Process,
+    World,
+    played,
+)
 
 from teckochecker import TERMINAL, Job, LockedError, StateLock, StorageError, Store
 
@@ -124,7 +135,7 @@ class History:
             name=name,
             batch_ids=tuple(self.world.new_batch() for _ in range(count)),
             openai_secret=self.random.choice(("openai-a", "openai-a", "openai-b")),
-            keboola_secret=self.random.choice(list(STACKS)),
+            keboola_secret=self.random.choice(self._secrets()),
             component_id="component",
             config_id=self.random.choice("12"),
             poll_interval_s=self.random.choice((30, 60, 300, 1800)),
@@ -273,7 +284,7 @@ class History:
 
     def other_target(self) -> None:
         if job := self._job():
-            secret, config = self.random.choice(list(STACKS)), self.random.choice("12")
+            secret, config = self.random.choice(self._secrets()), self.random.choice("12")
             self.world.tell(f"  {job.name} -> {secret} {config}")
             self._save(replace(job, keboola_secret=secret, config_id=config))
 
@@ -282,9 +293,91 @@ class History:
             secret = "openai-b" if job.openai_secret == "openai-a" else "openai-a"
             self._save(replace(job, openai_secret=secret))
 
+    def _secrets(self) -> list[str]:
+        """Return the Keboola secrets that the config has."""
+        return [name for name in self.world.stacks if name not in self.world.absent]
+
+    def _secret(self) -> str:
+        """Return a Keboola secret, mostly one that is used for what is not started yet."""
+        with self.world.reading() as db:
+            works = Store(db, self.world.path).works() if db else []
+        open_ = {w.name for w in works if not w.is_finished}
+        jobs = self.world.jobs
+        used = sorted({jobs[name].keboola_secret for name in open_ & set(jobs)})
+        return self.random.choice(used if used and self.random.random() < 0.8 else self._secrets())
+
     def other_token(self) -> None:
-        self.world.tokens[self.random.choice(list(STACKS))] += 1
+        """A token of the same project takes another one's place, which may be revoked."""
+        name = self._secret()
+        if self.random.random() < 0.5:
+            self.world.whose.pop(self.world.tokens[name], None)
+        self.world.new_token(name)
+        self.world.tell(f"  {name}")
         self.world.save_config()
+
+    def revoke_token(self) -> None:
+        """A token is of no use any more; some time later the job may have another secret."""
+        self.world.whose.pop(self.world.tokens[self._secret()], None)
+        if self.random.random() < 0.5:
+            self.other_target()
+
+    def other_project(self) -> None:
+        """A secret gets the token of another project of its stack."""
+        name = self._secret()
+        alike = sorted({PROJECTS[n] for n, url in STACKS.items() if url == STACKS[name]})
+        self.world.new_token(name, self.random.choice(alike))
+        self.world.tell(f"  {name}: {self.world.whose[self.world.tokens[name]]}")
+        self.world.save_config()
+
+    def other_stack(self) -> None:
+        """An address is mistyped, or names another region, or is right again."""
+        name = self._secret()
+        wrong = self.random.choice((NOWHERE, *STACKS.values()))
+        is_wrong = self.world.stacks[name] != STACKS[name]
+        self.world.stacks[name] = STACKS[name] if is_wrong else wrong
+        self.world.tell(f"  {name}: {self.world.stacks[name]}")
+        self.world.save_config()
+
+    async def wrong_stack_for_a_while(self) -> None:
+        """An address is wrong just when something is to be started there."""
+        name = self._secret()
+        self.world.stacks[name] = self.random.choice((NOWHERE, *STACKS.values()))
+        self.world.save_config()
+        await self._pass(0, 5)
+        self.end_batches()
+        await self._pass(0, self.random.choice((5, 400)))
+        self.world.stacks[name] = STACKS[name]
+        self.world.save_config()
+
+    def secret_leaves(self) -> None:
+        """A secret leaves the config, and its jobs have another one: or it comes back."""
+        world = self.world
+        if world.absent:
+            world.absent.clear()
+        else:
+            name = self._secret()
+            world.absent.add(name)
+            for job in list(world.jobs.values()):
+                if job.keboola_secret == name:
+                    other = self.random.choice(self._secrets())
+                    world.jobs[job.name] = replace(job, keboola_secret=other)
+            self.left = {n: j for n, j in self.left.items() if j.keboola_secret != name}
+            world.tell(f"  {name}")
+        world.save_config()
+
+    def secrets_in_another_order(self) -> None:
+        self.world.stacks = dict(reversed(self.world.stacks.items()))
+        self.world.save_config()
+
+    def secrets_well(self) -> None:
+        """All secrets are there, with the right address and a token of the right project."""
+        world = self.world
+        world.absent.clear()
+        for name, url in STACKS.items():
+            world.stacks[name] = url
+            if world.whose.get(world.tokens[name]) != (url, PROJECTS[name]):
+                world.new_token(name)
+        world.save_config()
 
     def other_order(self) -> None:
         """Jobs and ids stand in another order: nothing starts over."""
@@ -413,6 +506,7 @@ class History:
         world = self.world
         world.tell("all is well now")
         self.servers_well()
+        self.secrets_well()
         self.disk_free()
         self.unpause()
         for job in world.jobs.values():
@@ -482,7 +576,9 @@ WEIGHTS = {
     "add_job": 3, "copy_job": 1, "rename": 4, "remove": 3, "bring_back": 4,
     "remove_for_a_while": 4, "refused_and_removed": 3,
     "new_ids": 2, "earlier_ids": 2, "other_variables": 2, "other_target": 2,
-    "other_account": 1, "other_token": 1, "other_order": 1,
+    "other_account": 1, "other_token": 2, "revoke_token": 2, "other_project": 3, "other_stack": 3,
+    "wrong_stack_for_a_while": 3, "secret_leaves": 3, "secrets_in_another_order": 1,
+    "secrets_well": 3, "other_order": 1,
     "pause": 3, "do_elsewhere": 1, "unpause": 3, "retry": 2, "retry_force": 1,
     "kill": 4, "kill_soon": 6, "stop": 1, "daemon_instead": 2, "one_pass": 3, "second_process": 1,
     "clock_forward": 1, "clock_back": 1, "reboot": 3, "disk_full": 2, "disk_free": 3,

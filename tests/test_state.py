@@ -99,6 +99,10 @@ def full_trigger() -> Trigger:
         keboola_status="waiting",
         url="https://connection.x/job/7",
         error="what went wrong",
+        project_id="4711",
+        unknowns=2,
+        asked_wait_s=8.5,
+        said="what the server said",
     )
 
 
@@ -115,6 +119,7 @@ def full_batch(batch_id: str) -> Batch:
         created_at=NOW - 10.5,
         ended_at=NOW - 5.25,
         error="a line of words",
+        fileless_since=NOW - 4.5,
     )
 
 
@@ -286,6 +291,29 @@ def test_a_damaged_file_is_refused_and_not_touched(
     assert str(path) in str(caught.value)
     assert str(caught.value).endswith(tc.STATE_HINT)
     assert path.read_bytes() == before
+
+
+KILLED = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size = 1")  # so that changes reach the file before the commit
+db.execute("BEGIN")
+db.execute("CREATE TABLE jobs (name TEXT)")
+for _ in range(50):
+    db.execute("INSERT INTO jobs VALUES (hex(randomblob(2000)))")
+os._exit(9)
+"""
+
+
+def test_a_first_start_that_was_killed(path: Path) -> None:
+    """What SQLite had half written is undone; read-only, as the file is checked, it cannot be."""
+    subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    journal = path.with_name(path.name + "-journal")
+    assert journal.stat().st_size
+    assert path.stat().st_size
+    with closing(Store.open(path)) as store:
+        assert store.works() == []
+    assert not journal.exists()
 
 
 def test_another_programs_database_is_refused(path: Path) -> None:

@@ -308,7 +308,7 @@ SPOILS = [
     pytest.param(cut_in_a_page, ("malformed", "restore it from a backup")),
     pytest.param(cut_in_the_head, ("restore it from a backup",)),
     pytest.param(no_database, ("file is not a database", "restore it")),
-    pytest.param(newer, ("has schema 99; this program knows 3", "run the newer")),
+    pytest.param(newer, ("has schema 99; this program knows 4", "run the newer")),
     pytest.param(newer_without_wal, ("has schema 99", "run the newer")),
 ]
 
