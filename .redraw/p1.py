@@ -481,67 +481,74 @@ class KeboolaJob:
 # --- events ---------------------------------------------------------------------------------------
 
 
-# Every event: its level, the group by which a webhook may name it, and its sentence.
+# Every event: its name, its level, the groups by which webhooks may name it, and its sentence.
 EVENTS: Final[Mapping[str, tuple[str, str, str]]] = {
-    "daemon_started": ("info", "", "teckochecker {version} started as pid {pid}: {jobs}, {batches}"),
-    "daemon_stopped": ("info", "", "teckochecker stopped"),
-    "config_loaded": ("info", "", "config loaded: {changes}"),
-    "config_warning": ("warning", "", "{warning}"),
-    "config_rejected": ("error", "attention", "the config file has problems, the previous one still counts: {problem}"),  # noqa: E501
-    "config_rejected_recovered": ("info", "attention", "the config file is good again"),
-    "account_failing": ("error", "attention", "the secret {secret} is refused: {error}"),
-    "account_failing_recovered": ("info", "attention", "the secret {secret} works again, or is no longer used"),  # noqa: E501
-    "list_not_usable": ("warning", "", "the list of batches of {secret} is not used for a while: {error}"),  # noqa: E501
-    "list_usable": ("info", "", "the list of batches of {secret} is used again"),
-    "find_failed": ("warning", "", "new batches of {secret} cannot be found: {error}"),
-    "find_recovered": ("info", "", "new batches of {secret} are found again"),
-    "run_found": ("info", "", "{batch_id} begins a new run"),
-    "batch_joined": ("info", "", "{batch_id} joins, {count} batches now"),
-    "late_batch": ("warning", "", "{batch_id} came after the start, and starts nothing"),
-    "batch_without_group": ("warning", "", "{batch_id} has no {group_by} in its metadata, and starts nothing"),  # noqa: E501
-    "batch_status_changed": ("info", "", "{batch_id} {status}{counts}"),
-    "batch_status_unknown": ("warning", "", "{batch_id} has the status {status}, which is not known, and is polled on"),  # noqa: E501
-    "poll_failed": ("warning", "", "{error}"),
-    "poll_recovered": ("info", "", "polls succeed again"),
-    "poll_failing": ("warning", "attention", "polls have failed for over ten minutes: {error}"),
-    "poll_failing_recovered": ("info", "attention", "polls succeed again"),
-    "group_size_unclear": ("warning", "attention", "{error}"),
-    "group_size_unclear_recovered": ("info", "attention", "the size of the group is clear now"),
-    "deadline_passed": ("warning", "attention", "the deadline has passed, and {pending} of {count} batches are not finished"),  # noqa: E501
-    "deadline_passed_recovered": ("info", "attention", "the batches are finished, after the deadline"),
-    "trigger_intended": ("info", "", "will start {target}"),
-    "trigger_search_failed": ("warning", "", "{error}"),
-    "trigger_sending": ("info", "", "starting {target}"),
-    "trigger_not_sent": ("warning", "", "{error}"),
-    "trigger_unknown": ("warning", "", "{error}; Keboola is searched before anything is repeated"),
-    "trigger_rejected": ("error", "", "Keboola rejected the start: {error}"),
-    "trigger_sent": ("info", "", "started Keboola job {keboola_job_id} {url}"),
-    "trigger_found": ("info", "", "found Keboola job {keboola_job_id}, which this run has started {url}"),  # noqa: E501
-    "trigger_left_open": ("warning", "", "the process ends before Keboola's answer came; the next start searches for it"),  # noqa: E501
-    "trigger_overdue": ("error", "attention", "its Keboola job should have started by now: {error}"),
-    "trigger_overdue_recovered": ("info", "attention", "its Keboola job is known now"),
-    "keboola_job_status": ("info", "", "Keboola job {keboola_job_id} is {status}"),
-    "follow_failed": ("warning", "", "cannot follow Keboola job {keboola_job_id}: {error}"),
-    "follow_failing": ("warning", "attention", "the Keboola job cannot be followed for over ten minutes: {error}"),  # noqa: E501
-    "follow_failing_recovered": ("info", "attention", "the Keboola job can be followed again"),
-    "keboola_job_retried": ("warning", "", "{error}; it is started again in {wait}"),
-    "completed": ("info", "finished", "Keboola job {keboola_job_id} {ended}, {counts} {url}"),
-    "completed_with_failures": ("warning", "finished", "Keboola job {keboola_job_id} {ended}, {counts} {url}"),  # noqa: E501
-    "job_failed": ("error", "attention finished", "failed: {error} {url}"),
-    "job_failed_recovered": ("info", "attention", "is not failed any more"),
-    "retry_taken": ("info", "", "a person asked for a retry{how}"),
-    "retry_refused": ("warning", "", "a retry was asked for, but {why}"),
-    "jobs_need_attention": ("warning", "", "{count} need attention: {runs}"),
-    "state_is_older": ("warning", "", "the state file does not know of the last POST; for {wait_s} s no empty search counts"),  # noqa: E501
-    "state_write_failed": ("error", "attention", "{error}"),
-    "state_write_failed_recovered": ("info", "attention", "the state file can be written again"),
-    "clock_changed": ("warning", "", "the clock was set by {seconds} s, and all waits with it"),
-    "watch_failed": ("warning", "", "the config's directory cannot be watched, and is compared only: {error}"),  # noqa: E501
-    "notify_failed": ("warning", "", "the webhook {secret} cannot be told, and is tried again: {error}"),
-    "notify_dropped": ("warning", "", "the webhook {secret} was not told of {count} events: {why}"),
-    "publish_failed": ("warning", "", "cannot publish to {directory}: {error}"),
-    "publish_recovered": ("info", "", "files are published again"),
-    "internal_error": ("error", "", "a bug was met in {where}: {error}"),
+    name: (level, groups, sentence)
+    for name, level, groups, sentence in (
+        re.split(" +", line, maxsplit=3)
+        for line in """
+daemon_started            info    -         teckochecker {version} runs as pid {pid}: {jobs}, {batches}
+daemon_stopped            info    -         teckochecker stopped
+config_loaded             info    -         config loaded: {changes}
+config_warning            warning -         {warning}
+config_rejected           error   attention the config has problems, the previous one counts: {problem}
+config_rejected_recovered info    attention the config file is good again
+account_failing           error   attention the secret {secret} is refused: {error}
+account_failing_recovered info    attention the secret {secret} works again, or is no longer used
+list_not_usable           warning -         the list of {secret} is not used for a while: {error}
+list_usable               info    -         the list of batches of {secret} is used again
+find_failed               warning -         new batches of {secret} cannot be found: {error}
+find_recovered            info    -         new batches of {secret} are found again
+run_found                 info    -         {batch_id} begins a new run
+batch_joined              info    -         {batch_id} joins, {count} batches now
+late_batch                warning -         {batch_id} came after the start, and starts nothing
+batch_without_group       warning -         {batch_id} has no {group_by} in its metadata
+batch_status_changed      info    -         {batch_id} {status}{counts}
+batch_status_unknown      warning -         {batch_id} has the unknown status {status}
+poll_failed               warning -         {error}
+poll_recovered            info    -         polls succeed again
+poll_failing              warning attention polls have failed for over ten minutes: {error}
+poll_failing_recovered    info    attention polls do not fail any more
+group_size_unclear        warning attention {error}
+group_size_unclear_recovered info attention the size of the group is clear now
+deadline_passed           warning attention the deadline has passed: {pending} of {count} batches left
+deadline_passed_recovered info    attention the batches are finished, after the deadline
+trigger_intended          info    -         will start {target}
+trigger_search_failed     warning -         {error}
+trigger_sending           info    -         starting {target}
+trigger_not_sent          warning -         {error}
+trigger_unknown           warning -         {error}; Keboola is searched before a repeat
+trigger_rejected          error   -         Keboola rejected the start: {error}
+trigger_sent              info    -         started Keboola job {keboola_job_id} {url}
+trigger_found             info    -         found its Keboola job {keboola_job_id} {url}
+trigger_left_open         warning -         the process ends before Keboola's answer has come
+trigger_overdue           error   attention its Keboola job should have started by now: {error}
+trigger_overdue_recovered info    attention its Keboola job is known now
+keboola_job_unreadable    warning -         Keboola job {id} counts as another's: {error}
+keboola_job_status        info    -         Keboola job {keboola_job_id} is {status}
+keboola_job_retried       warning -         {error}; it is started again in {wait}
+follow_failed             warning -         cannot follow Keboola job {keboola_job_id}: {error}
+follow_failing            warning attention its Keboola job cannot be followed: {error}
+follow_failing_recovered  info    attention its Keboola job can be followed again
+completed                 info    finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
+completed_with_failures   warning finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
+job_failed                error   attention,finished failed: {error} {url}
+job_failed_recovered      info    attention it is not failed any more
+retry_taken               info    -         a person asked for a retry{how}
+retry_refused             warning -         a person asked for a retry, but {why}
+jobs_need_attention       warning -         {count} need attention: {runs}
+state_is_older            warning -         the state file does not know the last POST, waits {wait_s} s
+state_write_failed        error   attention {error}
+state_write_failed_recovered info attention the state file can be written again
+clock_changed             warning -         the clock was set by {seconds} s, and all waits with it
+watch_failed              warning -         the config's directory cannot be watched: {error}
+notify_failed             warning -         the webhook {secret} cannot be told yet: {error}
+notify_dropped            warning -         the webhook {secret} is not told of an event: {why}
+publish_failed            warning -         cannot publish to {directory}: {error}
+publish_recovered         info    -         files are published again
+internal_error            error   -         a bug was met in {where}: {error}
+""".strip().splitlines()
+    )
 }
 
 
@@ -559,16 +566,15 @@ class Event:
     id: int = 0
 
     @classmethod
-    def of(cls, name: str, run: Run | None = None, level: str = "", **fields_: object) -> Event:
+    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: Any) -> Event:
         """Return an event with its sentence; what a sentence names and `fields_` lack is empty."""
         usual, _, sentence = EVENTS[name]
         words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})
         text = one_line(sentence.format_map(words), 2000)
         if run:
             text = f"{run.name}: {text}"
-        return cls(
-            name, level or usual, run and run.job, run and run.name, fields_, text
-        )
+        job, name_of_run = (run.job, run.name) if run else (None, None)
+        return cls(name, level or usual, job, name_of_run, fields_, text)
 
     def document(self) -> dict[str, Any]:
         """Return the event as a line of the log in JSON has it."""

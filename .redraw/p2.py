@@ -7,42 +7,27 @@ MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
 _TAG: Final = "tag:yaml.org,2002:"
-_TRUTH: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_TAGS: Final = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
 _BAD: Final = object()  # a value that has a problem, which is noted already
 
-Reader = Callable[["YamlNode"], Any]
-
-# What a Keboola job gets from us; a job's own variables may not use these names.
-OWN_VARIABLES: Final = (
-    "batch_ids_completed",
-    "batch_ids_failed",
-    "batch_ids_pending",
-    "batch_count_total",
-    "batch_count_completed",
-    "batch_count_failed",
-    "batch_statuses",
-    "batch_output_file_ids",
-    "batch_error_file_ids",
-    "batch_request_counts",
-    "batch_errors",
-    "teckochecker_job",
-    "teckochecker_group",
-    "teckochecker_trigger_id",
-)
+# What makes a value of a node: a function, or the readers of a mapping's values.
+Reader = Callable[["YamlNode"], Any] | Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class YamlNode:
-    """A node of the YAML tree, the path to it, and the list that its problems go to.
+    """A node of the YAML tree, its key, the path to it, and what all nodes of a file share.
 
-    A method that reads a value returns None where it has noted a problem.
+    Where `text` notes a problem it returns None; what other methods return then does not count.
+    `secrets` are those that were read already; one with a problem is None.
     """
 
     node: yaml.Node
+    key: yaml.Node  # the node itself, where it has none
     path: str
     file: str
     problems: list[Problem]
-    key: yaml.Node | None = None
+    secrets: dict[str, SecretEntry | None] = field(default_factory=dict)
 
     @property
     def is_null(self) -> bool:
@@ -52,112 +37,107 @@ class YamlNode:
     def is_mapping(self) -> bool:
         return isinstance(self.node, yaml.MappingNode)
 
-    def bad(self, what: str, cure: str, mark: Any = None) -> None:  # noqa: ANN401 - of two loaders
-        """Note a problem here, or at a mark; returns None, for `return node.bad(...)`."""
-        mark = mark or self.node.start_mark
-        where = (self.file, mark.line + 1, mark.column + 1, self.path)
-        self.problems.append(Problem(*where, what, cure))
+    def bad(self, what: str, cure: str, at: yaml.Node | None = None) -> None:
+        """Note a problem, here or at another node; returns None, for `return node.bad(...)`."""
+        mark = (at or self.node).start_mark
+        place = (self.file, mark.line + 1, mark.column + 1, self.path)
+        self.problems.append(Problem(*place, what, cure))
 
-    def bad_key(self, what: str, cure: str) -> None:
-        """Note a problem at the node's key: something is missing, or should not be there."""
-        self.bad(what, cure, (self.key or self.node).start_mark)
-
-    def _has_tag(self, tags: Iterable[str], cure: str) -> bool:
-        """Check the node's tag: a custom one asks for what this program does not do."""
-        if self.node.tag.removeprefix(_TAG) not in tags:
-            self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
-            return False
-        return True
-
-    def _child(self, node: yaml.Node, name: str, key: yaml.Node | None = None) -> YamlNode:
-        joint = "." if self.path and key else ""
-        return YamlNode(node, f"{self.path}{joint}{name}", self.file, self.problems, key)
-
-    # --- lists and mappings ---
+    def _is(self, node_type: type[yaml.Node], kind: str, cure: str) -> bool:
+        if not isinstance(self.node, node_type):
+            self.bad(f"is not {kind}", cure)
+        return isinstance(self.node, node_type)
 
     def items(self, cure: str) -> list[YamlNode]:
         """Return a list's elements, or nothing and a problem."""
-        if not isinstance(self.node, yaml.SequenceNode):
-            self.bad("is not a list", cure)
-            return []
-        if not self._has_tag(("seq",), cure):
-            return []
-        return [self._child(node, f"[{i}]") for i, node in enumerate(self.node.value)]
+        nodes = enumerate(self.node.value if self._is(yaml.SequenceNode, "a list", cure) else ())
+        return [replace(self, node=n, key=n, path=f"{self.path}[{i}]") for i, n in nodes]
 
     def entries(self, cure: str) -> dict[str, YamlNode]:
         """Return a mapping's values by key, merge keys (`<<`) resolved; duplicates are problems."""
-        if not isinstance(self.node, yaml.MappingNode):
-            self.bad("is not a mapping", cure)
-            return {}
-        if not self._has_tag(("map",), cure):
-            return {}
         own: dict[str, YamlNode] = {}
         merged: dict[str, YamlNode] = {}
-        for key, value in self.node.value:
+        for key, value in self.node.value if self._is(yaml.MappingNode, "a mapping", cure) else ():
             if key.tag == _TAG + "merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):  # of several, the first one wins
-                    merge = self._child(source, "<<", key)
-                    merged |= merge.entries("merge a mapping or a list of mappings")
+                    at = replace(self, node=source)
+                    merged |= at.entries("write << and a mapping or a list of mappings")
             elif not isinstance(key, yaml.ScalarNode):
-                self.bad("a key is not a single value", cure, key.start_mark)
+                self.bad("a key is not a single value", cure, key)
             elif key.value in own:
-                line = (own[key.value].key or key).start_mark.line + 1
+                line = own[key.value].key.start_mark.line + 1
                 what = f"the key {self._shown(key.value)} stands here and in line {line}"
-                self.bad(what, "keep one of them", key.start_mark)
+                self.bad(what, "keep one of them", key)
             else:
-                own[key.value] = self._child(value, key.value, key)
+                path = f"{self.path}.{key.value}" if self.path else key.value
+                own[key.value] = replace(self, node=value, key=key, path=path)
         return merged | own
 
-    def allow(self, entries: Mapping[str, YamlNode], allowed: Iterable[str]) -> dict[str, YamlNode]:
-        """Return the entries that are allowed here; the others are problems."""
-        names = tuple(allowed)
-        for name in entries.keys() - set(names):
+    def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
+        """Return what the readers make of a mapping's values, in their order; null is None.
+
+        What has a problem is _BAD, but a dict has good and bad values of its own.
+        """
+        for name in nodes.keys() - readers.keys():
             what = f"the key {self._shown(name)} is not known"
-            mark = (entries[name].key or self.node).start_mark
-            self.bad(what, f"allowed here: {', '.join(names)}", mark)
-        return {name: node for name, node in entries.items() if name in names}
+            self.bad(what, f"allowed here: {', '.join(readers)}", nodes[name].key)
+        values: dict[str, Any] = {}
+        for name in [name for name in readers if name in nodes]:
+            noted_before, node, reader = len(self.problems), nodes[name], readers[name]
+            if node.is_null:
+                values[name] = None
+            elif isinstance(reader, Mapping):
+                values[name] = node.read(node.entries("write keys and values"), reader)
+            else:
+                values[name] = reader(node)
+            if len(self.problems) > noted_before and not isinstance(values[name], dict):
+                values[name] = _BAD
+        return values
 
-    def _shown(self, key: str) -> str:
-        """Return a key for a message; among secrets it may be a token that someone pasted."""
-        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", key)
-        return quoted(key) if is_plain else "written here"
-
-    def read(self, readers: Mapping[str, Reader], cure: str) -> dict[str, Any]:
-        """Return what the readers make of a mapping's values, by key; a bad one is _BAD."""
-        return read_values(self.allow(self.entries(cure), readers), readers)
-
-    # --- single values ---
+    def _shown(self, text: str) -> str:
+        """Return what is written, for a message; among secrets it may be a token."""
+        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", text)
+        return quoted(text) if is_plain else '"***"'
 
     def text(self, cure: str) -> str | None:
         """Return a scalar's text just as written (`0123` stays so)."""
         if self.is_null:
             return self.bad("is empty", cure)
-        if not isinstance(self.node, yaml.ScalarNode):
-            return self.bad("is not a single value", cure)
-        if not self._has_tag(("str", "int", "float", "bool", "timestamp", "value", "merge"), cure):
-            return None
-        return str(self.node.value).strip()
+        is_scalar = self._is(yaml.ScalarNode, "a single value", cure)
+        return str(self.node.value).strip() if is_scalar else None
 
     def matching(self, pattern: str, kind: str, cure: str) -> str | None:
         """Return text that matches a pattern as a whole."""
         text = self.text(cure)
         if text is None or re.fullmatch(pattern, text):
             return text
-        return self.bad(f"{quoted(text)} is not {kind}", cure)
+        return self.bad(f"{self._shown(text)} is not {kind}" if text else "is empty", cure)
 
     def keboola_id(self) -> str | None:
-        """Return an id of Keboola's."""
         cure = "copy the id from Keboola: letters, digits, . _ and -"
         return self.matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", "an id of Keboola's", cure)
 
+    def batch_id(self) -> str | None:
+        cure = "copy the batch id: letters, digits, . _ = and -"
+        return self.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
+
+    def file_path(self) -> str | None:
+        return self.matching(r"[^\0]+", "a path", "write a path")
+
     def choice(self, *choices: str) -> str | None:
-        """Return one word out of several."""
-        cure = f"write {', '.join(choices[:-1])} or {choices[-1]}"
-        text = self.text(cure)
-        if text is None or text in choices:
-            return text
-        return self.bad(f"{quoted(text)} is not one of them", cure)
+        words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        return self.matching("|".join(choices), "one of them", f"write {words}")
+
+    def boolean(self) -> bool:
+        pattern = "(?i)true|yes|on|false|no|off"
+        text = self.matching(pattern, "true or false", "write true or false")
+        return str(text).lower() in {"true", "yes", "on"}
+
+    def count(self, least: int, most: int) -> int:
+        numbers = "|".join(map(str, range(least, most + 1)))
+        kind = f"a number from {least} to {most}"
+        return int(self.matching(numbers, kind, "write a whole number") or 0)
 
     def duration(self, least_s: int, most_s: int) -> int | None:
         """Return a duration within limits, in seconds."""
@@ -172,40 +152,20 @@ class YamlNode:
             return self.bad(f"{quoted(text)} is out of range", f"write {limits}")
         return seconds
 
-    def count(self, least: int, most: int) -> int | None:
-        """Return a whole number within limits."""
-        cure = f"write a whole number from {least} to {most}"
-        text = self.text(cure)
-        if text is None:
-            return None
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            return self.bad(f"{quoted(text)} is not a number from {least} to {most}", cure)
-        return int(text)
+    def wait(self, least_s: int, most_s: int) -> int | None:
+        """Return a duration; shorter ones are for tests, with every stack on a loopback address."""
+        stacks = (secret.stack_url for secret in self.secrets.values() if secret)
+        is_test = all(is_loopback(url) for url in stacks if url)
+        return self.duration(0 if is_test else least_s, most_s)
 
-    def boolean(self) -> bool | None:
-        """Return true or false."""
-        text = self.text("write true or false")
-        if text is None:
-            return None
-        if self.node.tag != _TAG + "bool" or text.lower() not in _TRUTH:
-            return self.bad(f"{quoted(text)} is neither true nor false", "write true or false")
-        return _TRUTH[text.lower()]
-
-    def file_path(self) -> str | None:
-        """Return a file's path."""
-        text = self.text("write a path")
-        if text is not None and (not text or "\0" in text):
-            return self.bad("is empty", "write a path")
-        return text
-
-    def url(self) -> str | None:
-        """Return a server's address: https, or http on a loopback address. It is never echoed."""
-        cure = "write https://host (http only on a loopback address)"
-        text = self.text(cure)
-        problem = text is not None and url_problem(text)
-        if text is None or problem:
-            return problem and self.bad(problem, cure) or None
-        return text.rstrip("/")
+    def secret_name(self, kind: str) -> str | None:
+        names = [name for name, secret in self.secrets.items() if secret and secret.type == kind]
+        cure = f"write {' or '.join(names)}" if names else "add one under secrets:"
+        name = self.text(cure)
+        if name is None or name in names or self.secrets.get(name, _BAD) is None:
+            return name
+        # Not echoed: it may be a token that stands in the wrong place.
+        return self.bad(f"is not the name of a secret of type {kind}", cure)
 
     def plain_value(self) -> object:
         """Return a node as a JSON value; what is no JSON number stays the text that was written."""
@@ -215,31 +175,18 @@ class YamlNode:
         if self.is_mapping:
             return {key: item.plain_value() for key, item in self.entries(cure).items()}
         text = None if self.is_null else self.text(cure)
-        if text is None:
-            return None
         if self.node.tag == _TAG + "bool":
-            return _TRUTH.get(text.lower(), text)
-        is_number = self.node.tag in {_TAG + "int", _TAG + "float"}
-        if is_number and re.fullmatch(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?", text):
-            return json.loads(text)
+            return self.boolean()
+        if self.node.tag != _TAG + "str" and re.fullmatch(
+            r"-?(0|[1-9]\d{0,15})(\.\d+)?", str(text)
+        ):
+            return json.loads(str(text))
         return text
-
-
-def read_values(found: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """Return what the readers make of values, by key; a bad one is _BAD, null is None."""
-    values: dict[str, Any] = {}
-    for key, node in found.items():
-        value = None if node.is_null else readers[key](node)
-        values[key] = _BAD if value is None and not node.is_null else value
-    return values
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are there and good; the model has a default for the others."""
     return {key: v for key, v in values.items() if v is not None and v is not _BAD}
-
-
-# --- addresses ------------------------------------------------------------------------------------
 
 
 def is_loopback(url: str) -> bool:
@@ -254,10 +201,10 @@ def url_problem(url: str) -> str | None:
     """Return what is wrong with a server's address, or None."""
     try:
         parts = urllib.parse.urlsplit(url)
-        _ = parts.port
+        is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
     except ValueError:
-        return "is not an address"
-    if re.search(r"[^!-~]", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
+        is_address = False
+    if not is_address or re.search(r"[^!-~]", url):
         return "is not an address"
     if "?" in url or "#" in url or "@" in parts.netloc:
         return "has more than scheme, host, port and path"
@@ -266,107 +213,94 @@ def url_problem(url: str) -> str | None:
     return None
 
 
-def read_stack_url(node: YamlNode) -> str | None:
-    """Read a Keboola stack's address; people paste the address of a page of theirs."""
-    url = node.url()
-    parts = urllib.parse.urlsplit(url or "")
-    if parts.path and (parts.hostname or "").startswith("connection."):
-        return node.bad("has a path", f"write {parts.scheme}://{parts.netloc}")
-    return url
-
-
-def read_base_url(node: YamlNode) -> str | None:
-    """Read an OpenAI-compatible server's address, up to what stands before `/batches`."""
-    url = node.url()
-    parts = urllib.parse.urlsplit(url or "")
+def read_url(node: YamlNode) -> str | None:
+    """Read the address of a Keboola stack, or of a server up to what stands before `/batches`."""
+    cure = "write https://host (http only on a loopback address)"
+    url = node.text(cure)
+    problem = None if url is None else url_problem(url)
+    if url is None or problem:
+        return problem and node.bad(problem, cure)  # not echoed: it may hold a password
+    parts = urllib.parse.urlsplit(url.rstrip("/"))
+    host = parts.hostname or ""
+    if node.path.endswith("stack_url") and host.startswith("connection.") and parts.path:
+        return node.bad("has a path", f"write {parts.scheme}://{parts.netloc}")  # a page's address
     if parts.path.endswith("/batches"):
-        return node.bad("ends with /batches", f"write {str(url).removesuffix('/batches')}")
-    if (parts.hostname or "").endswith("openai.com") and not parts.path:
-        return node.bad("misses /v1", f"write {url}/v1")
-    return url
-
-
-# --- the keys of each part ------------------------------------------------------------------------
-
-
-def read_list(node: YamlNode, what: str, read: Reader, least: int, most: int) -> Any:  # noqa: ANN401
-    """Read a list of different values."""
-    cure = f"write a list of {least} to {most} {what}"
-    items = node.items(cure)
-    values = [read(item) for item in items]
-    if not isinstance(node.node, yaml.SequenceNode):
-        return None
-    if not least <= len(items) <= most:
-        return node.bad(f"has {len(items)} {what}", cure)
-    for i, (item, value) in enumerate(zip(items, values, strict=True)):
-        if value is not None and value in values[:i]:
-            return item.bad(f"{quoted(value)} stands here twice", "keep one of them")
-    return None if None in values else tuple(values)
-
-
-def read_batch_id(node: YamlNode) -> str | None:
-    """Read a batch's id, as its server calls it."""
-    cure = "copy the batch id: letters, digits, . _ = and -"
-    return node.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
-
-
-def read_variables(node: YamlNode) -> tuple[tuple[str, str], ...] | None:
-    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
-    values: dict[str, str | None] = {}
-    for name, item in node.entries("write names and values").items():
-        if name in OWN_VARIABLES:
-            item.bad("the name is taken by teckochecker", "choose another name")
-        elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
-            cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
-            item.bad(f"{quoted(name)} is not a variable's name", cure)
-        elif isinstance(item.node, yaml.ScalarNode):
-            values[name] = item.text("write a value")
-            if values[name] == "":
-                item.bad("is empty", "write a value: Keboola takes no empty ones")
-        else:
-            values[name] = compact_json(item.plain_value())
-    good = node.is_mapping and None not in values.values()
-    return tuple((name, str(value)) for name, value in values.items()) if good else None
-
-
-def read_match(node: YamlNode) -> tuple[tuple[str, str], ...] | None:
-    """Read which metadata a batch must have (OpenAI: keys to 64 characters, values to 512)."""
-    cure = "write KEY: VALUE, as the batch's metadata has it"
-    entries = node.entries(cure)
-    values = {name: item.text(cure) for name, item in entries.items()}
-    if node.is_mapping and not entries:
-        return node.bad("is empty, and every batch would match", cure)
-    if not node.is_mapping or None in values.values():
-        return None
-    return tuple((name, str(value)) for name, value in values.items())
+        return node.bad("ends with /batches", f"write {parts.geturl().removesuffix('/batches')}")
+    if host.endswith("openai.com") and not parts.path:
+        return node.bad("misses /v1", f"write {parts.geturl()}/v1")
+    return parts.geturl()
 
 
 def read_since(node: YamlNode) -> float | None:
     """Read a date (UTC) or an RFC 3339 time as Unix seconds."""
     cure = "write a date, 2026-11-25, or a time, 2026-11-25T06:00:00Z"
     text = node.text(cure)
-    if text is None:
-        return None
     with contextlib.suppress(ValueError, OverflowError):
-        if re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}($|[T ])", text):
-            at = datetime.fromisoformat(text)
-            return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
-    return node.bad(f"{quoted(text)} is not a date", cure)
+        at = datetime.fromisoformat(text or "")
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    return None if text is None else node.bad(f"{quoted(text)} is not a date", cure)
+
+
+def read_list(
+    node: YamlNode, what: str, read: Callable[[YamlNode], Any], least: int, most: int
+) -> Any:  # noqa: ANN401
+    """Read a list of different values."""
+    cure = f"write a list of {least} to {most} {what}"
+    items = node.items(cure)
+    if isinstance(node.node, yaml.SequenceNode) and not least <= len(items) <= most:
+        return node.bad(f"has {len(items)} {what}", cure)
+    values = [read(item) for item in items]
+    for i, (item, value) in enumerate(zip(items, values, strict=True)):
+        if value is not None and value in values[:i]:
+            item.bad(f"{quoted(value)} stands here twice", "keep one of them")
+    return tuple(values)
+
+
+# What a Keboola job gets from us (see `variables` in 4); a job's own may not have these names.
+OWN_VARIABLES: Final = (
+    "batch_ids_(completed|failed|pending)|batch_count_(total|completed|failed)|batch_statuses"
+    "|batch_output_file_ids|batch_error_file_ids|batch_request_counts|batch_errors"
+    "|teckochecker_(job|group|trigger_id)"
+)
+
+
+def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
+    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
+    values: dict[str, str | None] = {}
+    for name, item in node.entries("write names and values").items():
+        if re.fullmatch(OWN_VARIABLES, name):
+            item.bad("the name is taken by teckochecker", "choose another name", item.key)
+        elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
+            cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
+            item.bad(f"{quoted(name)} is not a variable's name", cure, item.key)
+        if isinstance(item.node, yaml.ScalarNode):
+            cure = "write a value: Keboola takes no empty ones"
+            values[name] = item.matching("(?s).+", "a value", cure)
+        else:
+            values[name] = compact_json(item.plain_value())
+    return tuple(values.items())
+
+
+def read_match(node: YamlNode) -> tuple[tuple[str, str | None], ...] | None:
+    """Read which metadata a batch must have."""
+    cure = "write KEY: VALUE, as the batch's metadata has it"
+    pairs = tuple((name, item.text(cure)) for name, item in node.entries(cure).items())
+    if node.is_mapping and not pairs:
+        return node.bad("is empty, and every batch would match", cure)
+    return pairs
 
 
 JOB_KEYS: Final[Mapping[str, Reader]] = {
-    "batch_ids": lambda node: read_list(node, "batch ids", read_batch_id, 1, 10),
+    "batch_ids": lambda node: read_list(node, "batch ids", YamlNode.batch_id, 1, 10),
     "match": read_match,
     "since": read_since,
     "group_by": lambda node: node.matching(".{1,64}", "a metadata key", "name a metadata key"),
     "group_size": lambda node: node.matching(
-        "[1-9][0-9]{0,2}|1000|metadata[.].{1,64}",
-        "a size",
-        "write a number from 1 to 1000, or metadata.KEY",
+        "[1-9][0-9]{0,2}|1000|metadata[.].{1,64}", "a size", "write 1 to 1000, or metadata.KEY"
     ),
     "settle": lambda node: node.duration(0, 7 * DAY_S),
-    "openai_secret": lambda node: node.text("name a secret of type openai"),
-    "keboola_secret": lambda node: node.text("name a secret of type keboola"),
+    "openai_secret": lambda node: node.secret_name("openai"),
+    "keboola_secret": lambda node: node.secret_name("keboola"),
     "component_id": YamlNode.keboola_id,
     "config_id": YamlNode.keboola_id,
     "branch_id": YamlNode.keboola_id,
@@ -383,313 +317,215 @@ JOB_KEYS: Final[Mapping[str, Reader]] = {
     "done": YamlNode.boolean,
 }
 
+_HEADER_VALUE: Final = ("[!-~]{1,255}", "a header's value", "write printable ASCII without spaces")
+
 # What each type of secret has beside `type` and its value.
 SECRET_KEYS: Final[Mapping[str, Mapping[str, Reader]]] = {
     "openai": {
-        "base_url": read_base_url,
-        **dict.fromkeys(
-            ("organization", "project", "api_version"),
-            lambda node: node.matching(
-                "[!-~]{1,255}", "a header's value", "write printable ASCII without spaces"
-            ),
-        ),
+        "base_url": read_url,
+        "organization": lambda node: node.matching(*_HEADER_VALUE),
+        "project": lambda node: node.matching(*_HEADER_VALUE),
         "auth_header": lambda node: node.choice("Authorization", "api-key"),
+        "api_version": lambda node: node.matching(*_HEADER_VALUE),
     },
-    "keboola": {"stack_url": read_stack_url},
+    "keboola": {"stack_url": read_url},
     "webhook": {},
 }
 
 
-def secret_name_reader(kind: str, kinds: Mapping[str, str | None]) -> Reader:
-    """Return a reader of the name of a secret of one type; `kinds` are those of all secrets.
-
-    A kind of None is one that could not be read, which is a problem of its own already.
-    """
-    names = ", ".join(name for name in kinds if kinds[name] == kind) or "none there yet"
-    cure = f"name a secret of type {kind}: {names}"
-
-    def read(node: YamlNode) -> str | None:
-        name = node.text(cure)
-        if name is None or kinds.get(name, "") in {kind, None}:
-            return name
-        if name in kinds:
-            return node.bad(f"{quoted(name)} is a secret of another type", cure)
-        return node.bad("is not the name of a secret", cure)  # not echoed: it may be a token
-
-    return read
-
-
 def read_secret(name: str, node: YamlNode) -> SecretEntry | None:
     """Read one entry of `secrets`. What stands there is never echoed."""
+    noted_before = len(node.problems)
     entries = node.entries("write type: and what belongs to it, each on its own line")
     if not node.is_mapping:
         return None
-    cure = "write type: openai, type: keboola or type: webhook"
-    if "type" not in entries:
-        return node.bad_key("type is missing", cure)
-    kind = entries["type"].text(cure)
-    if kind is None or kind not in SECRET_KEYS:
-        return None if kind is None else entries["type"].bad("is not a type of secret", cure)
-    noted_before = len(node.problems)
-    readers = SECRET_KEYS[kind]
-    found = node.allow(entries, ("type", "value", "env", "file", *readers))
-    values = read_values({key: found[key] for key in readers if key in found}, readers)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        node.bad_key(f"{quoted(name)} is not a secret's name", "use letters, digits, . _ and -")
-    if kind == "keboola" and values.get("stack_url") is None:
-        node.bad_key("stack_url is missing", "add stack_url: https://connection.keboola.com")
-    source, text = read_source(node, found)
-    if text is None or len(node.problems) > noted_before:
-        return None
-    mark = found[source].node.start_mark
-    place = (mark.line + 1, mark.column + 1)
-    return SecretEntry(name, kind, source, Secret(text), *place, **given(values))
-
-
-def read_source(node: YamlNode, found: Mapping[str, YamlNode]) -> tuple[str, str | None]:
-    """Read where a secret's value comes from, and what stands there."""
-    sources = [source for source in ("value", "env", "file") if source in found]
+    kind = str(entries["type"].node.value) if "type" in entries else ""
+    sources = ("value", "env", "file")
     cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
-    if len(sources) != 1:
-        what = f"has {' and '.join(sources)}" if sources else "has no value"
-        return "", node.bad(what, cure)
-    at = found[sources[0]]
-    text = at.text(cure)
-    if text is not None and (not text or "\0" in text):
-        return "", at.bad("is empty", cure)
-    return sources[0], text
+    readers: dict[str, Reader] = {
+        "type": lambda at: at.choice(*SECRET_KEYS),
+        **dict.fromkeys(sources, lambda at: at.matching(r"[^\0]+", "text", cure)),
+        **SECRET_KEYS.get(kind, dict.fromkeys(entries.keys() - {"type", *sources}, str)),
+    }
+    values = node.read(entries, readers)
+    if values.get("type") is None:
+        node.bad("type is missing", "add type: openai, keboola or webhook", node.key)
+    if kind == "keboola" and values.get("stack_url") is None:
+        node.bad("stack_url is missing", "add stack_url: https://connection.keboola.com", node.key)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        node.bad(f"{quoted(name)} is not a secret's name", "use letters, digits, ._-", node.key)
+    found = [source for source in sources if values.get(source) is not None]
+    if len(found) != 1:
+        node.bad(f"has {' and '.join(found) or 'no value'}", cure)
+    if len(node.problems) > noted_before:
+        return None
+    rest = given({key: values.get(key) for key in SECRET_KEYS[kind]})
+    mark = entries[found[0]].node.start_mark
+    place = (mark.line + 1, mark.column + 1)
+    return SecretEntry(name, kind, found[0], Secret(values[found[0]]), *place, **rest)
 
 
-def read_job(
-    name: str, node: YamlNode, readers: Mapping[str, Reader], defaults: Mapping[str, Any]
-) -> Job | None:
+def check_combinations(entries: Mapping[str, YamlNode], values: dict[str, Any]) -> None:
+    """Note which keys of a job do not go together; one that only `defaults` has is left out."""
+    has = {key for key, value in values.items() if value is not None}
+    has |= {"follow: false"} if values.get("follow") is False else set()
+    for key, how, other in (
+        ("match", "beside", "batch_ids"),
+        ("settle", "beside", "group_size"),
+        ("match", "without", "since"),
+        ("since", "without", "match"),
+        ("group_by", "without", "match"),
+        ("group_size", "without", "group_by"),
+        ("settle", "without", "group_by"),
+        ("on_deadline", "without", "deadline"),
+        ("retry_on_error", "beside", "follow: false"),
+    ):
+        if key not in has or (other in has) != (how == "beside"):
+            continue
+        if key in entries:
+            cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
+            entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
+        else:
+            values[key] = None
+            has.remove(key)
+
+
+def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | None:
     """Read one job; its own values win over `defaults`."""
-    found = node.allow(
-        node.entries("write batch_ids, config_id and so on, each on its own line"), readers
-    )
+    noted_before = len(node.problems)
+    entries = node.entries("write batch_ids, config_id and so on, each on its own line")
     if not node.is_mapping:
         return None
-    noted_before = len(node.problems)
-    values = {**defaults, **read_values(found, readers)}
+    values = {**defaults, **node.read(entries, JOB_KEYS)}
+    if not 0 < len(name) <= 200 or name != name.strip() or not name.isprintable() or "/" in name:
+        cure = "use 1 to 200 printable characters, and no /"
+        node.bad(f"{quoted(name)} is not a job's name", cure, node.key)
     for key in ("openai_secret", "keboola_secret", "component_id", "config_id"):
         if values.get(key) is None:
-            node.bad_key(f"{key} is missing", f"add {key}: here or under defaults")
-    if len(name) > 200 or name != name.strip() or not name or not name.isprintable() or "/" in name:
-        cure = "use 1 to 200 printable characters, and no /"
-        node.bad_key(f"{quoted(name)} is not a job's name", cure)
-    for key, what, cure in wrong_combinations(values):
-        (found.get(key) or node).bad_key(what, cure)
+            node.bad(f"{key} is missing", f"add {key}: here or under defaults", node.key)
+    check_combinations(entries, values)
+    if values.get("batch_ids") is None and values.get("match") is None:
+        node.bad("batch_ids is missing", "add batch_ids: here, or match: and since:", node.key)
     if _BAD in values.values() or len(node.problems) > noted_before:
         return None
-    return Job(name, **given(values))
+    job = Job(name, **given(values))
+    openai, keboola = node.secrets.get(job.openai_secret), node.secrets.get(job.keboola_secret)
+    if openai and urllib.parse.urlsplit(openai.base_url).hostname == "api.openai.com":
+        items = entries["batch_ids"].items("") if "batch_ids" in entries else ()
+        for item, batch_id in zip(items, job.batch_ids, strict=False):
+            if not batch_id.startswith("batch_"):
+                what = f"{quoted(batch_id)} is not a batch id of api.openai.com"
+                item.bad(what, "write batch_ and what follows it")
+    return job if openai and keboola else None
 
 
-def wrong_combinations(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield which keys of a job do not go together: the key, what is wrong, the cure."""
-    has = {key for key, value in values.items() if value is not None}
-    if "batch_ids" not in has and "match" not in has:
-        yield "", "batch_ids is missing", "add batch_ids: here, or match: and since:"
-    if {"batch_ids", "match"} <= has:
-        yield "match", "stands beside batch_ids", "keep one of them: ids, or metadata to find them by"
-    if "match" in has and "since" not in has:
-        yield "match", "since is missing", "add since: 2026-11-25; older batches are not looked at"
-    for key in ("since", "group_by"):
-        if key in has and "match" not in has:
-            yield key, f"{key} without match", f"add match:, or remove {key}:"
-    for key in ("group_size", "settle"):
-        if key in has and "group_by" not in has:
-            yield key, f"{key} without group_by", f"add group_by:, or remove {key}:"
-    if {"group_size", "settle"} <= has:
-        yield "settle", "stands beside group_size", "keep one of them: they answer the same question"
-    if "on_deadline" in has and "deadline" not in has:
-        yield "on_deadline", "on_deadline without deadline", "add deadline: 26h, or remove it"
-    if values.get("retry_on_error") not in {None, 0, _BAD} and values.get("follow") is False:
-        yield "retry_on_error", "retry_on_error with follow: false", "remove one of them"
-
-
-def read_notify(
-    node: YamlNode, read_secret_name: Reader
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def read_notify(node: YamlNode) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Read which webhook is told of which events; without `events`, of what needs attention."""
-    words = ("attention", "finished", *EVENTS)
-
-    def read_event(item: YamlNode) -> str | None:
-        cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
-        text = item.text(cure)
-        if text is None or text in words:
-            return text
-        return item.bad(f"{quoted(text)} is not an event", cure)
-
-    cure = "write - {secret: NAME, events: [attention]}"
+    names = "|".join(("attention", "finished", *EVENTS))
+    cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
     readers: dict[str, Reader] = {
-        "secret": read_secret_name,
-        "events": lambda events: read_list(events, "events", read_event, 1, 100),
+        "secret": lambda at: at.secret_name("webhook"),
+        "events": lambda at: read_list(
+            at, "events", lambda item: item.matching(names, "an event", cure), 1, 100
+        ),
     }
     rules = []
-    for item in node.items(cure):
-        values = item.read(readers, cure)
+    for item in node.items("write - {secret: NAME, events: [attention]}"):
+        values = item.read(item.entries("write secret: NAME, events: [attention]"), readers)
         if item.is_mapping and values.get("secret") is None:
             item.bad("secret is missing", "name a secret of type webhook")
-        elif item.is_mapping and _BAD not in values.values():
-            rules.append((values["secret"], values.get("events") or ("attention",)))
+        rules.append((values.get("secret", ""), values.get("events") or ("attention",)))
     return tuple(rules)
 
 
-def read_config(root: YamlNode, path: Path, sha256: str) -> Config:
-    """Read the whole tree."""
-    parts = ("state", "key_file", "publish", "log", "limits", "secrets", "notify", "defaults")
-    allowed = root.allow(root.entries("write keys and values"), (*parts, "jobs"))
-    found = {key: node for key, node in allowed.items() if not node.is_null}
-    names = "write names, each with its own keys below it"
-    nodes = found["secrets"].entries(names) if "secrets" in found else {}
-    read = {name: read_secret(name, node) for name, node in nodes.items()}
-    secrets = {name: secret for name, secret in read.items() if secret}
-    kinds = {name: secret and secret.type for name, secret in read.items()}
-    readers = {
-        **JOB_KEYS,
-        "openai_secret": secret_name_reader("openai", kinds),
-        "keboola_secret": secret_name_reader("keboola", kinds),
-    }
-    defaults: dict[str, Any] = {}
-    if "defaults" in found:
-        defaults = found["defaults"].read(readers, "write keys and values")
-    if "jobs" not in allowed:
-        root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
-    nodes = found["jobs"].entries(names) if "jobs" in found else {}
-    jobs = {name: read_job(name, node, readers, defaults) for name, node in nodes.items()}
-    key_mark = (found.get("key_file") or found.get("secrets") or root).node.start_mark
-    own = {key: found[key].file_path() for key in ("state", "key_file", "publish") if key in found}
-    values = read_settings(found, secrets)
-    if "notify" in found:
-        values["notify"] = read_notify(found["notify"], secret_name_reader("webhook", kinds))
-    good = {name: job for name, job in jobs.items() if job and is_complete(job, secrets)}
-    check_batch_ids(nodes, good, secrets)
-    return Config(
-        path,
-        sha256,
-        path.parent / (own.get("state") or "teckochecker.db"),
-        path.parent / (own.get("key_file") or "teckochecker.key"),
-        key_mark.line + 1,
-        key_mark.column + 1,
-        path.parent / publish if (publish := own.get("publish")) else None,
-        secrets=secrets,
-        jobs=good,
-        **values,
-    )
+_NAMES: Final = "write names, each with its own keys below it"
 
-
-def is_complete(job: Job, secrets: Mapping[str, SecretEntry]) -> bool:
-    """Return whether a job's secrets could be read."""
-    return {job.openai_secret, job.keboola_secret} <= secrets.keys()
-
-
-def check_batch_ids(
-    nodes: Mapping[str, YamlNode], jobs: Mapping[str, Job], secrets: Mapping[str, SecretEntry]
-) -> None:
-    """Note ids that OpenAI's own server cannot have made: its ids begin with `batch_`."""
-    for name, job in jobs.items():
-        host = urllib.parse.urlsplit(secrets[job.openai_secret].base_url).hostname
-        bad = [batch_id for batch_id in job.batch_ids if not batch_id.startswith("batch_")]
-        if host == "api.openai.com" and bad:
-            node = nodes[name].entries("").get("batch_ids") or nodes[name]
-            items = node.node.value if isinstance(node.node, yaml.SequenceNode) else []
-            marks = [item.start_mark for item in items if item.value in bad]
-            for place, batch_id in enumerate(bad):
-                what = f"{quoted(batch_id)} is not a batch id of api.openai.com"
-                node.bad(what, "write batch_ and what follows it", (marks[place:] or [None])[0])
-
-
-def read_settings(
-    found: Mapping[str, YamlNode], secrets: Mapping[str, SecretEntry]
-) -> dict[str, Any]:
-    """Read `log` and `limits`; short waits are for tests, with a stack on a loopback address."""
-    is_test = all(is_loopback(s.stack_url) for s in secrets.values() if s.type == "keboola")
-    log: dict[str, Reader] = {
+# Where a part names what is in another one, that one stands above it.
+TOP_KEYS: Final[Mapping[str, Reader]] = {
+    "state": YamlNode.file_path,
+    "key_file": YamlNode.file_path,
+    "publish": YamlNode.file_path,
+    "log": {
         "level": lambda node: node.choice("debug", "info", "warning", "error"),
         "format": lambda node: node.choice("auto", "console", "json"),
         "retention": lambda node: node.duration(HOUR_S, 3650 * DAY_S),
-    }
-    limits: dict[str, Reader] = {
+    },
+    "secrets": lambda node: node.secrets.update(
+        (name, read_secret(name, at)) for name, at in node.entries(_NAMES).items()
+    ),
+    "limits": {
         "max_concurrency": lambda node: node.count(1, 100),
         "request_timeout": lambda node: node.duration(1, 60),
-        "trigger_grace": lambda node: node.duration(0 if is_test else 30, DAY_S),
-        "follow_interval": lambda node: node.duration(0 if is_test else 5, HOUR_S),
-    }
-    values = given(found["log"].read(log, "write keys and values")) if "log" in found else {}
-    for key in ("level", "format"):
-        if key in values:
-            values[f"log_{key}"] = values.pop(key)
-    if "limits" in found:
-        values |= given(found["limits"].read(limits, "write keys and values"))
-    return values
+        "trigger_grace": lambda node: node.wait(30, DAY_S),
+        "follow_interval": lambda node: node.wait(5, HOUR_S),
+    },
+    "notify": read_notify,
+    "defaults": JOB_KEYS,
+    "jobs": lambda node: node.entries(_NAMES),
+}
 
 
 # --- from text to tree ----------------------------------------------------------------------------
 
 
-def refusal_before_composing(text: str) -> tuple[int, int, str, str] | None:
-    """Return line, column, what and cure of what would cost the process its stack or its memory.
+def refuse_harm(text: str) -> None:
+    """Raise YAMLError, its note the cure, for what costs the process its stack or its memory.
 
     The composer recurses, and an alias inside what an anchor names is what a bomb is made of.
     """
-    if not text.strip("\ufeff \t\r\n"):
-        return 0, 0, "the file is empty", "write a config; `teckochecker init` makes a first one"
-    bad = re.search("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text)
-    if bad:
-        before = text[: bad.start()]
-        what = f"has the control character {ord(bad[0]):#04x}"
-        column = len(before) - before.rfind("\n") - 1
-        return before.count("\n"), column, what, "a config is plain text: remove it"
     opened: list[tuple[str | None, int]] = []  # anchors, and the number of nodes before
-    sizes: dict[str, int] = {}
-    nodes = added = 0
+    sizes: dict[str | None, int] = {}
+    nodes = 0
+    event: Any
     for event in yaml.parse(text, Loader=_LOADER):
-        mark = event.start_mark
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, before_it = opened.pop()
-            sizes |= {anchor: nodes - before_it} if anchor else {}
-        nodes += isinstance(event, yaml.NodeEvent)
+        what = ""
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, nodes))
-            if len(opened) > MAX_DEPTH:
-                return mark.line, mark.column, f"nests deeper than {MAX_DEPTH}", "flatten it"
-        if isinstance(event, yaml.AliasEvent):
-            added += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before_it = opened.pop()
+            sizes[anchor] = nodes - before_it
+        elif isinstance(event, yaml.AliasEvent):
+            nodes += sizes.get(event.anchor, 1)
             if any(anchor for anchor, _ in opened):
                 what = "an alias stands inside what an anchor names"
-                return mark.line, mark.column, what, "write out what it stands for"
-        if nodes > 1_000_000 or added > 250_000:  # 10,000 jobs have some 400,000
-            return mark.line, mark.column, "there are too many values from here on", "split it up"
-    return None
+                cure = "write out what it stands for"
+        nodes += isinstance(event, yaml.NodeEvent)
+        tag = getattr(event, "tag", None)  # one that is written there
+        if tag and tag.removeprefix(_TAG) not in _TAGS:
+            what, cure = f"the tag {quoted(tag)} means nothing here", "remove it"
+        if len(opened) > MAX_DEPTH:
+            what, cure = f"nests deeper than {MAX_DEPTH}", "flatten it"
+        if nodes > 1_000_000:  # 10,000 jobs have some 400,000
+            what, cure = "there are too many values from here on", "split it up"
+        if what:
+            raise yaml.MarkedYAMLError(None, None, what, event.start_mark, cure)
 
 
 def compose(text: str, path: Path, problems: list[Problem]) -> YamlNode | None:
     """Return the root of the YAML tree, or None and a problem."""
-
-    def refuse(line: int, column: int, what: str, cure: str) -> None:
-        problems.append(Problem(str(path), line + 1, column + 1, "", what, cure))
-
+    text = text.removeprefix("\ufeff")  # libyaml would not count it in its marks
     try:
-        text = text.removeprefix("\ufeff")  # libyaml would not count it in its marks
-        refusal = refusal_before_composing(text)
-        if refusal:
-            return refuse(*refusal)
+        refuse_harm(text)
         node = yaml.compose(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        place = (mark.line, mark.column) if mark else (0, 0)
-        parts = (getattr(error, "context", ""), getattr(error, "problem", ""))
-        what = " ".join(filter(None, parts)) or "unreadable"
-        if "nesting depth" in what:  # a libyaml with a limit of its own reads ahead
-            return refuse(*place, f"nests deeper than {MAX_DEPTH}", "flatten it")
-        cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
-        return refuse(*place, f"is not YAML: {what}", cure)
-    if not isinstance(node, yaml.MappingNode):
-        mark = node.start_mark if node else None  # None: nothing but comments
-        place = (mark.line, mark.column) if mark else (0, 0)
-        cure = "write secrets:, jobs: and so on; see config.example.yaml"
-        return refuse(*place, "is not a mapping of keys", cure)
-    return YamlNode(node, "", str(path), problems)
+        if isinstance(node, yaml.MappingNode):
+            return YamlNode(node, node, "", str(path), problems)
+        what = "is not a mapping of keys" if node else "is empty"
+        cure = "write secrets:, jobs: and so on; `teckochecker init` makes a first one"
+        raise yaml.MarkedYAMLError(None, None, what, getattr(node, "start_mark", None), cure)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line, mark.column) if mark else (0, 0)
+        what, cure = str(error.problem), error.note or ""
+        if not cure:
+            what = f"is not YAML: {error.context or ''} {what}"
+            cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
+    except yaml.reader.ReaderError as error:  # its position counts bytes
+        before = text.encode()[: error.position].decode(errors="replace").split("\n")
+        line, column = len(before) - 1, len(before[-1])
+        what = f"has the control character {error.character:#04x}"
+        cure = "a config is plain text: remove it"
+    problems.append(Problem(str(path), line + 1, column + 1, "", what, cure))
+    return None
 
 
 def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
@@ -701,10 +537,30 @@ def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
     problems: list[Problem] = []
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     root = compose(text, path, problems)
-    if root:
-        return read_config(root, path, sha256), problems
-    state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
-    state_path = path.parent / (state[1].strip() if state else "teckochecker.db")
-    return Config(path, sha256, state_path, path.parent / "teckochecker.key"), problems
-
-
+    if root is None:
+        state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
+        state_path = path.parent / (state[1].strip() if state else "teckochecker.db")
+        return Config(path, sha256, state_path, path.parent / "teckochecker.key"), problems
+    entries = root.entries("write keys and values")
+    top = given(root.read(entries, TOP_KEYS))
+    if "jobs" not in entries:
+        root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
+    defaults, nodes = top.get("defaults", {}), top.get("jobs", {})
+    jobs = {name: read_job(name, node, defaults) for name, node in nodes.items()}
+    settings = given(top.get("log", {}) | top.get("limits", {}))
+    settings |= {f"log_{key}": settings.pop(key) for key in settings.keys() & {"level", "format"}}
+    key_mark = (entries.get("key_file") or entries.get("secrets") or root).node.start_mark
+    config = Config(
+        path,
+        sha256,
+        path.parent / top.get("state", "teckochecker.db"),
+        path.parent / top.get("key_file", "teckochecker.key"),
+        key_mark.line + 1,
+        key_mark.column + 1,
+        path.parent / top["publish"] if "publish" in top else None,
+        secrets=given(root.secrets),
+        notify=top.get("notify", ()),
+        jobs=given(jobs),
+        **settings,
+    )
+    return config, problems

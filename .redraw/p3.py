@@ -31,35 +31,29 @@ class Files:
     def read(self, path: Path) -> FileRead:
         """Return the file, at most MAX_FILE_BYTES and one byte of it."""
         if path not in self.seen:
-            self.seen[path] = self._read(path)
+            try:
+                # Without O_NONBLOCK, a named pipe would hold us until someone writes to it.
+                with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
+                    status = os.fstat(file.fileno())
+                    if not stat.S_ISREG(status.st_mode):
+                        raise OSError(errno.EINVAL, "Not a regular file")
+                    data, inode = file.read(MAX_FILE_BYTES + 1), (status.st_dev, status.st_ino)
+                self.seen[path] = FileRead(data, stat.S_IMODE(status.st_mode), inode)
+            except OSError as error:
+                self.seen[path] = FileRead(error=error)
         return self.seen[path]
-
-    @staticmethod
-    def _read(path: Path) -> FileRead:
-        try:
-            # Without O_NONBLOCK, a named pipe would hold the process until someone writes to it.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-                status = os.fstat(fd)
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError(errno.EINVAL, "Not a regular file")
-                data = file.read(MAX_FILE_BYTES + 1)
-                inode = (status.st_dev, status.st_ino)
-                return FileRead(data, stat.S_IMODE(status.st_mode), inode)
-        except OSError as error:
-            return FileRead(error=error)
 
 
 class Redactor:
     """Replaces every secret value it knows; of each secret it remembers the last twenty."""
 
-    # JSON may write a character as `\u0041`, and `/` as `\/`; others are no part of a token.
-    _ESCAPES: Final = re.compile(rb"\\(?:u00([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
+    # JSON may write a character as `\u0041`, and `/` as `\/`. What would end or begin something in
+    # JSON (quotes, backslashes) stays escaped, and others are no part of a token.
+    _ESCAPES: Final = re.compile(rb"\\(?:u00(?!22|5[Cc]|7[Ff])([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
 
     def __init__(self) -> None:
-        self._known: dict[str, dict[str, None]] = {}
-        self._longest_first: list[str] = []
-        self._pattern = re.compile("(?!)")  # matches nothing
+        self._known: dict[str, list[str]] = {}
+        self.learn(())
 
     def learn(self, secrets: Iterable[tuple[str, Secret]]) -> None:
         """Add values by name, each also in the forms in which JSON, Python and URLs write it.
@@ -67,17 +61,13 @@ class Redactor:
         Values of fewer than four characters are no tokens, and would mask half of the log.
         """
         for name, secret in secrets:
-            value = secret.reveal()
-            values = self._known.setdefault(name, {})
-            values.pop(value, None)
-            if len(value) >= 4:
-                values[value] = None
-            while len(values) > 20:
-                del values[next(iter(values))]
+            older = [value for value in self._known.get(name, ()) if value != secret.reveal()]
+            self._known[name] = [*older, secret.reveal()][-20:]
         forms = set()
-        for value in itertools.chain.from_iterable(self._known.values()):
-            forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
-            forms.add(urllib.parse.quote(value, safe=""))
+        for value in itertools.chain(*self._known.values()):
+            if len(value) >= 4:
+                forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
+                forms.add(urllib.parse.quote(value, safe=""))
         self._longest_first = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._longest_first)) or "(?!)")
 
@@ -90,19 +80,14 @@ class Redactor:
 
         In data only long ones are looked for: a short one could be part of an honest id.
         """
-        plain = self._ESCAPES.sub(self._unescaped, body) if b"\\" in body else body
+        plain = self._ESCAPES.sub(
+            lambda escape: escape[2] or bytes.fromhex((escape[1] or b"").decode()) or escape[0],
+            body,
+        )
         for form in self._longest_first:
             if (len(form) >= 16 or not is_data) and form.encode() in plain:
                 body = plain = plain.replace(form.encode(), b"***")
         return body
-
-    @staticmethod
-    def _unescaped(escape: re.Match[bytes]) -> bytes:
-        """Return what an escape stands for, unless it would end or begin something in JSON."""
-        if escape[2]:
-            return b"/"
-        character = bytes.fromhex(escape[1].decode()) if escape[1] else b'"'
-        return escape[0] if character in b'"\\\x7f' else character
 
     def tree(self, value: Any) -> Any:  # noqa: ANN401 - JSON
         """Return a log field's value without any secret; what is not JSON becomes its repr."""
@@ -115,9 +100,6 @@ class Redactor:
         if isinstance(value, list | tuple | set | frozenset):
             return [self.tree(item) for item in value]
         return self.text(repr(value))
-
-
-# --- one value ------------------------------------------------------------------------------------
 
 
 def looks_encrypted(value: str) -> bool:
@@ -139,32 +121,27 @@ def decrypted(keys: MultiFernet, token: str) -> str | None:
 
 def token_problem(text: str, kind: str) -> tuple[str, str] | None:
     """Return what is wrong with a secret's value, and its cure, or None. Neither shows it."""
-    alone = "put the token there, alone"
-    if not text:
-        return "is empty", alone
-    if len(text) > 65536:
-        return "is over 64 KiB", alone
-    # A newline inside a header value makes httpx print the whole value in its exception.
-    if not all("!" <= c <= "~" for c in text.removeprefix("Bearer ")):
-        return "has characters that no token has (it takes printable ASCII without spaces)", alone
-    if text[0] in "\"'" or text[-1] in "\"'":
-        return "has quotes around it", "write it without: docker's --env-file keeps quotes"
-    if text.startswith("Bearer "):
-        return "begins with Bearer", "write only what follows it"
-    if "YOUR-" in text or text in {"https://hooks.slack.com/services/T0/B0/XYZ"}:
-        return "is the placeholder of the example", "put your own there"
-    if kind == "webhook":
-        problem = url_problem(text.partition("?")[0])
-        return (f"{problem}", "put the https address there") if problem else None
-    if re.match("[A-Za-z_][A-Za-z0-9_]*=.", text):
-        return "begins with NAME=", "write only what follows the ="
-    if kind == "keboola" and text.startswith("kbc_"):
-        cure = "make a Storage API token in the project's settings"
-        return "is a programmatic token, which is not supported", cure
+    alone, after = "put the token there, alone", "write only what follows"
+    unprintable = "has characters that no token has (it takes printable ASCII without spaces)"
+    kbc = "is a programmatic token, which is not supported"
+    is_example = "YOUR-" in text or text == "https://hooks.slack.com/services/T0/B0/XYZ"
+    url = url_problem(text.partition("?")[0]) if kind == "webhook" else None
+    has_name = kind != "webhook" and re.match("[A-Za-z_][A-Za-z0-9_]*=.", text)
+    for is_wrong, what, cure in (
+        (not text, "is empty", alone),
+        (len(text) > 65536, "is over 64 KiB", alone),
+        # A newline inside a header value makes httpx print the whole value in its exception.
+        (re.search("[^!-~]", text.removeprefix("Bearer ")), unprintable, alone),
+        (re.search("^[\"']|[\"']$", text), "has quotes around it", "write it without them"),
+        (text.startswith("Bearer "), "begins with Bearer", f"{after} it"),
+        (is_example, "is the placeholder of the example", "put your own there"),
+        (url, f"{url}", "put the https address there"),
+        (has_name, "begins with NAME=", f"{after} the ="),
+        (kind == "keboola" and text.startswith("kbc_"), kbc, "make a Storage API token"),
+    ):
+        if is_wrong:
+            return what, cure
     return None
-
-
-# --- all of a config's ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +170,13 @@ class SecretOpener:
         self.keys: list[Secret] = []
         self._files = files
         self._env = env
-        self._has_credential = False  # the key is the service manager's copy, made at the start
 
     def open_all(self) -> dict[str, Secret]:
         """Return every secret that opens, by name; `problems` tells of the others."""
         entries = self.config.secrets.values()
         keys = self.fernet() if any(entry.source == "value" for entry in entries) else None
         opened = {entry.name: self._open(entry, keys) for entry in entries}
-        return {name: Secret(text) for name, text in opened.items() if text is not None}
+        return {name: secret for name, secret in opened.items() if secret}
 
     def all_known(self, secrets: Mapping[str, Secret]) -> Iterator[tuple[str, Secret]]:
         """Yield what must be shown nowhere: values, keys, and the paths of webhooks' addresses."""
@@ -209,123 +185,105 @@ class SecretOpener:
         for name in self.config.of_type("webhook"):
             parts = urllib.parse.urlsplit(secrets[name].reveal() if name in secrets else "")
             target = parts._replace(scheme="", netloc="").geturl()
-            for place, text in enumerate((target, parts.path)):
-                if len(text) > 8:
-                    yield f"{name} {place}", Secret(text)
+            secret_parts = (("target", target), ("path", parts.path))
+            yield from ((f"{name} {k}", Secret(text)) for k, text in secret_parts if len(text) > 8)
 
     def fernet(self) -> MultiFernet | None:
         """Return the keys (the first encrypts, all decrypt) from the first place that has any."""
-        text = self._env.get(KEY_VARIABLE, "").strip()
-        if text:
-            return self._parse_keys(text, f"${KEY_VARIABLE}")
-        directory = self._env.get("CREDENTIALS_DIRECTORY")
-        if directory:
-            credential = Path(directory) / "teckochecker.key"
-            read = self._files.read(credential)
-            if not isinstance(read.error, FileNotFoundError):
-                self._has_credential = True
-                return self._read_keys(credential, read)
-        path = self.config.key_path
-        read = self._files.read(path)
-        if read.error is None and read.mode & stat.S_IRWXO:
-            what = f"{path} can be read by others (mode {read.mode:04o})"
-            return self._bad_key(what, f"run: chmod 600 {path}")
-        if read.error is None and read.mode & stat.S_IRWXG:
-            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
-        return self._read_keys(path, read)
+        where, text = f"${KEY_VARIABLE}", self._env.get(KEY_VARIABLE, "").strip() or None
+        if text is None:
+            where, text = self._read_key_file()
+        if text is None:
+            return None
+        lines = (line.split("#")[0] for line in text.splitlines())
+        keys = [key for line in lines for key in line.replace(",", " ").split()]
+        with contextlib.suppress(ValueError):
+            fernet = MultiFernet([Fernet(key) for key in keys])
+            self.keys = [Secret(key) for key in keys]
+            return fernet
+        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
+        return self._bad_key(what, f"make one: {MAKE_KEY}")
 
     def _bad_key(self, what: str, cure: str) -> None:
-        place = (self.config.key_line, self.config.key_column)
-        self.problems.append(Problem(str(self.config.path), *place, "key_file", what, cure))
+        place = (str(self.config.path), self.config.key_line, self.config.key_column, "key_file")
+        self.problems.append(Problem(*place, what, cure))
 
-    def _read_keys(self, path: Path, read: FileRead) -> MultiFernet | None:
+    def _read_key_file(self) -> tuple[str, str | None]:
+        """Return the path of the key file, and its text or None and a problem."""
+        path, directory = self.config.key_path, self._env.get("CREDENTIALS_DIRECTORY")
+        read, mode = self._files.read(path), self._files.read(path).mode
+        if directory:
+            credential = Path(directory, "teckochecker.key")
+            found = self._files.read(credential)
+            if not isinstance(found.error, FileNotFoundError):
+                path, read, mode = credential, found, 0  # its mode is the service manager's matter
         if read.error:
             cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
             if read.error.errno == errno.EACCES:
                 cure = "run this as the key's owner, or as root"
-            return self._bad_key(f"cannot read the key file {path}: {read.error.strerror}", cure)
-        return self._parse_keys(read.data.decode("ascii", "replace"), str(path))
+            self._bad_key(f"cannot read the key file {path}: {read.error.strerror}", cure)
+        elif mode & stat.S_IRWXO:
+            what = f"{path} can be read by others (mode {mode:04o})"
+            self._bad_key(what, f"run: chmod 600 {path}")
+        else:
+            if mode & stat.S_IRWXG:
+                self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
+            return str(path), read.data.decode("ascii", "replace")
+        return str(path), None
 
-    def _parse_keys(self, text: str, where: str) -> MultiFernet | None:
-        lines = (line.split("#")[0] for line in text.splitlines())
-        keys = [key for line in lines for key in line.replace(",", " ").split()]
-        try:
-            if keys:
-                fernet = MultiFernet([Fernet(key) for key in keys])
-                self.keys = [Secret(key) for key in keys]
-                return fernet
-        except ValueError:
-            pass
-        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
-        return self._bad_key(what, f"make one: {MAKE_KEY}")
-
-    def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> str | None:
-        """Return a secret's value, or None and a problem."""
-        found = getattr(self, f"_from_{entry.source}")(entry, keys)
-        if isinstance(found, str):
-            problem = token_problem(found, entry.type)
-            if not problem:
-                return found
-            found = (f"the secret {problem[0]}", problem[1])
-        if found:
-            path = f"secrets.{entry.name}.{entry.source}"
-            place = (str(self.config.path), entry.line, entry.column, path)
-            self.problems.append(Problem(*place, *found))
-        return None
-
-    def _from_value(
-        self, entry: SecretEntry, keys: MultiFernet | None
-    ) -> str | tuple[str, str] | None:
-        if keys is None:
+    def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> Secret | None:
+        """Return a secret, or None and a problem."""
+        text, value = entry.text.reveal(), None
+        what, cure = "the environment has no such variable", "set it, or correct the name"
+        if entry.source == "env":
+            value = self._env.get(text)
+        elif entry.source == "file":
+            # Relative paths are relative to the config; an absolute one replaces that altogether.
+            read = self._files.read(self.config.path.parent / text)
+            if read.error is None:
+                value = read.data[:100_000].decode("utf-8", "replace")
+            else:
+                what = f"cannot read the file: {read.error.strerror}"
+                cure = "correct the path or its permissions"
+        elif keys is None:
             return None  # noted already, where the key was looked for
-        text = decrypted(keys, entry.text.reveal())
-        if text is not None:
-            return text
-        command = f"run: teckochecker --config {self.config.path} encrypt"
-        if not looks_encrypted(entry.text.reveal()):
-            return "is not encrypted", command
-        cure = f"bring that key back, or write the token in plain and {command}"
-        if self._has_credential:
-            cure = f"if the key is new, restart the service; else {cure}"
-        return "is encrypted with another key", cure
-
-    def _from_env(self, entry: SecretEntry, _: object) -> str | tuple[str, str]:
-        value = self._env.get(entry.text.reveal())
-        if value is None:
-            return "the environment has no such variable", "set it, or correct the name"
-        return value.strip()
-
-    def _from_file(self, entry: SecretEntry, _: object) -> str | tuple[str, str]:
-        # Relative paths are relative to the config; an absolute one replaces that altogether.
-        read = self._files.read(self.config.path.parent / entry.text.reveal())
-        if read.error:
-            what = f"cannot read the file: {read.error.strerror}"
-            return what, "correct the path or its permissions"
-        return read.data[:100_000].decode("utf-8", "replace").strip()
+        else:
+            value = decrypted(keys, text)
+            what = "is not encrypted"
+            cure = f"run: teckochecker --config {self.config.path} encrypt"
+            if looks_encrypted(text):
+                what = "is encrypted with another key"
+                cure = f"bring that key back, or write the token in plain and {cure}"
+        if value is not None:
+            problem = token_problem(value.strip(), entry.type)
+            if problem is None:
+                return Secret(value.strip())
+            what, cure = f"the secret {problem[0]}", problem[1]
+        path = f"secrets.{entry.name}.{entry.source}"
+        place = (str(self.config.path), entry.line, entry.column, path)
+        self.problems.append(Problem(*place, what, cure))
+        return None
 
 
 def read_config_file(path: Path, files: Files) -> tuple[Config, list[Problem], str]:
     """Return what the file says so far as it can be read, what is wrong with it, and its text."""
-    read = files.read(path)
-
-    def refuse(what: str, cure: str, line: int = 1, column: int = 1) -> tuple[Any, ...]:
-        config = Config(path, "", path.parent / "teckochecker.db", path.parent / "teckochecker.key")
-        return config, [Problem(str(path), line, column, "", what, cure)], ""
-
+    read, place = files.read(path), (1, 1)
+    try:
+        if read.error is None and len(read.data) <= MAX_FILE_BYTES:
+            text = read.data.decode()
+            return *parse_config(text, path), text
+        what, cure = "is over 16 MiB", "a config is smaller: check the path"
+    except UnicodeDecodeError as error:
+        before = read.data[: error.start].decode().split("\n")
+        place = (len(before), len(before[-1]) + 1)
+        what, cure = "is not UTF-8 text", "save it as UTF-8"
     if read.error:
+        what = f"cannot be read: {read.error.strerror}"
         cure = "check the path, pass --config PATH, or run `teckochecker init` for a first one"
         if read.error.errno == errno.EACCES:
             cure = "let this user read it; with all secrets encrypted, chmod 644 is safe"
-        return refuse(f"cannot be read: {read.error.strerror}", cure)
-    if len(read.data) > MAX_FILE_BYTES:
-        return refuse("is over 16 MiB", "a config is smaller: check the path")
-    try:
-        text = read.data.decode()
-    except UnicodeDecodeError as error:
-        before = read.data[: error.start]
-        place = (before.count(b"\n") + 1, len(before) - before.rfind(b"\n"))
-        return refuse("is not UTF-8 text", "save it as UTF-8", *place)
-    return *parse_config(text, path), text
+    config = Config(path, "", path.parent / "teckochecker.db", path.parent / "teckochecker.key")
+    return config, [Problem(str(path), *place, "", what, cure)], ""
 
 
 def load_config(
@@ -358,5 +316,3 @@ def mount_warning(path: Path) -> Iterator[str]:
         places = {line.split(" ")[4] for line in mounts.splitlines() if line.count(" ") > 5}
         if target in {re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in places}:
             yield f"{path} is a mount of its own: its changes are not seen; mount its directory"
-
-

@@ -13,9 +13,28 @@
 #
 # A `sending` that is found at the start is `unknown`. A search comes before every POST.
 
-MAX_BATCHES: Final = 1000  # of a run
 LASTING_S: Final = 10 * MINUTE_S  # an error that lasts longer does not settle by itself
 FILES_WAIT_S: Final = 5 * MINUTE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is decided by beside the run: its job, the time, chance, and what the config allows."""
+
+    job: Job | None  # None: it is not in the config now
+    boot_time: BootTime
+    jitter: float = 0.0  # from 0 to 1
+    grace_s: float = 60.0
+    follow_interval_s: float = 30.0
+    may_post: bool = False
+
+    @property
+    def now(self) -> float:
+        return self.boot_time.wall
+
+    @property
+    def follow(self) -> bool:
+        return self.job is None or self.job.follow
 
 
 def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | None = None) -> float:
@@ -85,14 +104,12 @@ def batch_event(run: Run, batch: Batch) -> Event:
     return Event.of("batch_status_changed", run, level, **facts)
 
 
-def after_poll(
-    run: Run, job: Job, answers: Mapping[str, Batch | ApiError], now: float, jitter: float
-) -> Change:
+def after_poll(run: Run, job: Job, answers: Mapping[str, Batch | ApiError], terms: Terms) -> Change:
     """Return a run after a poll of its batches, and what is decided with it.
 
     One failed poll never fails a run: it shows the error and is polled again, each time later.
     """
-    batches, events = [], []
+    now, batches, events = terms.now, [], []
     for known in run.batches:
         came = answers.get(known.id)
         batch = merged(known, came, now) if isinstance(came, Batch) else known
@@ -107,7 +124,7 @@ def after_poll(
         batch_id, error = next(iter(errors.items()))
         others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         asked_s = max(e.retry_after_s or 0.0 for e in errors.values())
-        wait_s = backoff_s(run.failures + 1, job.poll_interval, jitter, asked_s)
+        wait_s = backoff_s(run.failures + 1, job.poll_interval, terms.jitter, asked_s)
         after = with_error(after, f"{batch_id}: {error}{others}", now, wait_s)
         facts = {"status": error.status, "request_id": error.request_id}
         if after.error != run.error:
@@ -136,7 +153,7 @@ def decide(run: Run, job: Job, now: float) -> Change:
     if (is_whole and not pending and run.batches) or (now >= due_at and job.on_deadline == "start"):
         refusal = policy_refusal(run, job)
         if refusal:
-            ended = {"phase": Phase.REFUSED, "next_at": math.inf, "error_since": now}
+            ended: dict[str, Any] = {"phase": Phase.REFUSED, "next_at": math.inf, "error_since": now}
             return replace(run, error=refusal, **ended), []
         return as_intended(run, now), []
     next_at = run.next_at if pending else whole_at
@@ -319,36 +336,29 @@ def as_sending(run: Run, now: float) -> Change:
     return after, [Event.of("trigger_sending", run, trigger_id=run.trigger_id, target=str(run.target))]
 
 
-def as_unknown(run: Run, error: str, grace_s: float, now: BootTime, asked_s: float = 0.0) -> Change:
+def as_unknown(run: Run, error: str, terms: Terms, asked_s: float = 0.0) -> Change:
     """Return a run when the outcome of its POST cannot be told.
 
     The first repeat waits for the grace; then the wait doubles each time, up to an hour.
     """
+    grace_s = terms.grace_s
     doubled = min(max(grace_s, HOUR_S), max(1.0, 2 * run.repeat_after_s))
     wait_s = max(grace_s if run.repeat_after_s == 0 else doubled, min(asked_s, HOUR_S))
     text = f"it is not known whether Keboola took the job: {error}"
     after = replace(
-        with_error(run, text, now.wall, search_spacing_s(grace_s)),
+        with_error(run, text, terms.now, search_spacing_s(grace_s)),
         phase=Phase.UNKNOWN,
         failures=0,
         post_error=error,
         repeat_after_s=max(wait_s, 0.001),
-        unknown_since=now,
+        unknown_since=terms.boot_time,
         empty_searches=0,
     )
     return after, [Event.of("trigger_unknown", run, trigger_id=run.trigger_id, error=text)]
 
 
-def after_search(  # noqa: PLR0913 - what it goes by is named at each call
-    run: Run,
-    came: Sequence[KeboolaJob] | ApiError,
-    *,
-    began: BootTime,
-    may_post: bool,
-    follow: bool,
-    grace_s: float,
-    now: float,
-    jitter: float,
+def after_search(
+    run: Run, came: Sequence[KeboolaJob] | ApiError, began: BootTime, terms: Terms
 ) -> Change:
     """Return a run after a search for its Keboola job: found, SENDING, or searched for again.
 
@@ -357,20 +367,20 @@ def after_search(  # noqa: PLR0913 - what it goes by is named at each call
     `began` is when the search did. A run that comes back SENDING is to be committed and posted with
     nothing awaited in between: what was found out and what is sent belong together.
     """
+    now = terms.now
     if isinstance(came, ApiError):
-        if run.forced and may_post:
+        if run.forced and terms.may_post:
             return as_sending(run, now)
         text = f"cannot search Keboola for an earlier start: {came}"
         if run.post_error:
             text += f"; the start brought: {run.post_error}"
-        wait_s = backoff_s(run.failures + 1, 5, jitter, came.retry_after_s)
-        is_new = text != run.error
-        events = [Event.of("trigger_search_failed", run, error=text, status=came.status)]
-        return with_error(run, text, now, wait_s), events if is_new else []
+        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
+        event = Event.of("trigger_search_failed", run, error=text, status=came.status)
+        return with_error(run, text, now, wait_s), [event] if text != run.error else []
     if came:
-        return as_started(run, came, "trigger_found", now, follow=follow)
+        return as_started(run, came, "trigger_found", terms)
     if run.phase is not Phase.UNKNOWN:
-        return as_sending(run, now) if may_post else (run, [])
+        return as_sending(run, now) if terms.may_post else (run, [])
     elapsed_s = run.unknown_since.until_s(began) if run.unknown_since else 0.0
     is_late = elapsed_s >= run.repeat_after_s
     after = replace(run, empty_searches=run.empty_searches + 1, failures=0)
@@ -378,26 +388,24 @@ def after_search(  # noqa: PLR0913 - what it goes by is named at each call
         text = f"a search did not find the Keboola job, and the start brought: {run.post_error}"
         after = replace(after, error=text)
     if is_late and after.empty_searches >= 2:
-        if may_post:
+        if terms.may_post:
             return as_sending(after, now)
         # Paused or removed: an earlier POST's job may still show up, so the search goes on.
         return replace(after, next_at=now + HOUR_S), []
-    spacing_s = search_spacing_s(grace_s)
+    spacing_s = search_spacing_s(terms.grace_s)
     wait_s = spacing_s if is_late else max(run.repeat_after_s - elapsed_s, 0.1)
     return replace(after, next_at=now + wait_s), []
 
 
-def as_started(
-    run: Run, jobs: Sequence[KeboolaJob], name: str, now: float, *, follow: bool
-) -> Change:
+def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) -> Change:
     """Return a run once its Keboola job is known; of several, the first one is ours."""
-    ours, *others = jobs
+    (ours, *others), now = jobs, terms.now
     created_at = ours.created_time.timestamp() if ours.created_time else now
     project = ours.project or run.target.project
     page = f"{run.target.stack_url}/admin/projects/{project}/queue/{ours.id}" if project else None
     after = replace(
         run,
-        phase=Phase.SENT if follow else Phase.FINISHED,
+        phase=Phase.SENT if terms.follow else Phase.FINISHED,
         keboola_job_id=ours.id,
         keboola_status=ours.status,
         url=page,
@@ -416,36 +424,28 @@ def as_started(
     if others:
         facts["other_keboola_job_ids"] = [job.id for job in others]
     events = [Event.of(name, run, "warning" if others else "", **facts)]
-    if not follow:
+    if not terms.follow:
         after = replace(after, finished_at=after.sent_at, next_at=math.inf)
         events.append(end_event(after, "was started"))
     return after, events
 
 
-def after_post(  # noqa: PLR0913 - what it goes by is named at each call
-    run: Run,
-    came: KeboolaJob | ApiError,
-    *,
-    follow: bool,
-    grace_s: float,
-    now: BootTime,
-    jitter: float,
-) -> Change:
+def after_post(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
     """Return a run after its POST: sent, certainly not sent, rejected, or unknown."""
     if isinstance(came, KeboolaJob):
-        return as_started(run, [came], "trigger_sent", now.wall, follow=follow)
+        return as_started(run, [came], "trigger_sent", terms)
     facts = {"trigger_id": run.trigger_id, "status": came.status, "request_id": came.request_id}
     if not came.sent:
         text = f"Keboola was not reached: {came}"
-        wait_s = backoff_s(run.failures + 1, 5, jitter, came.retry_after_s)
-        after = replace(with_error(run, text, now.wall, wait_s), phase=Phase.INTENT)
+        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
+        after = replace(with_error(run, text, terms.now, wait_s), phase=Phase.INTENT)
         return after, [Event.of("trigger_not_sent", run, error=text, **facts)]
     if came.status is None or not 400 <= came.status < 500 or came.status in {408, 429}:
-        return as_unknown(run, str(came), grace_s, now, came.retry_after_s or 0.0)
+        return as_unknown(run, str(came), terms, came.retry_after_s or 0.0)
     is_curable = came.status in {401, 402, 403, 404, 409, 423}
-    wait_s = backoff_s(run.failures + 1, 5 * MINUTE_S, jitter, came.retry_after_s)
+    wait_s = backoff_s(run.failures + 1, 5 * MINUTE_S, terms.jitter, came.retry_after_s)
     after = replace(
-        with_error(run, str(came), now.wall, wait_s if is_curable else math.inf),
+        with_error(run, str(came), terms.now, wait_s if is_curable else math.inf),
         phase=Phase.REJECTED,
         sending_at=None,
         repeat_after_s=0.0,
@@ -468,21 +468,14 @@ def end_event(run: Run, ended: str) -> Event:
     return Event.of(name, run, **facts, ended=ended, counts=counts, url=run.url)
 
 
-def after_follow(  # noqa: PLR0913 - what it goes by is named at each call
-    run: Run,
-    came: KeboolaJob | ApiError,
-    *,
-    poll_interval_s: float,
-    follow_interval_s: float,
-    retry_on_error: int,
-    now: float,
-    jitter: float,
-) -> Change:
+def after_follow(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
     """Return a run after a look at its Keboola job: finished, failed, started again, or running."""
-    wait_s = max(follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
+    now, job = terms.now, terms.job
+    poll_interval_s = job.poll_interval if job else HOUR_S
+    wait_s = max(terms.follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
     facts = {"keboola_job_id": run.keboola_job_id, "url": run.url}
     if isinstance(came, ApiError) and came.status != 404:
-        wait_s = backoff_s(run.failures + 1, wait_s, jitter, came.retry_after_s)
+        wait_s = backoff_s(run.failures + 1, wait_s, terms.jitter, came.retry_after_s)
         after = with_error(run, str(came), now, wait_s)
         event = Event.of("follow_failed", run, **facts, error=str(came), status=came.status)
         return after, [event] if after.error != run.error else []
@@ -500,7 +493,8 @@ def after_follow(  # noqa: PLR0913 - what it goes by is named at each call
         return after, [end_event(after, ended)]
     message = f": {came.message}" if came.message else ""
     error = f"Keboola job {run.keboola_job_id} ended in {came.status}{message}"
-    if came.status == "error" and run.retries < retry_on_error:
+    retries = job.retry_on_error if job and terms.may_post else 0
+    if came.status == "error" and run.retries < retries:
         wait_s = min(HOUR_S, 5 * MINUTE_S * 2.0**run.retries)
         again = as_rerun(replace(run, retries=run.retries + 1), now, wait_s, error)
         wait = show_duration(wait_s)
@@ -528,7 +522,8 @@ def after_retry(run: Run, job: Job | None, request: RetryRequest, now: float) ->
         return "its job is not in the config"
     if job.done:
         return "the config says done: true; remove that to start it"
-    force, now_due = request.force, {"failures": 0, "next_at": now}
+    force = request.force
+    now_due: dict[str, Any] = {"failures": 0, "next_at": now}
     finished = {Phase.FINISHED, Phase.REJECTED, Phase.REFUSED}
     if run.rerun != request.rerun or (request.phase in finished and run.phase != request.phase):
         return "its Keboola job was started or found meanwhile"
@@ -629,7 +624,7 @@ def shifted(run: Run, by_s: float) -> Run:
     return replace(run, batches=batches, **moved)
 
 
-def as_loaded(run: Run, now: BootTime, grace_s: float) -> Change:
+def as_loaded(run: Run, terms: Terms) -> Change:
     """Return a stored run as a new process takes it up.
 
     A POST that an earlier process was about to send, or had sent, is unknown. A recorded time in
@@ -637,10 +632,11 @@ def as_loaded(run: Run, now: BootTime, grace_s: float) -> Change:
     """
     names = ("error_since", "intended_at", "joined_at", "sent_at", "finished_at", "last_check_at")
     times = {name: getattr(run, name) for name in names}
-    late = {n: min(at, now.wall) for n, at in times.items() if at is not None and at > now.wall}
-    if run.phase is Phase.POLLING or now.wall + HOUR_S < run.next_at < math.inf:
-        late["next_at"] = now.wall
-    longest = now.wall + FILES_WAIT_S
+    now = terms.now
+    late: dict[str, Any] = {n: now for n, at in times.items() if at is not None and at > now}
+    if run.phase is Phase.POLLING or now + HOUR_S < run.next_at < math.inf:
+        late["next_at"] = now
+    longest = now + FILES_WAIT_S
     if any((b.files_due_at or 0) > longest for b in run.batches):
         due = [b.files_due_at and min(b.files_due_at, longest) for b in run.batches]
         late["batches"] = tuple(
@@ -648,7 +644,7 @@ def as_loaded(run: Run, now: BootTime, grace_s: float) -> Change:
         )
     run = replace(run, **late) if late else run
     if run.phase is Phase.SENDING:
-        return as_unknown(run, "the process ended before the answer was recorded", grace_s, now)
+        return as_unknown(run, "the process ended before the answer was recorded", terms)
     return run, []
 
 
@@ -720,7 +716,7 @@ def group_batches(
         run = runs.get(group) or Run(0, job.name, target, group, next_at=now)
         known = {batch.id for batch in run.batches}
         new = [row for row in found if row.batch.id not in known]
-        room = MAX_BATCHES - len(known) if run.phase is Phase.POLLING else 0
+        room = 1000 - len(known) if run.phase is Phase.POLLING else 0  # the most of a run
         joined, late = new[:room], new[room:]
         batches = in_order(run, job, [*run.batches, *(row.batch for row in joined)])
         after = run

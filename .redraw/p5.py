@@ -3,120 +3,33 @@
 # ==================================================================================================
 
 SCHEMA_VERSION: Final = 10
-
-# Times are Unix seconds. Nothing here is ever a secret.
-SCHEMA: Final[Sequence[str]] = (
-    """
-    CREATE TABLE runs (                 -- one row for each set of batches that leads to a Keboola job
-        id               INTEGER PRIMARY KEY,
-        job              TEXT NOT NULL,
-        "group"          TEXT NOT NULL, -- '' for a job with batch_ids
-        batch_key        TEXT NOT NULL, -- JSON list of its sorted batch ids; '' for a group
-        stack_url        TEXT NOT NULL,
-        component_id     TEXT NOT NULL,
-        config_id        TEXT NOT NULL,
-        branch_id        TEXT NOT NULL,
-        project          TEXT NOT NULL,
-        phase            TEXT NOT NULL CHECK (phase IN ('polling', 'refused', 'intent', 'sending',
-                             'unknown', 'rejected', 'sent', 'finished')),
-        rerun            INTEGER NOT NULL,
-        trigger_id       TEXT NOT NULL,
-        payload          TEXT NOT NULL, -- the body of POST /jobs
-        input_digest     TEXT NOT NULL,
-        next_at          REAL,          -- NULL: nothing is due by itself
-        failures         INTEGER NOT NULL,
-        error            TEXT,
-        error_since      REAL,
-        attention        TEXT NOT NULL,
-        forced           INTEGER NOT NULL,
-        posts            INTEGER NOT NULL,
-        post_error       TEXT,
-        repeat_after_s   REAL NOT NULL,
-        unknown_wall     REAL,          -- when the outcome of the POST was recorded as unknown,
-        unknown_boot     TEXT,          -- in which boot of the machine,
-        unknown_uptime_s REAL,          -- and how long it had been up
-        empty_searches   INTEGER NOT NULL,
-        retries          INTEGER NOT NULL,
-        sending_at       REAL,
-        sent_at          REAL,
-        keboola_job_id   TEXT,
-        keboola_status   TEXT,
-        keboola_error    TEXT,
-        url              TEXT,
-        size             TEXT NOT NULL,
-        joined_at        REAL,
-        intended_at      REAL,
-        deadline_told    INTEGER NOT NULL,
-        last_check_at    REAL,
-        finished_at      REAL
-    ) STRICT""",
-    "CREATE INDEX runs_by_job ON runs (job, \"group\")",
-    "CREATE INDEX runs_by_batches ON runs (batch_key) WHERE batch_key <> ''",
-    "CREATE INDEX runs_unfinished ON runs (phase) WHERE phase <> 'finished'",
-    "CREATE INDEX runs_in_need ON runs (attention) WHERE attention <> ''",
-    "CREATE INDEX runs_by_end ON runs (job, finished_at) WHERE phase = 'finished'",
-    "CREATE INDEX runs_by_sending ON runs (sending_at) WHERE sending_at IS NOT NULL",
-    """
-    CREATE TABLE batches (
-        run_id         INTEGER NOT NULL REFERENCES runs (id),
-        place          INTEGER NOT NULL, -- in the config's list, or by creation; -1: it came too late
-        id             TEXT NOT NULL,
-        status         TEXT,             -- NULL: not polled yet
-        total          INTEGER,
-        completed      INTEGER,
-        failed         INTEGER,
-        output_file_id TEXT,
-        error_file_id  TEXT,
-        created_at     REAL,
-        expires_at     REAL,
-        ended_at       REAL,
-        error          TEXT,
-        files_due_at   REAL,
-        PRIMARY KEY (run_id, id)
-    ) STRICT, WITHOUT ROWID""",
-    "CREATE INDEX batches_by_id ON batches (id)",
-    """
-    CREATE TABLE events (                -- the log, and the outbox of webhooks
-        id     INTEGER PRIMARY KEY,
-        at     REAL NOT NULL,
-        level  TEXT NOT NULL,
-        name   TEXT NOT NULL,
-        job    TEXT,
-        run    TEXT,
-        fields TEXT NOT NULL,            -- JSON object
-        text   TEXT NOT NULL             -- for people
-    ) STRICT""",
-    "CREATE INDEX events_by_job ON events (job, id) WHERE job IS NOT NULL",
-    """
-    CREATE TABLE requests (              -- what people asked for with `retry`
-        id     INTEGER PRIMARY KEY,
-        run_id INTEGER NOT NULL,
-        force  INTEGER NOT NULL,
-        rerun  INTEGER NOT NULL,         -- what the person saw
-        phase  TEXT NOT NULL
-    ) STRICT""",
-    """
-    CREATE TABLE webhooks (
-        secret     TEXT PRIMARY KEY,
-        told_up_to INTEGER NOT NULL,     -- the last event that it has had, or was not to have
-        failures   INTEGER NOT NULL,
-        next_at    REAL NOT NULL
-    ) STRICT, WITHOUT ROWID""",
-    """
-    CREATE TABLE secrets (               -- how the requests with each have fared
-        name            TEXT PRIMARY KEY,
-        type            TEXT NOT NULL,
-        requests        INTEGER NOT NULL,
-        errors          INTEGER NOT NULL,
-        last_success_at REAL,
-        refused_since   REAL,            -- the server has refused it ever since
-        error           TEXT
-    ) STRICT, WITHOUT ROWID""",
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
-)
-
 STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
 Statement = tuple[str, Sequence[object]]
+
+
+@functools.cache
+def columns(cls: type) -> Mapping[str, str]:
+    """Return the columns for a dataclass's fields (but for nested ones): name and SQL type."""
+    kinds = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL", "Phase": "TEXT"}
+    kinds |= {"BootTime": "TEXT", "Mapping[str, Any]": "TEXT"}  # as JSON
+    types = {f.name: str(f.type).partition(" | ") for f in fields(cls)}
+    return {
+        name: kinds[kind] + (" NOT NULL" if not null else "")
+        for name, (kind, _, null) in types.items()
+        if kind in kinds
+    }
+
+
+def as_row(item: object) -> dict[str, Any]:
+    """Return a dataclass instance's fields by column."""
+    return {name: getattr(item, name) for name in columns(type(item))}  # type: ignore[arg-type]
+
+
+def insert(into: str, row: Mapping[str, object]) -> Statement:
+    """Return what stores a row, in place of the one with its key."""
+    names = ", ".join(f'"{name}"' for name in row)
+    marks = ", ".join("?" * len(row))
+    return f"INSERT OR REPLACE INTO {into} ({names}) VALUES ({marks})", [*row.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,36 +41,76 @@ class SecretStats:
     requests: int = 0
     errors: int = 0  # of the requests: all that brought no 2xx
     last_success_at: float | None = None
-    refused_since: float | None = None
+    refused_since: float | None = None  # the server has refused it ever since
     error: str | None = None  # what became of the last request, if it failed
 
     def after(self, error: ApiError | None, now: float) -> SecretStats:
-        """Return how it has fared after one more request.
-
-        Whatever a server says of a request other than that it refuses the key, it takes the key.
-        """
+        """Return how it has fared after one more request."""
         requests = self.requests + 1
         if error is None:
             return SecretStats(self.name, self.type, requests, self.errors, now)
         after = replace(self, requests=requests, errors=self.errors + 1, error=str(error))
         if error.status == 401:
             return replace(after, refused_since=self.refused_since or now)
-        is_about_request = error.status is not None and error.status < 500
-        is_about_request = is_about_request and error.status not in {408, 429}
-        return replace(after, refused_since=None) if is_about_request else after
+        # Whatever a server says of a request other than that it refuses the key, it takes the key.
+        takes_key = (error.status or 500) < 500 and error.status not in {408, 429}
+        return replace(after, refused_since=None) if takes_key else after
 
-    @classmethod
-    def statement(cls, stats: SecretStats) -> Statement:
+    def statement(self) -> Statement:
         """Return what stores it."""
-        values = [getattr(stats, f.name) for f in fields(cls)]
-        return "INSERT OR REPLACE INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?)", values
+        return insert("secrets", as_row(self))
+
+
+def create_table(name: str, key: str, *classes: type, **own: str) -> str:
+    """Return the SQL of a table of dataclasses; `own` are further columns, or other types."""
+    of_fields = itertools.chain.from_iterable(columns(cls).items() for cls in classes)
+    lines = [f'"{column}" {sql}' for column, sql in (dict(of_fields) | own).items()]
+    body = ",\n    ".join([*lines, f"PRIMARY KEY ({key})"])
+    what = str(classes[0].__doc__).partition("\n")[0]
+    options = "STRICT" if key == "id" else "STRICT, WITHOUT ROWID"
+    return f"-- {what}\nCREATE TABLE {name} (\n    {body}\n) {options}"
+
+
+# Times are Unix seconds; a column is explained at the field of its name. Nothing here is a secret.
+SCHEMA: Final[Sequence[str]] = (
+    create_table(
+        "runs",
+        "id",
+        *(Run, Target),
+        next_at="REAL /* NULL: nothing is due by itself */",
+        batch_key="TEXT NOT NULL /* JSON: its sorted batch ids; empty for a group */",
+    ),
+    'CREATE INDEX runs_by_job ON runs (job, "group")',
+    "CREATE INDEX runs_by_batches ON runs (batch_key) WHERE batch_key <> ''",
+    "CREATE INDEX runs_unfinished ON runs (phase) WHERE phase <> 'finished'",
+    "CREATE INDEX runs_in_need ON runs (attention) WHERE attention <> ''",
+    "CREATE INDEX runs_by_end ON runs (job, finished_at) WHERE phase = 'finished'",
+    create_table(
+        "batches", "run_id, id", Batch, run_id="INTEGER NOT NULL", place="INTEGER NOT NULL"
+    ),
+    "CREATE INDEX batches_by_id ON batches (id)",
+    create_table("events", "id", Event),
+    "CREATE INDEX events_by_job ON events (job, id) WHERE job IS NOT NULL",
+    create_table("requests", "id", RetryRequest),
+    create_table("secrets", "name", SecretStats),
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    """
+    CREATE TABLE webhooks (
+        secret TEXT PRIMARY KEY,
+        told_up_to INTEGER NOT NULL, -- the last event that it has had, or was not to have
+        failures INTEGER NOT NULL,
+        next_at REAL NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+)
+
+
+# --- the clock, and files beside the state --------------------------------------------------------
 
 
 class Clock:
     """The process's one clock: Unix time at the start, and what the boot-time clock adds to it.
 
-    That one counts suspends too, and nobody sets it. `changed` tells when the system's clock was
-    set, and follows it.
+    That one counts suspends too, and nobody sets it.
     """
 
     def __init__(self) -> None:
@@ -168,7 +121,7 @@ class Clock:
         self._started_at = time.time() - self.uptime_s()
 
     def uptime_s(self) -> float:
-        """Return seconds that only ever grow."""
+        """Return seconds that only grow."""
         return time.clock_gettime(self._kind)
 
     def now(self) -> float:
@@ -176,7 +129,6 @@ class Clock:
         return self._started_at + self.uptime_s()
 
     def boot_time(self) -> BootTime:
-        """Return the time as it can be measured from later, after a restart too."""
         return BootTime(self.now(), self._boot, self.uptime_s())
 
     def jitter(self) -> float:
@@ -184,15 +136,12 @@ class Clock:
         return random.random()  # noqa: S311 - spreads load, guards nothing
 
     def changed(self) -> float:
-        """Return by how many seconds the system's clock was set since the last call, or 0."""
+        """Return by how many seconds the system's clock was set, and follow it; or 0."""
         by_s = time.time() - self.now()
         if abs(by_s) <= MINUTE_S:
             return 0.0
         self._started_at += by_s
         return by_s
-
-
-# --- files beside the state -----------------------------------------------------------------------
 
 
 def inode_of(path: Path) -> tuple[int, int] | None:
@@ -203,16 +152,25 @@ def inode_of(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def is_there(path: Path) -> bool:
-    """Return whether a file exists. Raises StateError where this user may not even ask."""
+def owner_of(path: Path) -> str:
+    """Return the name of a file's owner, or its number."""
     try:
-        path.stat()
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a file exists. Raises StateError for what is no file, or may not be asked."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return True
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         hint = "run this as root, or as the daemon's user"
         raise StateError(f"cannot access {path}: {error.strerror}", hint) from None
-    return True
+    raise StateError(f"{path} is not a regular file", "correct the path")
 
 
 def open_own(path: Path) -> int:
@@ -223,35 +181,26 @@ def open_own(path: Path) -> int:
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        try:
+        with contextlib.suppress(FileExistsError):
             fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            fd = os.open(path, flags)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                os.close(fd)
-                raise OSError(errno.EINVAL, "Not a regular file") from None
+            if os.geteuid() == 0:
+                owner = path.parent.stat()
+                os.fchown(fd, owner.st_uid, owner.st_gid)
             return fd
-        if os.geteuid() == 0:
-            owner = path.parent.stat()
-            os.fchown(fd, owner.st_uid, owner.st_gid)
+        fd = os.open(path, flags)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, "Not a regular file")
     except OSError as error:
         hint = "correct state:, or this user's rights to the directory"
         if error.errno == errno.ENOENT:
             hint = "create the directory (systemd does, when it starts the unit)"
-        elif error.errno == errno.EACCES and path.exists():
+        elif error.errno == errno.EACCES and inode_of(path):
             hint = f"it belongs to {owner_of(path)}: chown it to the daemon's user"
         elif error.errno in {errno.ELOOP, errno.EINVAL, errno.ENXIO}:
             hint = "put a file there, no link and no pipe"
         raise StateError(f"cannot open {path}: {error.strerror}", hint) from None
-    return fd
-
-
-def owner_of(path: Path) -> str:
-    """Return the name of a file's owner, or its number."""
-    try:
-        return path.owner()
-    except (KeyError, OSError):
-        return f"user {path.stat().st_uid}"
 
 
 class StateLock:
@@ -269,19 +218,17 @@ class StateLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            first = os.pread(self._fd, 200, 0).decode(errors="replace").partition(" since ")[0]
-            os.close(self._fd)
-            message = f"another instance holds {self.path}: {one_line(first) or 'it just started'}"
+            holder = one_line(self._read().partition(" since ")[0]) or "it just started"
+            message = f"another instance holds {self.path}: {holder}"
             raise LockedError(message, "wait for it, or stop it") from None
         except OSError as error:
             message = f"cannot lock {self.path}: {error.strerror}"
             raise StateError(message, "put state: on a local disk") from None
-        self._inode = inode_of(self.path)
-        self._label = f"pid {os.getpid()} ({purpose}) since {started_at:.3f}\n"
         number = r"([0-9]{1,15}\.[0-9]{1,9})"
         pattern = rf"last POST at {number} \(boot ([!-~]{{0,64}}) up {number}\)"
-        match = re.search(pattern, os.pread(self._fd, 400, 0).decode(errors="replace"))
+        match = re.search(pattern, self._read())
         self.last_post = BootTime(float(match[1]), match[2], float(match[3])) if match else None
+        self._label = f"pid {os.getpid()} ({purpose}) since {started_at:.3f}\n"
         self._write(self._label)
 
     def note_post(self, now: BootTime) -> None:
@@ -289,9 +236,11 @@ class StateLock:
         self.last_post = now
         self._write(self._label)
 
+    def _read(self) -> str:
+        return os.pread(self._fd, 400, 0).decode(errors="replace")
+
     def _write(self, label: str) -> None:
-        if self.last_post:
-            at = self.last_post
+        if at := self.last_post:
             label += f"last POST at {at.wall:.6f} (boot {at.boot} up {at.uptime_s:.3f})\n"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
             os.pwrite(self._fd, label.encode(), 0)
@@ -304,7 +253,9 @@ class StateLock:
 
     def is_in_place(self) -> bool:
         """Return whether the file that is locked is still the one of its name."""
-        return inode_of(self.path) == self._inode
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), self.path.stat())
+        return False
 
     def close(self) -> None:
         """Let the lock go, and with it the label that says who has it."""
@@ -318,20 +269,22 @@ def lock_owner(state_path: Path) -> dict[str, Any]:
     It is `daemon` of `status --json`, with `once` where it is a pass of --once.
     """
     path = state_path.with_name(state_path.name + ".lock")
-    nobody: dict[str, Any] = dict.fromkeys(("pid", "started_at", "last_loop_at"))
-    try:
-        label = path.read_text(encoding="utf-8", errors="replace")
-        looped_at = path.stat().st_mtime
-    except OSError:
-        return {"running": False, "once": False, **nobody}
-    match = re.match(r"pid ([0-9]{1,9}) \((daemon|--once)\) since ([0-9.]{1,20})\n", label)
+    label, looped_at = "", 0.0
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would hold us up
+            label = path.read_text(encoding="utf-8", errors="replace")
+            looped_at = path.stat().st_mtime
+    match = re.match(r"pid ([0-9]{1,9}) \((daemon|--once)\) since ([0-9]{1,15}\.[0-9]{3})\n", label)
     if not match:
+        nobody = dict.fromkeys(("pid", "started_at", "last_loop_at"))
         return {"running": False, "once": False, **nobody}
     age_s = time.time() - looped_at
-    is_alive = age_s < 5
-    with contextlib.suppress(OSError):  # PermissionError: it lives
-        is_alive = is_alive or os.kill(int(match[1]), 0) is None
-    is_running = is_alive and age_s < MINUTE_S
+    is_gone = False
+    try:
+        os.kill(int(match[1]), 0)
+    except OSError as error:  # what lives in another container touches the file
+        is_gone = error.errno == errno.ESRCH and age_s >= 5
+    is_running = not is_gone and age_s < MINUTE_S
     return {
         "running": is_running and match[2] == "daemon",
         "once": is_running and match[2] == "--once",
@@ -344,84 +297,52 @@ def lock_owner(state_path: Path) -> dict[str, Any]:
 # --- the database ---------------------------------------------------------------------------------
 
 
-def check_database(db: sqlite3.Connection, path: Path) -> int:
-    """Return the schema's version, 0 for none yet. Raises StateError for what is not ours."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version > SCHEMA_VERSION:
-        message = f"the state file {path} has schema {version}; this program knows {SCHEMA_VERSION}"
-        raise StateError(message, "run the newer teckochecker that wrote it")
-    if 0 < version < SCHEMA_VERSION:
-        message = f"the state file {path} is of an older teckochecker (schema {version})"
-        raise StateError(message, "move it away: Keboola is searched before any POST")
-    if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
-        raise StateError(f"{path} is the database of another program", "correct state:")
-    return version
-
-
 def check_undamaged(db: sqlite3.Connection, path: Path) -> None:
-    """Raise StateError if SQLite's quick_check finds damage, or stumbles over it."""
-    try:
-        result = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
-            raise
-        result = str(error)
+    """Raise StateError, or SQLite's own error, for what is damaged."""
+    result = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
     if result != "ok":
         raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
 
 
-def state_error(error: sqlite3.Error, path: Path, what: str = "use") -> StateError:
+def state_error(error: sqlite3.Error, path: Path) -> StateError:
     """Return what a person is told of an error of SQLite's, with what to do about it."""
+    whose = f"it belongs to {owner_of(path)}" if inode_of(path) else "it is not there"
     hint = {
         sqlite3.SQLITE_FULL: "free the disk",
         sqlite3.SQLITE_BUSY: "see who else has the file open",
-        sqlite3.SQLITE_READONLY: "give this user the right to write the file and its directory",
-        sqlite3.SQLITE_CANTOPEN: "check the path, and this user's rights to file and directory",
+        sqlite3.SQLITE_READONLY: f"{whose}: give this user the right to write it and its directory",
+        sqlite3.SQLITE_CANTOPEN: f"{whose}: check this user's rights to it and its directory",
         sqlite3.SQLITE_IOERR: "look into the system's log for disk errors",
     }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, STATE_HINT)
-    return StateError(f"cannot {what} the state file {path}: {error}", hint)
-
-
-_TARGET: Final = tuple(f.name for f in fields(Target))
-_BATCH: Final = tuple(f.name for f in fields(Batch))
-_RUN: Final = tuple(
-    f.name for f in fields(Run) if f.name not in {"batches", "target", "unknown_since"}
-)
+    return StateError(f"cannot use the state file {path}: {error}", hint)
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """Return a run as a row of its table."""
     ids = [] if run.group else sorted(batch.id for batch in run.batches)
-    unknown = run.unknown_since
+    since = run.unknown_since
     return {
-        **{name: getattr(run, name) for name in _RUN},
-        **{name: getattr(run.target, name) for name in _TARGET},
+        **as_row(run),
+        **as_row(run.target),
         "next_at": run.next_at if math.isfinite(run.next_at) else None,
+        "unknown_since": since and compact_json([since.wall, since.boot, since.uptime_s]),
         "batch_key": compact_json(ids) if ids else "",
-        "unknown_wall": unknown and unknown.wall,
-        "unknown_boot": unknown and unknown.boot,
-        "unknown_uptime_s": unknown and unknown.uptime_s,
     }
 
 
 def run_of(row: sqlite3.Row, batches: Iterable[Batch]) -> Run:
-    """Return the run that stands in a row."""
-    values = {name: row[name] for name in _RUN}
-    values |= {"phase": Phase(row["phase"]), "forced": bool(row["forced"])}
-    values |= {"deadline_told": bool(row["deadline_told"])}
+    values = {name: row[name] for name in columns(Run)}
+    values |= {name: bool(row[name]) for name in ("forced", "deadline_told")}
+    values["phase"] = Phase(row["phase"])
     values["next_at"] = math.inf if row["next_at"] is None else row["next_at"]
-    unknown = None
-    if row["unknown_wall"] is not None:
-        unknown = BootTime(row["unknown_wall"], row["unknown_boot"], row["unknown_uptime_s"])
-    target = Target(**{name: row[name] for name in _TARGET})
-    return Run(**values, target=target, batches=tuple(batches), unknown_since=unknown)
+    if row["unknown_since"]:
+        values["unknown_since"] = BootTime(*json.loads(row["unknown_since"]))
+    target = Target(*(row[name] for name in columns(Target)))
+    return Run(**values, target=target, batches=tuple(batches))
 
 
-def event_of(row: sqlite3.Row) -> Event:
-    """Return the event that stands in a row."""
-    fields_ = json.loads(row["fields"])
-    about = (row["name"], row["level"], row["job"], row["run"])
-    return Event(*about, fields_, row["text"], row["at"], row["id"])
+def batch_statement(run_id: int, place: int, batch: Batch) -> Statement:
+    """Return what stores a batch; a `place` of -1 is that of one that came too late."""
+    return insert("batches", as_row(batch) | {"run_id": run_id, "place": place})
 
 
 class Store:
@@ -432,40 +353,35 @@ class Store:
         self.db = db
         self.path = path
         self._inode = inode_of(path)
-        self._last_event_id: int | None = None
 
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open for acting, under the lock. Raises StateError for what is no state file.
 
-        What is damaged, newer or not ours is refused before anything is written to it, through a
-        connection that only reads. It fails where a first start was killed: then nothing is there
-        but a hot journal, which the other one rolls back.
+        What is damaged, newer or not ours is refused before anything is written to it.
         """
         os.close(open_own(path))
         try:
-            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(
-                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-            ) as reading:
-                check_database(reading, path)
-                check_undamaged(reading, path)
             db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
-            version = check_database(db, path)
+            if is_there(path.with_name(path.name + "-journal")):  # a first start was killed
+                db.execute("PRAGMA user_version")  # to read is to roll that back
+            with cls.reading(path) as store:
+                has_schema = store is not None
+                if store:
+                    check_undamaged(store.db, path)
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 message = f"{path}: this file system cannot do SQLite's WAL mode"
                 raise StateError(message, "put state: on a local disk")
             # NORMAL does not sync commits: power loss could take back an intent that was acted on.
             db.execute("PRAGMA synchronous = FULL")
-            store = cls(db, path)
-            if version == 0:
-                store.execute([(s, ()) for s in (*SCHEMA, f"PRAGMA user_version={SCHEMA_VERSION}")])
+            if not has_schema:
+                script = (*SCHEMA, f"PRAGMA user_version = {SCHEMA_VERSION}", "COMMIT")
+                db.executescript(";\n".join(("BEGIN IMMEDIATE", *script)))
             # The loop stands still while it waits for another writer; what fails is tried again.
             db.execute("PRAGMA busy_timeout = 50")
         except sqlite3.Error as error:
             raise state_error(error, path) from None
-        except StorageError as error:
-            raise StateError(str(error)) from None
-        return store
+        return cls(db, path)
 
     @classmethod
     @contextlib.contextmanager
@@ -473,7 +389,7 @@ class Store:
         """Open for reading, beside a running daemon too; None where there is none yet.
 
         Without a WAL nobody writes, and SQLite is told so: else it would make files that root's
-        `status` would leave to the daemon. Raises StateError where it cannot be read.
+        `status` would leave to the daemon. Raises StateError for what is no state file of ours.
         """
         if not is_there(path):
             yield None
@@ -482,9 +398,19 @@ class Store:
         uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_quiet else ''}"
         try:
             with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5.0)) as db:
-                yield cls(db, path) if check_database(db, path) else None
+                version = int(db.execute("PRAGMA user_version").fetchone()[0])
+                is_empty = db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is None
+                what = f"the state file {path} has schema {version}"
+                if version > SCHEMA_VERSION:
+                    message = f"{what}; this program knows {SCHEMA_VERSION}"
+                    raise StateError(message, "run the newer teckochecker that wrote it")
+                if version < SCHEMA_VERSION and not is_empty:
+                    hint = "move it away (Keboola is searched before any POST), or correct state:"
+                    message = f"{what}: it is of an older teckochecker or of another program"
+                    raise StateError(message, hint)
+                yield None if is_empty else cls(db, path)
         except sqlite3.Error as error:
-            raise state_error(error, path, "read") from None
+            raise state_error(error, path) from None
 
     def execute(self, statements: Iterable[Statement]) -> None:
         """Commit statements, or nothing of them. Raises StorageError."""
@@ -498,42 +424,31 @@ class Store:
                 if self.db.in_transaction:  # a failed COMMIT leaves it open
                     self.db.execute("ROLLBACK")
         except sqlite3.Error as error:
-            raise StorageError(str(state_error(error, self.path, "write"))) from error
+            raise StorageError(str(state_error(error, self.path))) from error
 
     def commit(
         self,
         runs: Iterable[tuple[Run | None, Run]],
-        events: Sequence[Event],
+        events: Iterable[Event],
         now: float,
         also: Iterable[Statement] = (),
     ) -> list[Event]:
         """Commit how runs have changed, from what to what, and the events that tell of it.
 
-        Returns the events as they are stored. Raises StorageError.
+        Returns the events with their time. Raises StorageError.
         """
-        last_id = self.last_event_id() if self._last_event_id is None else self._last_event_id
-        stored = [replace(e, at=now, id=last_id + i) for i, e in enumerate(events, 1)]
-        statements: list[Statement] = list(also)
+        statements = list(also)
         for before, after in runs:
-            row = run_row(after)
-            names = ", ".join(f'"{name}"' for name in row)
-            marks = ", ".join("?" * len(row))
-            statement = f"INSERT OR REPLACE INTO runs ({names}) VALUES ({marks})"
-            statements.append((statement, list(row.values())))
-            old = {batch.id: (i, batch) for i, batch in enumerate(before.batches if before else ())}
-            for place, batch in enumerate(after.batches):
-                if old.get(batch.id) != (place, batch):
-                    statements.append(batch_statement(after.id, place, batch))
-        statements += [
-            (
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (e.id, e.at, e.level, e.name, e.job, e.run, json.dumps(dict(e.fields)), e.text),
-            )
-            for e in stored
-        ]
+            statements.append(insert("runs", run_row(after)))
+            known = enumerate(before.batches if before else ())
+            changed = set(enumerate(after.batches)).difference(known)
+            statements += [batch_statement(after.id, place, batch) for place, batch in changed]
+        stored = [replace(event, at=now) for event in events]
+        for event in stored:  # SQLite numbers them
+            row = as_row(event) | {"id": None, "fields": json.dumps(dict(event.fields))}
+            statements.append(insert("events", row))
         if statements:
             self.execute(statements)
-        self._last_event_id = last_id + len(stored)
         return stored
 
     def is_in_place(self) -> bool:
@@ -550,16 +465,13 @@ class Store:
     def runs(self, where: str, parameters: Mapping[str, object] | None = None) -> list[Run]:
         """Return the runs for which an SQL condition holds, with their batches, in order."""
         batches: dict[int, list[Batch]] = {}
-        columns = ", ".join(_BATCH)
-        chosen = f"run_id IN (SELECT id FROM runs WHERE {where})"
-        for row in self.db.execute(
-            f"SELECT run_id, {columns} FROM batches WHERE {chosen} AND place >= 0"
-            " ORDER BY run_id, place",
-            parameters or {},
-        ):
-            _, batch_id, status, *rest = row
+        query = (
+            f"SELECT run_id, {', '.join(columns(Batch))} FROM batches WHERE place >= 0"
+            f" AND run_id IN (SELECT id FROM runs WHERE {where}) ORDER BY run_id, place"
+        )
+        for run_id, batch_id, status, *rest in self.db.execute(query, parameters or {}):
             batch = Batch(batch_id, status and sys.intern(status), *rest)
-            batches.setdefault(row["run_id"], []).append(batch)
+            batches.setdefault(run_id, []).append(batch)
         rows = self.db.execute(f"SELECT * FROM runs WHERE {where} ORDER BY id", parameters or {})
         return [run_of(row, batches.get(row["id"], ())) for row in rows]
 
@@ -569,23 +481,24 @@ class Store:
         Of a job with `match`, finished runs are left out but for the last five and those that need
         attention. Also what may be at Keboola without its job is there.
         """
-        names = compact_json(list(jobs))
-        keys = compact_json([compact_json(sorted(j.batch_ids)) for j in jobs.values() if not j.match])
-        in_config = "job IN (SELECT value FROM json_each(:names))"
-        where = (
-            f"phase IN ('sending', 'unknown', 'sent') OR (phase <> 'finished' AND {in_config})"
-            f" OR (batch_key <> '' AND batch_key IN (SELECT value FROM json_each(:keys)))"
-            f" OR (attention <> '' AND {in_config})"
-        )
+        batch_keys = [compact_json(sorted(job.batch_ids)) for job in jobs.values() if not job.match]
         last: list[int] = []
-        for name in [name for name, job in jobs.items() if job.match] if recent else ():
-            query = (
-                "SELECT id FROM runs WHERE job = ? AND phase = 'finished'"
-                " ORDER BY finished_at DESC LIMIT 5"
-            )
-            last += [row[0] for row in self.db.execute(query, (name,))]
-        where += " OR id IN (SELECT value FROM json_each(:last))"
-        return self.runs(where, {"names": names, "keys": keys, "last": compact_json(last)})
+        query = (
+            "SELECT id FROM runs WHERE job = ? AND phase = 'finished'"
+            " ORDER BY finished_at DESC LIMIT 5"
+        )
+        for name in [name for name, job in jobs.items() if job.match and recent]:
+            last += [row["id"] for row in self.db.execute(query, (name,))]
+        in_config = "+job IN (SELECT value FROM json_each(:names))"  # +: by the partial indexes
+        where = f"""id IN (
+            SELECT id FROM runs WHERE phase <> 'finished'
+                AND (phase IN ('sending', 'unknown', 'sent') OR {in_config})
+            UNION SELECT id FROM runs WHERE attention <> '' AND {in_config}
+            UNION SELECT id FROM runs
+                WHERE batch_key <> '' AND batch_key IN (SELECT value FROM json_each(:keys))
+            UNION SELECT value FROM json_each(:last))"""
+        values = {"names": [*jobs], "keys": batch_keys, "last": last}
+        return self.runs(where, {name: compact_json(value) for name, value in values.items()})
 
     def groups(self, job: str, groups: Collection[str]) -> dict[str, Run]:
         """Return the runs of a job's groups, by group."""
@@ -599,14 +512,14 @@ class Store:
             "SELECT b.id FROM batches b JOIN runs r ON r.id = b.run_id"
             " WHERE b.id IN (SELECT value FROM json_each(?)) AND r.job = ?"
         )
-        return {row[0] for row in self.db.execute(query, (compact_json(list(ids)), job))}
+        return {row["id"] for row in self.db.execute(query, (compact_json(list(ids)), job))}
 
     def one(self, query: str, *parameters: object) -> Any:  # noqa: ANN401 - a value of SQLite's
         """Return the first value of the first row of a query, or None."""
         row = self.db.execute(query, parameters).fetchone()
         return row and row[0]
 
-    # --- events, meta ---
+    # --- everything else ---
 
     def last_event_id(self) -> int:
         """Return the number of the newest event, or 0."""
@@ -622,7 +535,7 @@ class Store:
             f"SELECT * FROM events WHERE id > :after {about} ORDER BY id DESC LIMIT :most",
             {"after": after, "name": name, "job": job, "most": -1 if most is None else most},
         ).fetchall()
-        return [event_of(row) for row in reversed(rows)]
+        return [Event(**dict(row) | {"fields": json.loads(row["fields"])}) for row in rows[::-1]]
 
     def stats(self) -> dict[str, SecretStats]:
         """Return how the requests with each secret have fared, by its name."""
@@ -637,7 +550,7 @@ class Store:
     @staticmethod
     def meta_statement(key: str, value: object) -> Statement:
         """Return what stores a fact as JSON."""
-        return "INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value))
+        return insert("meta", {"key": key, "value": json.dumps(value)})
 
     def prune(self, jobs: Mapping[str, Job], retention_s: float, now: float) -> None:
         """Drop old events, and finished groups that no list is read back to. Folds the WAL in.
@@ -645,35 +558,23 @@ class Store:
         The newest event stays, so that no number is given twice, and so does what a webhook has
         not had yet.
         """
-        before = now - retention_s
+        before, newest = now - retention_s, self.last_event_id()
         told = self.one("SELECT min(told_up_to) FROM webhooks")
-        newest = self.last_event_id()
         most = min(newest - 1, newest if told is None else told)
-        statements: list[Statement] = [
-            ("DELETE FROM events WHERE id <= ? AND (at < ? OR id <= ?)", (most, before, newest - 200_000))
-        ]
-        for name, job in jobs.items():
-            if job.match:
-                mark = (self.meta(f"read:{name}") or {}).get("to", 0.0)
-                since = max(job.since, mark - 2 * HOUR_S)
-                old = (
-                    "SELECT id FROM runs WHERE job = ? AND phase = 'finished' AND finished_at < ?"
-                    " AND attention = '' AND NOT EXISTS (SELECT 1 FROM batches b WHERE"
-                    " b.run_id = runs.id AND coalesce(b.created_at, 9e99) >= ?)"
-                )
-                about = (name, before, since)
-                statements.append((f"DELETE FROM batches WHERE run_id IN ({old})", about))
-                statements.append((f"DELETE FROM runs WHERE id IN ({old})", about))
+        drop_events = "DELETE FROM events WHERE id <= ? AND (at < ? OR id <= ?)"
+        statements: list[Statement] = [(drop_events, (most, before, newest - 200_000))]
+        old = (
+            "SELECT id FROM runs WHERE job = ? AND phase = 'finished' AND finished_at < ?"
+            " AND attention = '' AND NOT EXISTS (SELECT 1 FROM batches b"
+            " WHERE b.run_id = runs.id AND coalesce(b.created_at, 9e99) >= ?)"
+        )
+        for name in [name for name, job in jobs.items() if job.match]:
+            read_to = (self.meta(f"read:{name}") or {}).get("to", 0.0)
+            about = (name, before, max(jobs[name].since, read_to - 2 * HOUR_S))
+            statements.append((f"DELETE FROM batches WHERE run_id IN ({old})", about))
+            statements.append((f"DELETE FROM runs WHERE id IN ({old})", about))
         self.execute(statements)
         with contextlib.suppress(sqlite3.Error):
             self.db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-
-
-def batch_statement(run_id: int, place: int, batch: Batch) -> Statement:
-    """Return what stores a batch; a `place` of -1 is that of one that came too late."""
-    values = (run_id, place, *(getattr(batch, name) for name in _BATCH))
-    names = ", ".join(("run_id", "place", *_BATCH))
-    marks = ", ".join("?" * len(values))
-    return f"INSERT OR REPLACE INTO batches ({names}) VALUES ({marks})", values
 
 

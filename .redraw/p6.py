@@ -2,7 +2,6 @@
 # 6. Http and Keboola: requests out, facts or an ApiError back
 # ==================================================================================================
 
-MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
 REQUEST_S: Final = 60.0  # a request with all of its retries
 
@@ -22,62 +21,48 @@ class DaemonThreads(ThreadPoolExecutor):
     """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
-        """Start a call."""
         future: Future[Any] = Future()
 
         def run() -> None:
             try:
-                result = fn(*args, **kwargs)
+                future.set_result(fn(*args, **kwargs))
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
                 future.set_exception(error)
-            else:
-                future.set_result(result)
 
         future.set_running_or_notify_cancel()
         threading.Thread(target=run, daemon=True).start()
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Wait for nothing."""
 
-
-@dataclass(frozen=True, slots=True)
 class ProxyRules:
     """What the environment says of proxies; `$NO_PROXY` also with networks, ports and brackets."""
 
-    proxies: Mapping[str, str]
-    exempt: tuple[str, ...] = ()
-    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
-    unreadable: tuple[str, ...] = ()
-
-    @classmethod
-    def of_environment(cls) -> ProxyRules:
-        """Read the environment (and on macOS the system's settings)."""
-        proxies = urllib.request.getproxies()
-        hosts, networks, unreadable = [], [], []
-        for entry in re.split(r"[,\s]+", proxies.pop("no", "")):
-            text = re.sub(r"^\[(.*)\](:[0-9]+)?$", r"\1", entry.strip().lower())
+    def __init__(self) -> None:
+        self.unreadable: list[str] = []  # entries of $NO_PROXY
+        self._proxies = urllib.request.getproxies()
+        self._domains: list[str] = []  # each with its dot; "" is all of them
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for entry in re.split(r"[,\s]+", self._proxies.pop("no", "")):
+            text = re.sub(r"\]:[0-9]+$|[\[\]]", "", entry.lower())
+            domain = re.fullmatch(r"\*|[*.]{0,2}([a-z0-9_-][a-z0-9._-]*)(:[0-9]+)?", text)
             try:
-                networks.append(ipaddress.ip_network(text, strict=False))
+                self._networks.append(ipaddress.ip_network(text, strict=False))
             except ValueError:
-                if re.fullmatch(r"\*|[*.]{0,2}[a-z0-9_-][a-z0-9._-]*(:[0-9]+)?", text):
-                    hosts.append(text.partition(":")[0].lstrip("*.") if text != "*" else "*")
+                if domain:
+                    self._domains.append(f".{domain[1]}" if domain[1] else "")
                 elif text:
-                    unreadable.append(entry)
-        return cls(proxies, tuple(hosts), tuple(networks), tuple(unreadable))
+                    self.unreadable.append(entry)
 
     def proxy_for(self, url: str) -> str | None:
         """Return the proxy for an address; loopback never has one."""
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").lower()
-        proxy = self.proxies.get(parts.scheme) or self.proxies.get("all")
-        if not proxy or is_loopback(url) or "*" in self.exempt:
-            return None
-        if any(host == name or host.endswith(f".{name}") for name in self.exempt):
+        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
+        if not proxy or is_loopback(url) or f".{host}".endswith(tuple(self._domains)):
             return None
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(host)
-            if any(address in network for network in self.networks):
+            if any(address in network for network in self._networks):
                 return None
         return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -93,11 +78,6 @@ class Answer:
     @property
     def is_success(self) -> bool:
         return 200 <= self.status < 300
-
-    @property
-    def date(self) -> float | None:
-        """The server's time, as Unix seconds."""
-        return http_date(self.headers.get("date", ""))
 
     def json(self) -> Any:  # noqa: ANN401 - JSON
         """Return the body as JSON. Raises ApiError (retryable) where it is something else."""
@@ -119,12 +99,12 @@ class Answer:
 
 
 class Http:
-    """The one way out: a limit, a deadline for the whole request, a cap on the answer, redaction."""
+    """The one way out: a limit, a deadline for whole requests, a cap on answers, redaction."""
 
     def __init__(self, config: Config, redactor: Redactor) -> None:
-        self.rules = ProxyRules.of_environment()
+        self.rules = ProxyRules()
         self._redactor = redactor
-        self._clients: dict[str | None, httpx.AsyncClient] = {}
+        self._clients: dict[str | None, httpx.AsyncClient] = {}  # by proxy
         self._tls: ssl.SSLContext | None = None  # takes tens of milliseconds to make: one for all
         self.configure(config)
         # httpcore imports sniffio several times a request, to tell asyncio from trio. Where it is
@@ -151,9 +131,7 @@ class Http:
                     "User-Agent": f"teckochecker/{__version__}",
                     "Accept-Encoding": "identity",
                 },
-                limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=10, keepalive_expiry=30
-                ),
+                limits=httpx.Limits(max_keepalive_connections=10, keepalive_expiry=30),
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
             )
         except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
@@ -166,20 +144,15 @@ class Http:
             await client.aclose()
 
     async def get(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        params: Mapping[str, str] | None = None,
-        timeout_s: float = math.inf,
+        self, url: str, headers: Mapping[str, str], params: Mapping[str, str], timeout_s: float
     ) -> Answer:
         """Return the answer to one GET. Raises ApiError where none came in time."""
         proxy = self.rules.proxy_for(url)
         if proxy not in self._clients:
             self._clients[proxy] = self._new_client(url)
+        parts = {"headers": headers, "params": params or None}
         async with self._places:
-            timeout_s = max(1.0, min(self.timeout_s, timeout_s))
-            client = self._clients[proxy]
-            return await self._fetch(client, timeout_s, "GET", url, headers=headers, params=params)
+            return await self._fetch(self._clients[proxy], max(1.0, timeout_s), "GET", url, parts)
 
     async def post(
         self, url: str, headers: Mapping[str, str], body: str, timeout_s: float = math.inf
@@ -194,11 +167,10 @@ class Http:
             nonlocal started
             started = started or event.endswith("send_request_headers.started")
 
+        parts = {"headers": headers, "content": body.encode(), "extensions": {"trace": trace}}
         async with self._places, self._new_client(url) as client:
-            parts = {"headers": headers, "content": body.encode(), "extensions": {"trace": trace}}
             try:
-                timeout_s = min(self.timeout_s, timeout_s)
-                return await self._fetch(client, timeout_s, "POST", url, **parts)
+                return await self._fetch(client, timeout_s, "POST", url, parts)
             except ApiError as error:
                 error.sent = started
                 raise
@@ -209,9 +181,10 @@ class Http:
         timeout_s: float,
         method: str,
         url: str,
-        **parts: Any,  # noqa: ANN401 - as httpx.AsyncClient.build_request takes them
+        parts: Mapping[str, Any],
     ) -> Answer:
         """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
+        timeout_s = min(self.timeout_s, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 request = client.build_request(method, url, **parts)
@@ -224,52 +197,30 @@ class Http:
             message = f"no whole answer within {show_duration(timeout_s)}"
             raise ApiError(message, retryable=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, RuntimeError) as error:
-            raise ApiError(self._words(error), retryable=True, sent=was_sent(error)) from None
+            text = one_line(self._redactor.text(str(error)), 200)  # in this order: no half a secret
+            cure = ""
+            if "CERTIFICATE_VERIFY_FAILED" in text:
+                cure = (
+                    "; where a proxy inspects TLS, set SSL_CERT_FILE to its certificate authority"
+                )
+            message = f"{type(error).__name__}{': ' + text if text else ''}{cure}"
+            raise ApiError(message, retryable=True) from None
+        headers = {name: self._redactor.text(text) for name, text in response.headers.items()}
         body = self._redactor.body(body, is_data=response.is_success)
-        names = (
-            "content-type",
-            "date",
-            "retry-after",
-            "retry-after-ms",
-            "x-request-id",
-            "x-should-retry",
-        )
-        told = {name: response.headers[name] for name in names if name in response.headers}
-        headers = {name: self._redactor.text(value) for name, value in told.items()}
         return Answer(response.status_code, headers, body)
-
-    def _words(self, error: Exception) -> str:
-        """Return what went wrong with a connection, without any secret."""
-        text = one_line(self._redactor.text(str(error)), 200)  # in this order: no half a secret
-        cure = ""
-        if "CERTIFICATE_VERIFY_FAILED" in text:
-            cure = "; where a proxy inspects TLS, set SSL_CERT_FILE to its certificate authority"
-        return f"{type(error).__name__}{': ' + text if text else ''}{cure}"
 
     @staticmethod
     async def _read(response: httpx.Response) -> bytes:
         """Return the body, capped while it streams; nobody asked for compression."""
         if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
-            raise ApiError("the answer has an encoding that was not asked for")
+            message = "the answer has an encoding that was not asked for"
+            raise ApiError(message, status=response.status_code)
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk
-            if len(body) > MAX_BODY_BYTES:
+            if len(body) > 16 * 1024 * 1024:
                 raise TooLargeError("the answer is over 16 MiB", retryable=True)
         return bytes(body)
-
-
-def was_sent(error: Exception) -> bool:
-    """Return whether something of a request may have reached the server, by httpx's exception."""
-    not_sent = (
-        httpx.ConnectError,
-        httpx.ConnectTimeout,
-        httpx.PoolTimeout,
-        httpx.UnsupportedProtocol,
-        httpx.InvalidURL,
-        UnicodeError,  # from idna, for a host name that is none
-    )
-    return not isinstance(error, not_sent)
 
 
 async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # noqa: ANN401
@@ -299,13 +250,41 @@ async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # no
         reraise=True,
     )
 
-    async def next_attempt() -> Any:  # noqa: ANN401
+    async def next_attempt() -> Any:  # noqa: ANN401 - tenacity takes no lambda for a coroutine
         return await attempt(until - time.monotonic())
 
     return await retrying(next_attempt)
 
 
+async def noted(request: Awaitable[Answer], server: str, note: Note) -> Answer:
+    """Return a successful answer, and tell what became of the request.
+
+    Raises its ApiError; what is no success is one too, with the server's own words for it.
+    """
+    try:
+        answer = await request
+    except ApiError as error:
+        note(error, None)
+        raise
+    failure = None
+    if not answer.is_success:
+        retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
+        asked = answer.headers.get("x-should-retry")
+        retryable = asked == "true" if asked in {"true", "false"} else retryable
+        message = f"{server} answered {answer.status}{server_words(answer)}"
+        failure = answer.error(message, retryable=retryable)
+    note(failure, http_date(answer.headers.get("date", "")))
+    if failure:
+        raise failure
+    return answer
+
+
 # --- reading what came ----------------------------------------------------------------------------
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """Return a JSON object, or an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def text_or_none(value: object, limit: int = 300) -> str | None:
@@ -336,6 +315,12 @@ def id_or_none(data: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
+def id_text(value: object) -> str:
+    """Return one of Keboola's ids, which come as text or number, or "" for anything else."""
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return one_line(str(value), 64) if is_id else ""
+
+
 def parse_batch(data: object, batch_id: str) -> Batch:
     """Return a batch as OpenAI describes it. Raises ValueError for what is none.
 
@@ -350,33 +335,35 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     if data.get("id") is not None and data["id"] != batch_id:
         raise ValueError("has another id")
     status = sys.intern({"canceled": "cancelled"}.get(status.lower(), status.lower()))
-    counts = data.get("request_counts")
-    counts = counts if isinstance(counts, dict) else {}
+    counts = as_dict(data.get("request_counts"))
+    total, completed, failed = map(count_or_none, map(counts.get, ("total", "completed", "failed")))
     errors = data.get("errors")
     errors = errors.get("data") if isinstance(errors, dict) else errors
-    first = errors[0] if isinstance(errors, list) and errors else None
-    ended = (data.get(f"{name}_at") for name in (status, "completed", "failed", "expired"))
+    first = as_dict(errors[0] if isinstance(errors, list) and errors else None)
+    ended_at = None
+    if STATUS_RANK.get(status) == 3:
+        ended = (data.get(f"{name}_at") for name in (status, "completed", "failed", "expired"))
+        ended_at = next(filter(None, map(time_or_none, ended)), None)
     return Batch(
-        id=batch_id,
-        status=status,
-        total=count_or_none(counts.get("total")),
-        completed=count_or_none(counts.get("completed")),
-        failed=count_or_none(counts.get("failed")),
+        batch_id,
+        status,
+        total,
+        completed,
+        failed,
         output_file_id=id_or_none(data, "output_file_id"),
         error_file_id=id_or_none(data, "error_file_id"),
         created_at=time_or_none(data.get("created_at")),
         expires_at=time_or_none(data.get("expires_at")),
-        ended_at=next(filter(None, map(time_or_none, ended)), None)
-        if STATUS_RANK.get(status) == 3
-        else None,
-        error=text_or_none(first.get("message")) if isinstance(first, dict) else None,
+        ended_at=ended_at,
+        error=text_or_none(first.get("message")),
     )
 
 
 def http_date(text: str) -> float | None:
-    """Return a date of an HTTP header as Unix seconds, or None."""
+    """Return a date of an HTTP header (RFC 9110, each of its three forms) as Unix seconds."""
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
+        at = email.utils.parsedate_to_datetime(text)
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -399,10 +386,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 def server_words(answer: Answer) -> str:
     """Return the message in an error's body, in any of the forms in which servers write it."""
     try:
-        data = answer.json()
+        data = as_dict(answer.json())
     except ApiError:
-        return ""
-    if not isinstance(data, dict):
         return ""
     found: list[object] = []
     for key in ("error", "message", "reason", "detail", "status"):
@@ -414,36 +399,10 @@ def server_words(answer: Answer) -> str:
     error, message, reason, detail, status = map(text_or_none, found)
     if reason and status:
         reason = f"{status}: {reason}"
-    words = message if error in {None, "error"} else error
-    words = words or reason or detail
+    words = (message if error in {None, "error"} else error) or reason or detail
     exception_id = text_or_none(data.get("exceptionId"), 100)
-    return (f": {words}" if words else "") + (
-        f" (exceptionId {exception_id})" if exception_id else ""
-    )
-
-
-def http_error(server: str, answer: Answer) -> ApiError:
-    """Return what an answer that is no success means, with the server's own words for it."""
-    should_retry = answer.headers.get("x-should-retry", "")
-    retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
-    if should_retry in {"true", "false"}:
-        retryable = should_retry == "true"
-    message = f"{server} answered {answer.status}{server_words(answer)}"
-    return answer.error(message, retryable=retryable)
-
-
-async def noted(request: Awaitable[Answer], server: str, note: Note) -> Answer:
-    """Return a successful answer, and tell what became of the request. Raises its ApiError."""
-    try:
-        answer = await request
-    except ApiError as error:
-        note(error, None)
-        raise
-    error = None if answer.is_success else http_error(server, answer)
-    note(error, answer.date)
-    if error:
-        raise error
-    return answer
+    about = f" (exceptionId {exception_id})" if exception_id else ""
+    return f": {words}{about}" if words else about
 
 
 # --- Keboola --------------------------------------------------------------------------------------
@@ -454,8 +413,8 @@ def carried_trigger_id(data: object) -> str | None:
     values = data.get("values") if isinstance(data, dict) else data
     if not isinstance(values, list) or not values:
         return None
-    for item in values:
-        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
+    for item in map(as_dict, values):
+        if item.get("name") == "teckochecker_trigger_id":
             return str(item.get("value"))
     return ""
 
@@ -464,8 +423,8 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     """Return a job of Keboola's queue. Raises ValueError for what is none."""
     if not isinstance(row, dict):
         raise ValueError("is not an object")
-    job_id = row.get("id")
-    if isinstance(job_id, bool) or not isinstance(job_id, str | int) or not one_line(str(job_id)):
+    job_id = id_text(row.get("id"))
+    if not job_id:
         raise ValueError("has no id")
     created = None
     with contextlib.suppress(ValueError, OverflowError):
@@ -476,24 +435,14 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     is_finished = row.get("isFinished")
     if not isinstance(is_finished, bool):
         is_finished = status in {"success", "warning", "error", "terminated", "cancelled"}
-    project = row.get("project")
-    project_id = project.get("id") if isinstance(project, dict) else None
-    result = row.get("result")
-    result = result if isinstance(result, dict) else {}
-    error = result.get("error")
+    project = id_text(as_dict(row.get("project")).get("id"))
+    result = as_dict(row.get("result"))
     message = text_or_none(result.get("message"), 1000)
-    exception_id = text_or_none(error.get("exceptionId")) if isinstance(error, dict) else None
+    exception_id = text_or_none(as_dict(result.get("error")).get("exceptionId"))
     if exception_id:
         message = f"{message or 'no message'} (exceptionId {exception_id})"
-    return KeboolaJob(
-        one_line(str(job_id), 64),
-        status,
-        is_finished,
-        one_line(str(project_id), 64) if isinstance(project_id, str | int) else "",
-        message,
-        created,
-        carried_trigger_id(row.get("variableValuesData")),
-    )
+    trigger = carried_trigger_id(row.get("variableValuesData"))
+    return KeboolaJob(job_id, status, is_finished, project, message, created, trigger)
 
 
 def oldest_first(jobs: Iterable[KeboolaJob]) -> list[KeboolaJob]:
@@ -542,13 +491,11 @@ class Keboola:
             self.skew_s = date - self._clock.now()
         self._note(error, date)
 
-    async def _get(
-        self, url: str, params: Mapping[str, str] | None = None, *, with_token: bool = True
-    ) -> Any:  # noqa: ANN401 - JSON
+    async def _get(self, url: str, params: Mapping[str, str], *, with_token: bool = True) -> Any:  # noqa: ANN401
         """Return the JSON of a GET. Raises ApiError after the retries."""
         headers = self._headers if with_token else {}
         # Without the token, an answer says nothing of it.
-        note: Note = self._noted if with_token else (lambda error, date: None)
+        note: Note = self._noted if with_token else lambda *_: None
 
         async def attempt(left_s: float) -> Any:  # noqa: ANN401
             try:
@@ -560,48 +507,44 @@ class Keboola:
 
         return await with_retries(attempt)
 
+    async def _storage(self, path: str, *, with_token: bool = True) -> dict[str, Any]:
+        url = f"{self.stack_url}/v2/storage{path}"
+        return as_dict(await self._get(url, {}, with_token=with_token))
+
     async def queue_url(self) -> str:
         """Return the queue's address: by the stack's name, or as the stack's index says."""
         parts = urllib.parse.urlsplit(self.stack_url.lower())
         if parts.netloc.startswith("connection."):
             return f"{parts.scheme}://queue.{parts.netloc.removeprefix('connection.')}"
         if not self._queue_url:
-            index = await self._get(f"{self.stack_url}/v2/storage", with_token=False)
-            services = index.get("services") if isinstance(index, dict) else None
-            found = [
-                str(service.get("url")).rstrip("/")
-                for service in (services if isinstance(services, list) else ())
-                if isinstance(service, dict) and service.get("id") == "queue"
-            ]
-            good = [url for url in found if not url_problem(url)]
+            services = (await self._storage("", with_token=False)).get("services")
+            found = map(as_dict, services if isinstance(services, list) else ())
+            urls = [str(s.get("url")).rstrip("/") for s in found if s.get("id") == "queue"]
+            good = [url for url in urls if not url_problem(url)]
             if not good or is_loopback(good[0]) > is_loopback(self.stack_url):
                 message = f"{self.stack_url}/v2/storage lists no usable https address of the queue"
                 raise ApiError(message, sent=False)
             self._queue_url = good[0]
         return self._queue_url
 
-    async def verify(self) -> Mapping[str, Any]:
+    async def verify(self) -> dict[str, Any]:
         """Return what Keboola says of the token: its project, its rights, whether it expires."""
-        said = await self._get(f"{self.stack_url}/v2/storage/tokens/verify")
-        return said if isinstance(said, dict) else {}
+        return await self._storage("/tokens/verify")
 
     async def project(self) -> str:
         """Return the id of the token's project; asked once. Raises ApiError."""
         if not self._project:
-            owner = (await self.verify()).get("owner")
-            project = owner.get("id") if isinstance(owner, dict) else None
-            if isinstance(project, bool) or not isinstance(project, str | int) or project == "":
+            self._project = id_text(as_dict((await self.verify()).get("owner")).get("id"))
+            if not self._project:
                 message = f"{self.stack_url} does not say which project the token belongs to"
                 raise ApiError(message, sent=False)
-            self._project = one_line(str(project), 64)
         return self._project
 
-    async def configuration(self, target: Target) -> Mapping[str, Any]:
+    async def configuration(self, target: Target) -> dict[str, Any]:
         """Return a configuration as Keboola has it. Raises ApiError, with status 404 for none."""
         branch = f"/branch/{target.branch_id}" if target.branch_id else ""
-        path = f"components/{target.component_id}/configs/{target.config_id}"
-        said = await self._get(f"{self.stack_url}/v2/storage{branch}/{path}")
-        return said if isinstance(said, dict) else {}
+        path = f"{branch}/components/{target.component_id}/configs/{target.config_id}"
+        return await self._storage(path)
 
     async def create(self, payload: str) -> KeboolaJob:
         """Start a job, in one attempt. Raises ApiError, which `after_post` understands.
@@ -626,7 +569,7 @@ class Keboola:
         """Return a job. Raises ApiError, with status 404 where it was deleted."""
         url = f"{await self.queue_url()}/jobs/{urllib.parse.quote(job_id, safe='')}"
         try:
-            return parse_keboola_job(await self._get(url))
+            return parse_keboola_job(await self._get(url, {}))
         except ValueError as error:
             raise ApiError(f"Keboola's job {job_id} {error}", retryable=True) from None
 
@@ -676,9 +619,8 @@ class Keboola:
         limit, offset = 500, 0
         for _ in range(200):
             try:
-                page = await self._page(
-                    "search/jobs", params | {"limit": str(limit), "offset": str(offset)}
-                )
+                paging = {"limit": str(limit), "offset": str(offset)}
+                page = await self._page("search/jobs", params | paging)
                 fresh = [job for job in page if job.id not in shared.jobs]
                 shared.jobs |= {job.id: job for job in await self._told(fresh)}
             except TooLargeError as error:

@@ -7,9 +7,19 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
     """Return a run as `status --json` shows it."""
     status = status_of(run, job)
     is_over = status in {"completed", "completed_with_failures"}
-    has_trigger = run.phase not in {Phase.POLLING, Phase.REFUSED}
     error = None if is_over else run.error
     is_due = not is_over and status != "paused" and run.phase is not Phase.REFUSED
+    trigger = {
+        "id": run.trigger_id,
+        "state": "sent" if run.phase is Phase.FINISHED else str(run.phase),
+        "keboola_job_id": run.keboola_job_id,
+        "keboola_status": run.keboola_status,
+        "keboola_error": run.keboola_error,
+        "url": run.url,
+        "sent_at": rfc3339(run.sent_at),
+        "finished_at": rfc3339(run.finished_at),
+        "error": error,
+    }
     return {
         "name": run.name,
         "job": run.job,
@@ -25,24 +35,11 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
         "last_check_at": rfc3339(run.last_check_at),
         "next_check_at": rfc3339(run.next_at) if is_due else None,
         "completed_at": rfc3339(run.finished_at),
-        "trigger": {
-            "id": run.trigger_id,
-            "state": "sent" if run.phase is Phase.FINISHED else str(run.phase),
-            "keboola_job_id": run.keboola_job_id,
-            "keboola_status": run.keboola_status,
-            "keboola_error": run.keboola_error,
-            "url": run.url,
-            "sent_at": rfc3339(run.sent_at),
-            "finished_at": rfc3339(run.finished_at),
-            "error": error,
-        }
-        if has_trigger
-        else None,
+        "trigger": None if run.phase in {Phase.POLLING, Phase.REFUSED} else trigger,
     }
 
 
 def batch_view(batch: Batch) -> dict[str, Any]:
-    """Return a batch as `status --json` shows it."""
     counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
     return {
         "id": batch.id,
@@ -56,39 +53,76 @@ def batch_view(batch: Batch) -> dict[str, Any]:
     }
 
 
-def snapshot(
+def snapshot(  # noqa: PLR0913 - all that is known
     config: Config,
     runs: Iterable[Run],
-    *,
+    stats: Iterable[SecretStats],
     daemon: Mapping[str, Any],
     loaded: Mapping[str, Any],
-    refused: int,
+    *,
     now: float,
 ) -> dict[str, Any]:
     """Return what is known at one moment: the document of `status --json`.
 
-    `loaded` is what the process remembers of the config that it runs with, `refused` how many keys
-    their servers refuse.
+    `daemon` is what `lock_owner` says, `loaded` what the state file has of the config that counts.
     """
     views = [run_view(r, config.jobs.get(r.job), config.trigger_grace, now) for r in runs]
-    names = ("running", "pid", "started_at", "last_loop_at")
-    error = loaded.get("error")
+    of_config = {
+        "path": str(config.path),
+        "sha256": config.sha256,
+        "loaded_at": None,
+        "error": None,
+    }
+    of_config |= loaded
+    refused = sum(secret.refused_since is not None for secret in stats)
     return {
         "version": __version__,
         "generated_at": rfc3339(now),
-        "daemon": {name: daemon.get(name) for name in names},
-        "config": {
-            "path": loaded.get("path", str(config.path)),
-            "sha256": loaded.get("sha256", config.sha256),
-            "loaded_at": loaded.get("loaded_at"),
-            "error": error,
+        "daemon": {
+            key: daemon.get(key) for key in ("running", "pid", "started_at", "last_loop_at")
         },
-        "attention": sum(view["attention"] for view in views) + refused + bool(error),
+        "config": of_config,
+        "attention": sum(v["attention"] for v in views) + refused + bool(of_config["error"]),
         "jobs": views,
     }
 
 
 # --- in words -------------------------------------------------------------------------------------
+
+# The part of the page where the runs of a status stand, in the order in which people want them.
+PART_OF_STATUS: Final = {
+    "failed": "Needs attention",
+    "triggering": "Active",
+    "active": "Active",
+    "running": "Running",
+    "paused": "Paused",
+    "completed_with_failures": "Finished",
+    "completed": "Finished",
+}
+
+
+def in_parts(shot: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the runs of a snapshot: attention first, finished last, of these the newest first."""
+    parts: dict[str, list[Mapping[str, Any]]] = {part: [] for part in PART_OF_STATUS.values()}
+    for view in sorted(shot["jobs"], key=lambda view: view["completed_at"] or "", reverse=True):
+        parts[PART_OF_STATUS["failed" if view["attention"] else view["status"]]].append(view)
+    return parts
+
+
+def counts_in_words(shot: Mapping[str, Any]) -> str:
+    """Return how many runs have which status, in one line."""
+    counts = collections.Counter(view["status"] for view in shot["jobs"])
+    words = [f"{counts[s]} {s.replace('_', ' ')}" for s in PART_OF_STATUS if counts[s]]
+    return ", ".join(words) or "no jobs"
+
+
+def general_troubles(shot: Mapping[str, Any], stats: Iterable[SecretStats]) -> list[str]:
+    """Return what needs attention and is no run: the config file, and secrets that are refused."""
+    error = shot["config"]["error"]
+    what = "The config file has problems; the previous one still counts"
+    texts = [f"{what}:\n{error}"] if error else []
+    refused = [secret for secret in stats if secret.refused_since is not None]
+    return texts + [f"The secret {secret.name} is refused: {secret.error}" for secret in refused]
 
 
 def unix_of(text: str | None) -> float | None:
@@ -96,417 +130,312 @@ def unix_of(text: str | None) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None
 
 
-def in_words(seconds: float) -> str:
-    """Return a length of time as people say it: `3 min`."""
-    for unit, size in (("day", DAY_S), ("h", HOUR_S), ("min", MINUTE_S)):
-        count = round(seconds / size)
-        if seconds >= size * 0.99:
-            return f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
-    return f"{max(0, round(seconds))} s"
-
-
-def ago(text: str | None, now: float) -> str:
-    """Return how long ago a time of a snapshot was; what is recorded in the future is now."""
-    at = unix_of(text)
+def ago(text: str | None, shot: Mapping[str, Any]) -> str:
+    """Return how long before a snapshot something was; what is recorded in the future is now."""
+    at, now = unix_of(text), unix_of(shot["generated_at"]) or 0.0
     if at is None:
         return "never"
-    return f"{in_words(now - at)} ago" if now - at >= 1 else "just now"
+    return f"{show_duration(now - at)} ago" if now - at >= 1 else "just now"
 
 
-def what_next(view: Mapping[str, Any], now: float) -> str:
+def what_next(view: Mapping[str, Any], shot: Mapping[str, Any]) -> str:
     """Return what happens next to a run, and when; or what has come of it."""
-    trigger = view["trigger"] or {}
-    due = unix_of(view["next_check_at"])
-    when = f"in {in_words(due - now)}" if due is not None and due - now >= 1 else "now"
+    status, trigger = view["status"], view["trigger"] or {}
+    due, now = unix_of(view["next_check_at"]), unix_of(shot["generated_at"]) or 0.0
+    when = f"in {show_duration(due - now)}" if due and due - now >= 1 else "now"
+    ended = trigger.get("keboola_status") or "started"
+    keboola_job = f"Keboola job {trigger.get('keboola_job_id')}"
+    again = f"tries again {when}" if due else "waits for a change of its config"
+    idle = "waits for more batches" if view["group"] else "polls once something runs"
+    words = {
+        "active": f"polls {when}" if due else idle,
+        "paused": "nothing while it is paused",
+        "intent": f"searches Keboola {when}, then starts",
+        "sending": "waits for Keboola's answer",
+        "unknown": f"searches Keboola again {when}",
+        "running": f"{keboola_job} is {ended}; polls {when}",
+        "failed": "`retry --force` starts it all the same",  # its policy refused it
+        "rejected": f"{again}, or `retry`",
+        "sent": "`retry` starts it again",
+    }
+    if not status.startswith("completed"):
+        is_by_trigger = trigger and status in {"triggering", "failed"}
+        return words[trigger["state"] if is_by_trigger else status]
     failed = sum((batch["request_counts"] or {}).get("failed") or 0 for batch in view["batches"])
     lost = f", {counted(failed, 'request')} failed" if failed else ""
-    match view["status"]:
-        case "active" if due is None:
-            return "waits for more batches"
-        case "active":
-            return f"polls {when}"
-        case "paused":
-            return "nothing while it is paused"
-        case "running":
-            said = trigger["keboola_status"] or "started"
-            return f"Keboola job {trigger['keboola_job_id']} is {said}; looks {when}"
-        case "failed" if trigger.get("state") == "rejected" and due is not None:
-            return f"tries again {when}, or `retry`"
-        case "failed":
-            return "waits for a change of its config, or `retry`"
-        case "triggering":
-            return {
-                "sending": "waits for Keboola's answer",
-                "unknown": f"searches Keboola again {when}",
-            }.get(trigger.get("state", ""), f"searches Keboola {when}, then starts")
-    if not trigger:
+    if not trigger.get("keboola_job_id"):
         return "done elsewhere"
-    ended = f"Keboola job {trigger['keboola_job_id']}: {trigger['keboola_status'] or 'started'}"
-    return f"{ended}, {ago(view['completed_at'], now)}{lost}"
+    return f"{keboola_job}: {ended}, {ago(view['completed_at'], shot)}{lost}"
 
 
-def progress_of(view: Mapping[str, Any]) -> float:
-    """Return which share of a run's requests is done, from 0 to 1."""
+def progress_of(view: Mapping[str, Any]) -> tuple[str, int]:
+    """Return how many batches of a run are finished, and how much of its requests, in percent.
+
+    Each batch counts the same, and as a whole once it is finished.
+    """
     shares = []
     for batch in view["batches"]:
         counts = batch["request_counts"] or {}
         done = (counts.get("completed") or 0) + (counts.get("failed") or 0)
         share = done / counts["total"] if counts.get("total") else 0.0
         shares.append(1.0 if STATUS_RANK.get(batch["status"]) == 3 else min(1.0, share))
-    return sum(shares) / len(shares) if shares else 0.0
-
-
-# The order in which a person wants to see runs.
-STATUSES: Final = (
-    "failed",
-    "triggering",
-    "active",
-    "running",
-    "paused",
-    "completed_with_failures",
-    "completed",
-)
-
-
-def in_order_of_need(views: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return runs sorted: what needs attention, what goes on, what is finished, newest first."""
-
-    def key(view: Mapping[str, Any]) -> tuple[object, ...]:
-        ended = -(unix_of(view["completed_at"]) or 0.0)
-        return (not view["attention"], max(1, min(5, STATUSES.index(view["status"]))), ended)
-
-    return sorted(views, key=key)
-
-
-def counts_in_words(views: Iterable[Mapping[str, Any]]) -> str:
-    """Return how many runs have which status, in one line."""
-    counts = collections.Counter(view["status"] for view in views)
-    return ", ".join(f"{counts[s]} {s.replace('_', ' ')}" for s in STATUSES if counts[s])
+    percent = math.floor(100 * sum(shares) / max(1, len(shares)))
+    return f"{view['completed_count'] + view['failed_count']}/{view['batch_count']}", percent
 
 
 # --- as metrics -----------------------------------------------------------------------------------
 
+Sample = tuple[Mapping[str, str], float | None]  # its labels, and its value where it is known
 
-def metrics(
-    shot: Mapping[str, Any], stats: Iterable[SecretStats], ended: Mapping[str, int]
-) -> str:
+
+def waiting_since(view: Mapping[str, Any]) -> float | None:
+    """Return since when a run waits: for its oldest batch, its start, or its Keboola job's end."""
+    batches, trigger = view["batches"], view["trigger"] or {}
+    times = {
+        "active": [b["created_at"] for b in batches if STATUS_RANK.get(b["status"]) != 3],
+        "triggering": [max((b["completed_at"] or "" for b in batches), default=None)],
+        "running": [trigger.get("sent_at")],
+    }
+    return unix_of(min(filter(None, times[view["status"]]), default=None))
+
+
+def metrics(shot: Mapping[str, Any], stats: Sequence[SecretStats], ended: Mapping[str, int]) -> str:
     """Return a snapshot in Prometheus' text format (version 0.0.4), for its textfile collector.
 
-    `ended` is how many Keboola jobs of all times had which end.
+    `ended` is how many Keboola jobs of all times had which end. What is not known is left out.
     """
-    lines: list[str] = []
+    views, config, now = shot["jobs"], shot["config"], unix_of(shot["generated_at"]) or 0.0
+    jobs = collections.Counter(view["status"] for view in views)
+    batches = collections.Counter(dict.fromkeys((*STATUS_RANK, "not_polled"), 0))
+    batches.update(b["status"] or "not_polled" for view in views for b in view["batches"])
+
+    def by_status(counts: Mapping[str, int]) -> list[Sample]:
+        return [({"status": status}, count) for status, count in counts.items()]
+
+    def by_run(status: str) -> list[Sample]:
+        waits = [(v["name"], waiting_since(v)) for v in views if v["status"] == status]
+        return [({"run": name}, at and max(0.0, now - at)) for name, at in waits]
+
+    def by_secret(field_: str) -> list[Sample]:
+        return [({"account": s.name, "service": s.type}, getattr(s, field_)) for s in stats]
+
+    refused = [(labels, since is not None) for labels, since in by_secret("refused_since")]
+    succeeded, loaded = by_secret("last_success_at"), unix_of(config["loaded_at"])
+    is_good = not config["error"]
+    families: list[tuple[str, str, Sequence[Sample]]] = [
+        ("info", "The program's version.", [({"version": shot["version"]}, 1)]),
+        ("generated_timestamp_seconds", "When this file was made.", [({}, now)]),
+        ("daemon_running", "Whether the daemon ran then.", [({}, shot["daemon"]["running"])]),
+        ("attention", "Runs, keys and configs that need a person.", [({}, shot["attention"])]),
+        ("jobs", "Runs by status.", by_status({s: jobs[s] for s in PART_OF_STATUS})),
+        ("batches", "Batches of these runs by status.", by_status(batches)),
+        ("run_oldest_batch_age_seconds", "Age of its oldest unfinished batch.", by_run("active")),
+        ("run_triggering_seconds", "How long a start has been due.", by_run("triggering")),
+        ("run_running_seconds", "How long its Keboola job has been running.", by_run("running")),
+        ("keboola_jobs", "Keboola jobs by how they ended.", by_status(ended)),
+        ("requests_total", "Requests made with a secret.", by_secret("requests")),
+        ("request_errors_total", "Those of them that failed.", by_secret("errors")),
+        ("last_success_timestamp_seconds", "When one of them last succeeded.", succeeded),
+        ("account_refused", "Whether the server refuses the secret (401).", refused),
+        ("config_last_reload_successful", "Whether the config file is good.", [({}, is_good)]),
+        ("config_last_reload_success_timestamp_seconds", "When it was loaded.", [({}, loaded)]),
+    ]
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-    def metric(
-        name: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]], kind: str = "gauge"
-    ) -> None:
-        found = list(samples)
-        if found:
-            full = f"teckochecker_{name}"
-            lines.extend((f"# HELP {full} {text}", f"# TYPE {full} {kind}"))
-            for labels, value in found:
-                pairs = ",".join(f'{k}="{v.translate(escapes)}"' for k, v in labels.items())
-                lines.append(f"{full}{f'{{{pairs}}}' if pairs else ''} {value:.15g}")
-
-    def by(label: str, names: Iterable[str], found: Iterable[str]) -> list[tuple[dict[str, str], int]]:
-        counts = collections.Counter(dict.fromkeys(names, 0))
-        counts.update(found)
-        return [({label: name}, count) for name, count in counts.items()]
-
-    now, views = unix_of(shot["generated_at"]) or 0.0, shot["jobs"]
-    batches = [batch for view in views for batch in view["batches"]]
-    loaded_at = unix_of(shot["config"]["loaded_at"])
-    metric("info", "The program's version.", [({"version": shot["version"]}, 1)])
-    metric("generated_timestamp_seconds", "When this file was made.", [({}, now)])
-    metric("daemon_running", "Whether the daemon ran then.", [({}, shot["daemon"]["running"])])
-    metric("attention", "Runs, keys and configs that need a person.", [({}, shot["attention"])])
-    metric("jobs", "Runs by status.", by("status", STATUSES, (v["status"] for v in views)))
-    statuses = (*STATUS_RANK, "not_polled")
-    seen = (batch["status"] or "not_polled" for batch in batches)
-    metric("batches", "Batches of these runs by status.", by("status", statuses, seen))
-    metric(
-        "run_oldest_batch_age_seconds",
-        "Since the oldest unfinished batch of a run was created.",
-        run_ages(views, now),
-    )
-    for status, since, text in (
-        ("triggering", "batches", "Since the batches of a run that is being started were finished."),
-        ("running", "trigger", "Since the Keboola job of a running run was started."),
-    ):
-        ages = [
-            ({"run": v["name"]}, max(0.0, now - at))
-            for v in views
-            if v["status"] == status and (at := last_time(v, since)) is not None
-        ]
-        metric(f"run_{status}_seconds", text, ages)
-    metric("keboola_jobs", "Keboola jobs by how they ended.", [({"status": s}, n) for s, n in ended.items()])
-    labels = {use.name: {"account": use.name, "service": use.type} for use in stats}
-    for name, kind, text, value in (
-        ("requests_total", "counter", "Requests made with a secret.", "requests"),
-        ("request_errors_total", "counter", "Requests with a secret that failed.", "errors"),
-        ("last_success_timestamp_seconds", "gauge", "When one last succeeded.", "last_success_at"),
-    ):
-        samples = [(labels[use.name], getattr(use, value)) for use in stats]
-        metric(name, text, [(label, n) for label, n in samples if n is not None], kind)
-    refused = [(labels[use.name], use.refused_since is not None) for use in stats]
-    metric("account_refused", "Whether the server refuses the secret (401).", refused)
-    good = shot["config"]["error"] is None
-    metric("config_last_reload_successful", "Whether the config file is good.", [({}, good)])
-    times = [({}, loaded_at)] if loaded_at else []
-    text = "When the config that counts was loaded."
-    metric("config_last_reload_success_timestamp_seconds", text, times)
+    lines = []
+    for name, text, samples in families:
+        known = [(labels, value) for labels, value in samples if value is not None]
+        kind = "counter" if name.endswith("_total") else "gauge"
+        if known:
+            lines += [f"# HELP teckochecker_{name} {text}", f"# TYPE teckochecker_{name} {kind}"]
+        for labels, value in known:
+            pairs = ",".join(f'{key}="{label.translate(escapes)}"' for key, label in labels.items())
+            lines.append(f"teckochecker_{name}{f'{{{pairs}}}' if pairs else ''} {value:.15g}")
     return "".join(f"{line}\n" for line in lines)
-
-
-def run_ages(views: Iterable[Mapping[str, Any]], now: float) -> Iterator[tuple[dict[str, str], float]]:
-    """Yield how old the oldest unfinished batch of each active run is."""
-    for view in views:
-        ages = [
-            now - (unix_of(batch["created_at"]) or now)
-            for batch in view["batches"]
-            if STATUS_RANK.get(batch["status"]) != 3 and batch["created_at"]
-        ]
-        if ages and view["status"] == "active":
-            yield {"run": view["name"]}, max(0.0, *ages)
-
-
-def last_time(view: Mapping[str, Any], since: str) -> float | None:
-    """Return when a run's last batch was finished, or its Keboola job was started."""
-    if since == "trigger":
-        return unix_of(view["trigger"]["sent_at"])
-    return max((unix_of(batch["completed_at"]) or 0.0 for batch in view["batches"]), default=0) or None
 
 
 # --- as a page ------------------------------------------------------------------------------------
 
 PAGE_STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1c2024; --dim: #555d66; --paper: #fff; --line: #d5d9de;
-  --link: #0b57c2; --good: #17713a; --run: #2b66c9; --bad: #b3261e; --wait: #8a5a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --dim: #a6adb7; --paper: #16181b;
-  --line: #3a3f46; --link: #8ab8ff; --good: #62d68d; --run: #7fb0ff; --bad: #ff8f86;
-  --wait: #f2bd5c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.1rem; margin: 1.25rem 0 .25rem; }
-p, ul { margin: .25rem 0; }
-a { color: var(--link); }
+:root { color-scheme: light dark; --dim: light-dark(#555d66, #a6adb7);
+  --line: light-dark(#d5d9de, #3a3f46); --link: light-dark(#0b57c2, #8ab8ff);
+  --good: light-dark(#17713a, #62d68d); --bad: light-dark(#b3261e, #ff8f86);
+  --wait: light-dark(#8a5a00, #f2bd5c); }
+body { margin: 0 auto; max-width: 70rem; padding: .75rem; font: 1rem/1.35 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.2rem; margin: .75rem 0 .25rem; }
+p, ul, pre { margin: .25rem 0; white-space: pre-wrap; }
+a, .active, .running { color: var(--link); }
 .dim { color: var(--dim); }
-.alarm { border: 2px solid var(--bad); border-radius: .5rem; padding: .75rem; margin: .75rem 0; }
-.loud { background: #a3170f; border-color: #a3170f; color: #fff; font-size: 1.2rem; }
+.alarm { background: #a3170f; border-radius: .5rem; color: #fff; padding: .75rem; }
+body:not(.old) .stale { display: none; }
 .error, .failed { color: var(--bad); }
 .completed { color: var(--good); }
-.active, .running { color: var(--run); }
 .paused, .triggering, .completed_with_failures { color: var(--wait); }
-.run { border-top: 1px solid var(--line); padding: .3rem 0; }
-.run summary { display: grid; grid-template-columns: 2fr 1fr 7rem 3fr; gap: 0 .75rem; cursor: pointer; }
-.run summary::before { display: none; }
-.run ul { padding-left: 1.2rem; }
-progress { width: 100%; height: .8rem; accent-color: var(--run); }
-pre { white-space: pre-wrap; margin: .25rem 0; }
-#stale { display: none; }
-.stale #stale { display: block; }
-@media (max-width: 40rem) { .run summary { grid-template-columns: 1fr 1fr; } }
+.run { border-top: 1px solid var(--line); padding: .25rem 0; }
+.run summary { display: grid; grid-template-columns: 4fr 4fr 5rem 6fr; gap: 0 .75rem; }
+summary { cursor: pointer; }
+.run summary > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.run[open] summary > * { white-space: normal; }
+.run summary > .error { grid-column: 1 / -1; }
+progress { width: 100%; accent-color: var(--link); }
+@media (max-width: 45rem) { .run summary { grid-template-columns: 2fr 3fr; } }
 """
 
 PAGE_SCRIPT: Final = """
-const made = Number(document.body.dataset.made), alive = document.body.dataset.alive === "1";
+const { made, alive } = document.body.dataset;
+const age_s = () => Math.max(0, Math.round(Date.now() / 1000 - made));
 function tell() {
-  const s = Math.max(0, Math.round(Date.now() / 1000 - made));
-  document.getElementById("age").textContent = s < 90 ? s + " s ago" :
-    s < 5400 ? Math.round(s / 60) + " min ago" : Math.round(s / 3600) + " h ago";
-  document.body.classList.toggle("stale", alive && s > 180);
+  const s = age_s(), words = s < 90 ? s + " s" : s < 5400 ? Math.round(s / 60) + " min" :
+    Math.round(s / 3600) + " h";
+  document.getElementById("age").textContent = "(" + words + " ago)";
+  document.body.classList.toggle("old", alive === "1" && s > 180);
 }
 tell();
 setInterval(tell, 1000);
-setTimeout(() => location.reload(), 30000);
+setInterval(() => {
+  if (age_s() > 120 || !document.querySelector("details[open]")) location.reload();
+}, 30000);
+"""
+
+PAGE: Final = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<title>{attention} - TeckoChecker</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+<body data-made="{made:.0f}" data-alive="{alive:d}">
+<h1>TeckoChecker</h1>
+<p>{attention}. {counts}</p>
+<p class=dim>Made at {at} <span id=age></span></p>
+<main>
+{main}</main>
+<script>{script}</script>
+</html>
 """
 
 
-def page_row(view: Mapping[str, Any], now: float) -> str:
+def page_row(view: Mapping[str, Any], shot: Mapping[str, Any]) -> str:
     """Return one run of the page: a line, and its details folded."""
-    esc, trigger = html.escape, view["trigger"] or {}
-    ended = sum(STATUS_RANK.get(b["status"]) == 3 for b in view["batches"])
-    status = view["status"]
-    lines = [f"<p class=error>{esc(view['error'])}</p>"] if view["error"] else []
+    trigger, (finished, percent) = view["trigger"] or {}, progress_of(view)
+    status, error, esc = view["status"], view["error"], html.escape
+    facts = []
     if trigger.get("url"):
-        text = f"Keboola job {esc(trigger['keboola_job_id'])}"
-        lines.append(f'<p><a href="{esc(trigger["url"])}" rel=noreferrer>{text}</a></p>')
-    times = [
-        (name, view[key])
-        for name, key in (("Last look", "last_check_at"), ("Ended", "completed_at"))
-        if view[key]
-    ]
-    lines += [f"<p class=dim>{name} {at} ({ago(at, now)})</p>" for name, at in times]
-    if view["attention"] or not status.startswith("completed"):
-        items = [f"<li>{esc(b['id'])} {esc(b['status'] or 'not polled')}" for b in view["batches"][:50]]
-        lines.append(f"<ul>{''.join(items)}</ul>")
-    bar = f"<progress max=100 value={math.floor(100 * progress_of(view))}></progress>"
+        link = f'<a href="{esc(trigger["url"])}" rel=noreferrer>'
+        facts.append(f"{link}Keboola job {esc(trigger['keboola_job_id'])}</a>")
+    for what, at in (("Last poll", view["last_check_at"]), ("Ended", view["completed_at"])):
+        facts += [f"{what} {at} ({ago(at, shot)})"] if at else []
+    facts += [f"Next step {view['next_check_at']}"] if view["next_check_at"] else []
+    others = [b for b in view["batches"] if b["status"] != "completed"]
+    facts += [esc(f"{b['id']} {b['status'] or 'not polled'}") for b in others[:10]]
+    facts += [f"and {len(others) - 10:,} more"] if len(others) > 10 else []
     return (
-        f"<details class=run{' open' if view['attention'] else ''}><summary>"
-        f"<strong>{esc(view['name'])}</strong>"
-        f"<span class={status}>{status.replace('_', ' ')} {ended}/{view['batch_count']}</span>{bar}"
-        f"<span class=dim>{esc(what_next(view, now))}</span></summary>{''.join(lines)}</details>\n"
+        f"<details class=run><summary><strong>{esc(view['name'])}</strong>"
+        f"<span class={status}>{status.replace('_', ' ')} {finished}</span>"
+        f'<progress max=100 value={percent} title="{percent}% of the requests"></progress>'
+        f"<span class=dim>{esc(what_next(view, shot))}</span>"
+        f"{f'<span class=error>{esc(error)}</span>' if error else ''}</summary>"
+        f"{'<br>'.join(facts)}</details>\n"
     )
 
 
-def page(shot: Mapping[str, Any], events: Iterable[Event]) -> str:
+def page(
+    shot: Mapping[str, Any], stats: Iterable[SecretStats], events: Iterable[Event], *, once: bool
+) -> str:
     """Return a snapshot as a page: what needs attention first; the rest folded where it is long.
 
-    The script is allowed by its hash; it says how old the page is, and that the daemon is dead when
-    it is. Without it, the time stands beside the headline.
+    `once`: a pass of --once has made it, and no daemon is missed.
     """
-
-    def digest(text: str) -> str:
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest(PAGE_STYLE)}'; "
-        f"script-src 'sha256-{digest(PAGE_SCRIPT)}'"
+    at, is_alive, needs = shot["generated_at"], shot["daemon"]["running"], shot["attention"]
+    alarms = [("stale", f"This page was made at {at}, and no other one since: the daemon is dead.")]
+    if not is_alive and not once:
+        alarms.append(("", f"The daemon was stopped at {at}: nothing is polled or started."))
+    alarms += [("", text) for text in general_troubles(shot, stats)]
+    esc = html.escape
+    main = [f'<p class="alarm {kind}" role=alert>{esc(text)}</p>\n' for kind, text in alarms]
+    room = 15  # rows that stand unfolded
+    for part, views in in_parts(shot).items():
+        rows = [page_row(view, shot) for view in views]
+        shown, rest = rows[: max(4, room)], rows[max(4, room) :]
+        room -= len(shown)
+        main += [f"<h2>{part} ({len(rows):,})</h2>\n", *shown] if rows else []
+        more = f"<details><summary>{len(rest):,} more</summary>{''.join(rest)}</details>\n"
+        main.append(more if rest else "")
+    lines = "".join(f"<li>{rfc3339(event.at)} {esc(event.text)}\n" for event in events)
+    main.append(f"<h2>Log</h2>\n<details><summary>newest first</summary><ul>{lines}</ul></details>")
+    return PAGE.format(
+        digest=base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode(),
+        attention=f"{needs} need attention" if needs else "Nothing needs attention",
+        style=PAGE_STYLE,
+        script=PAGE_SCRIPT,
+        made=unix_of(at) or 0.0,
+        alive=is_alive,
+        counts=counts_in_words(shot),
+        at=at,
+        main="".join(main),
     )
-    now = unix_of(shot["generated_at"]) or 0.0
-    views = in_order_of_need(shot["jobs"])
-    needs = shot["attention"]
-    kinds = {
-        "Needs attention": [v for v in views if v["attention"]],
-        "Active": [v for v in views if not v["attention"] and v["status"] in {"active", "triggering"}],
-        "Running": [v for v in views if not v["attention"] and v["status"] in {"running", "failed"}],
-        "Paused": [v for v in views if not v["attention"] and v["status"] == "paused"],
-        "Finished": [v for v in views if not v["attention"] and v["status"].startswith("completed")],
-    }
-    parts = []
-    for title, found in kinds.items():
-        rows = [page_row(view, now) for view in found]
-        head, rest = rows[:15], rows[15:]
-        if rows:
-            parts.append(f"<h2>{title} ({len(rows):,})</h2>\n{''.join(head)}")
-        if rest:
-            more = f"<summary>{len(rest):,} more</summary>{''.join(rest)}"
-            parts.append(f"<details>{more}</details>\n")
-    told = "".join(f"<li>{rfc3339(e.at)} {html.escape(e.text)}" for e in events)
-    title = f"{needs} need attention - TeckoChecker" if needs else "TeckoChecker"
-    is_alive = int(bool(shot["daemon"]["running"]))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{title}</title>\n"
-        f'<link rel="icon" href="data:,">\n<style>{PAGE_STYLE}</style>\n</head>\n'
-        f"<body data-made={now:.0f} data-alive={is_alive}>\n{page_alarms(shot)}<h1>TeckoChecker</h1>\n"
-        f"<p>{counts_in_words(views) or 'no jobs'}</p>\n"
-        f"<p class=dim>Made at {shot['generated_at']} <span id=age></span></p>\n<main>\n"
-        f"{'' if needs else '<p class=completed>Nothing needs attention.</p>'}{''.join(parts)}"
-        f"<h2>Last events</h2>\n<details><summary>the newest first</summary><ul>{told}</ul></details>\n"
-        f"</main>\n<script>{PAGE_SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def page_alarms(shot: Mapping[str, Any]) -> str:
-    """Return what a reader of the page has to see before anything else."""
-    made = shot["generated_at"]
-    parts = [
-        '<div class="alarm loud" role=alert id=stale><strong>This page is stale.</strong> It was made '
-        f"at {made}, and no other one since: the daemon has died, or cannot write here.</div>\n"
-    ]
-    if shot["daemon"]["running"] is False:
-        parts.append(
-            '<div class="alarm loud" role=alert><strong>The daemon was stopped</strong> at '
-            f"{made}. Nothing is polled and nothing is started.</div>\n"
-        )
-    if shot["config"]["error"]:
-        parts.append(
-            "<div class=alarm role=alert><strong>The config file has problems;</strong> the previous"
-            f" one still counts.<pre>{html.escape(shot['config']['error'])}</pre></div>\n"
-        )
-    return "".join(parts)
 
 
 # --- as files -------------------------------------------------------------------------------------
 
 
-def put_file(directory: Path, name: str, text: str) -> None:
+def put_file(path: Path, text: str) -> None:
     """Write a file that everyone may read, as a whole or not at all. Raises OSError."""
-    new = directory / f".{name}.new"
+    new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - a descriptor
-            os.fchmod(fd, 0o644)
+        with new.open("x", encoding="utf-8", errors="replace") as file:
+            os.fchmod(file.fileno(), 0o644)
             file.write(text)
-        new.replace(directory / name)
+        new.replace(path)
     finally:
         new.unlink(missing_ok=True)  # a full disk is not to stay full for its sake
 
 
-class Publisher:
-    """Writes page, document and metrics whenever something has changed, and once a minute."""
+async def publish(engine: Engine, *, is_running: bool, trouble: str = "") -> str:
+    """Write page, document and metrics, if the config has a place for them.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._trouble = ""
-        self._took_s = 0.0
+    Returns what is in the way, or ""; it is told where it differs from `trouble`, that of before.
+    """
+    config, path, stats = engine.loaded.config, engine.store.path, list(engine.stats.values())
+    daemon = lock_owner(path) if is_running else {"running": False}
+    loaded, now = engine.store.meta("config") or {}, engine.clock.now()
+    known = (config, engine.shown(), stats, daemon, loaded)
 
-    async def run(self) -> None:
-        """Publish while the process runs."""
-        happened = asyncio.Event()
-        self._engine.told.append(happened)
-        while True:
-            happened.clear()
-            await self.publish(is_running=True)
-            pause_s = min(50.0, max(1.0, 30 * self._took_s))  # a thirtieth of the time
-            await asyncio.sleep(pause_s)
-            await wait_for_event(happened, 50.0 - pause_s)
+    def write(directory: Path) -> None:
+        shot = snapshot(*known, now=now)
+        with Store.reading(path) as store:
+            events = store.events(most=50)[::-1] if store else []
+            query = "SELECT keboola_status, count(*) FROM runs WHERE phase = 'finished' GROUP BY 1"
+            ended = dict(store.db.execute(query).fetchall()) if store else {}
+        ended.pop(None, None)  # started before its status was known
+        directory.mkdir(exist_ok=True)
+        put_file(directory / "status.json", f"{json.dumps(shot)}\n")
+        put_file(directory / "metrics.prom", metrics(shot, stats, ended))
+        put_file(directory / "status.html", page(shot, stats, events, once=engine.once))
 
-    async def publish(self, *, is_running: bool | None) -> None:
-        """Write the files, if the config has a place for them; trouble is told once.
-
-        `is_running` is None where a pass of --once makes them.
-        """
-        engine = self._engine
-        directory = engine.loaded.config.publish_path
-        if directory is None:
-            return
-        shown, stats = engine.shown(), list(engine.stats.values())
-        daemon = lock_owner(engine.store.path) | {"running": is_running}
-        loaded = (engine.store.meta("config") or {}) | {"error": engine.config_error}
-        config, now, trouble = engine.loaded.config, engine.clock.now(), ""
-
-        def write() -> None:
-            started = time.monotonic()
-            refused = sum(use.refused_since is not None for use in stats)
-            shot = snapshot(
-                config, shown, daemon=daemon, loaded=loaded, refused=refused, now=now
-            )
-            events, ended = [], {}
-            with Store.reading(engine.store.path) as store:
-                if store:
-                    events, ended = store.events(most=50)[::-1], ends_of(store)
-            directory.mkdir(exist_ok=True)
-            put_file(directory, "status.json", f"{json.dumps(shot)}\n")
-            put_file(directory, "metrics.prom", metrics(shot, stats, ended))
-            put_file(directory, "status.html", page(shot, events))
-            self._took_s = time.monotonic() - started
-
+    before, trouble = trouble, ""
+    if config.publish_path:
         try:
-            await asyncio.to_thread(write)
-        except (OSError, TeckoError, sqlite3.Error) as error:
-            trouble = one_line(str(error))
-        except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+            await asyncio.to_thread(write, config.publish_path)
+        except Exception as error:  # noqa: BLE001 - nothing here may end what starts jobs
             trouble = one_line(f"{type(error).__name__}: {error}")
-        if trouble and trouble != self._trouble:
-            engine.log(Event.of("publish_failed", directory=str(directory), error=trouble))
-        elif self._trouble and not trouble:
-            engine.log(Event.of("publish_recovered"))
-        self._trouble = trouble
+    if trouble != before:
+        name = "publish_failed" if trouble else "publish_recovered"
+        engine.log(Event.of(name, directory=str(config.publish_path), error=trouble))
+    return trouble
 
 
-def ends_of(store: Store) -> dict[str, int]:
-    """Return how many Keboola jobs had which end."""
-    query = (
-        "SELECT keboola_status, count(*) FROM runs WHERE phase = 'finished'"
-        " AND keboola_status IS NOT NULL GROUP BY 1"
-    )
-    return {row[0]: row[1] for row in store.db.execute(query)}
-
-
+async def keep_published(engine: Engine) -> None:
+    """Publish whenever something has changed, and at least once a minute."""
+    happened, trouble = asyncio.Event(), ""
+    engine.told.append(happened)
+    while True:
+        happened.clear()
+        started = time.monotonic()
+        trouble = await publish(engine, is_running=True, trouble=trouble)
+        rest_s = min(50.0, max(1.0, 30 * (time.monotonic() - started)))  # to cost little CPU
+        await asyncio.sleep(rest_s)
+        await wait_for_event(happened, 50.0 - rest_s)

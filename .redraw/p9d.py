@@ -3,20 +3,32 @@
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a command knows: the config that counts, its runs, and the snapshot of them."""
+    """What a command knows: the config that counts, its runs, and the snapshot of these."""
 
     config: Config
     runs: Sequence[Run]
-    shot: Mapping[str, Any]
+    shot: dict[str, Any]
+    stats: Sequence[SecretStats]  # of the secrets that the config has
+    store: Store | None  # None: nothing has run yet
+
+    def chosen(self, name: str) -> list[tuple[Run, dict[str, Any]]]:
+        """Return the runs that a name means: one run, or those of a job. Raises UsageError."""
+        pairs = zip(self.runs, self.shot["jobs"], strict=True)
+        found = [(run, shown) for run, shown in pairs if name in {run.name, run.job}]
+        if not found and name not in self.config.jobs:
+            raise UsageError(
+                f"there is no job {quoted(name)}", "`teckochecker status` lists them all"
+            )
+        return found
 
 
 @contextlib.contextmanager
-def viewing(args: argparse.Namespace) -> Iterator[tuple[View, Store | None]]:
+def viewing(args: argparse.Namespace) -> Iterator[View]:
     """Return what the state file knows, beside a running daemon too.
 
     Where the file has problems, the last good config counts, as it does for the daemon. Where
-    nothing has run yet, the runs are those that the first start would make. Raises ConfigError where
-    the file does not even tell where the state file is.
+    nothing has run yet, the runs are those that the first start would make. Raises ConfigError
+    where the file does not even tell where the state file is.
     """
     path, files, redactor = config_path(args), Files(), Redactor()
     config, problems, _ = read_config_file(path, files)
@@ -29,137 +41,121 @@ def viewing(args: argparse.Namespace) -> Iterator[tuple[View, Store | None]]:
     with Store.reading(config.state_path) as store:
         loaded = (store and store.meta("config")) or {}
         good = (store and store.meta("good_config")) or {}
-        if problems and good.get("path") == str(path.absolute()):
-            config, _ = parse_config(good["text"], path)
-        runs = known_runs(config, store)
-        on_disk = "\n".join(map(str, ConfigError(problems).problems)) if problems else None
-        stats = store.stats().values() if store else ()
-        shot = snapshot(
-            config,
-            runs,
-            daemon=lock_owner(config.state_path),
-            loaded=dict(loaded) | {"error": on_disk or loaded.get("error")},
-            refused=sum(s.refused_since is not None and s.name in config.secrets for s in stats),
-            now=time.time(),
-        )
-        yield View(config, runs, shot), store
+        if problems:
+            loaded["error"] = str(ConfigError(problems))
+            if good.get("path") == str(path.absolute()):
+                config, _ = parse_config(good["text"], path)
+        runs = known_runs(config, store, args.job or "")
+        stats = [s for s in store.stats().values() if s.name in config.secrets] if store else []
+        daemon = lock_owner(config.state_path)
+        shot = snapshot(config, runs, stats, daemon, loaded, now=time.time())
+        yield View(config, runs, shot, stats, store)
 
 
-def known_runs(config: Config, store: Store | None) -> list[Run]:
-    """Return the runs of a config's jobs, in its order, as the state file has them or will."""
-    stored = store.runs_for(config.jobs) if store else []
+def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
+    """Return the runs of a config's jobs, in its order, as the state file has them or will.
+
+    Of a match job these are the recent ones, and the one whose name is `wanted`.
+    """
+    stored = {run.id: run for run in store.runs_for(config.jobs)} if store else {}
+    job_name, _, group = wanted.partition("/")
+    if store and group:
+        stored |= {run.id: run for run in store.groups(job_name, [group]).values()}
     targets = {name: config.target(job) for name, job in config.jobs.items()}
-    assigned = assign(config.jobs, targets, [run for run in stored if not run.group])
+    assigned = assign(config.jobs, targets, [run for run in stored.values() if not run.group])
     runs = []
     for name, job in config.jobs.items():
-        batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-        run = assigned.get(name) or Run(0, name, targets[name], batches=batches, next_at=math.inf)
         if not job.match:
+            batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
+            new = Run(0, name, targets[name], batches=batches, next_at=math.inf)
+            run = assigned.get(name, new)
+            stored.pop(run.id, None)
             runs.append(replace(run, job=name, batches=in_order(run, job, run.batches)))
-        others = [r for r in stored if r.job == name and (not runs or r.id != runs[-1].id)]
+        others = [run for run in stored.values() if run.job == name]
         runs += [r for r in others if (job.match and r.group) or r.may_be_at_keboola]
     return runs
 
 
-def chosen(view: View, name: str) -> list[int]:
-    """Return the places of the runs that a name means: of one run, or of a job. Raises UsageError."""
-    found = [i for i, run in enumerate(view.runs) if name in {run.name, run.job}]
-    if not found and name not in view.config.jobs:
-        raise UsageError(f"there is no job {quoted(name)}", "`teckochecker status` lists them all")
-    return found
-
-
-def status_table(view: View) -> list[str]:
-    """Return the runs as lines, those first that need attention, each with what happens next.
+def status_table(shot: Mapping[str, Any], head: str) -> list[str]:
+    """Return the runs as lines below a head: attention first, each with what happens next.
 
     On a terminal nothing is wider than it, and of very many only the first are shown.
     """
-    shot = view.shot
-    now = unix_of(shot["generated_at"]) or 0.0
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else 10_000
-    views = in_order_of_need(shot["jobs"])
+    views = [shown for part in in_parts(shot).values() for shown in part]
     shown = views[:60] if is_terminal else views
-    rows = [
-        (
-            fitted(run["name"], max(12, width // 3)),
-            run["status"].replace("_", " "),
-            f"{sum(STATUS_RANK.get(b['status']) == 3 for b in run['batches'])}/{run['batch_count']}"
-            f" {math.floor(100 * progress_of(run)):>3}%",
-            ago(run["last_check_at"], now),
-        )
-        for run in shown
-    ]
-    lines = []
-    head, *body = table([("RUN", "STATUS", "BATCHES", "LAST POLL"), *rows])
+    rows = [("RUN", "STATUS", "BATCHES", "LAST POLL")]
+    for run in shown:
+        finished, percent = progress_of(run)
+        name, status = one_line(run["name"], max(12, width - 54)), run["status"].replace("_", " ")
+        rows.append((name, status, f"{finished} {percent:>3}%", ago(run["last_check_at"], shot)))
+    titles, *body = table(rows)
+    lines = [*textwrap.wrap(head, width), "", titles]
     for run, line in zip(shown, body, strict=True):
-        is_over = run["status"] in {"completed", "paused"}
-        colour = RED if run["attention"] else DIM if is_over else ""
-        lines.append(painted(fitted(line, width), colour))
-        lines.append(painted(fitted(f"    {what_next(run, now)}", width), DIM))
-        error = textwrap.wrap(run["error"] or "", max(20, width - 4), break_on_hyphens=False)
-        lines += [painted(f"    {text}", RED) for text in error[:4]]
+        is_quiet = run["status"] in {"completed", "paused"}
+        lines.append(painted(line, RED if run["attention"] else DIM if is_quiet else ""))
+        for text, colour in ((what_next(run, shot), DIM), (run["error"] or "", RED)):
+            wrapped = textwrap.wrap(text, width - 4, max_lines=4, placeholder=" …")
+            lines += [painted(f"    {part}", colour) for part in wrapped]
     if len(views) > len(shown):
-        lines.append(f"... and {counted(len(views) - len(shown), 'run')} more; see --json")
-    return [head, *lines] if views else ["no jobs"]
+        lines.append(f"… and {counted(len(views) - len(shown), 'run')} more; see --json")
+    return lines
 
 
-def job_story(view: View, place: int, store: Store | None) -> list[str]:
+def job_story(view: View, run: Run, shown: Mapping[str, Any]) -> str:
     """Return everything about one run: its batches, what Keboola got, and its whole story."""
-    run, shown = view.runs[place], view.shot["jobs"][place]
-    now = unix_of(view.shot["generated_at"]) or 0.0
-    trigger = shown["trigger"] or {}
-    facts = [
-        ("run", run.name),
-        ("status", shown["status"].replace("_", " ")),
-        ("error", shown["error"]),
-        ("next", what_next(shown, now)),
-        ("target", str(run.target)),
-        ("last poll", f"{shown['last_check_at']} ({ago(shown['last_check_at'], now)})"),
-        ("trigger", f"{trigger['state']} {trigger['id']}" if trigger else None),
-        ("Keboola job", trigger.get("url") or trigger.get("keboola_job_id")),
-    ]
-    lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
+    trigger, polled_at = shown["trigger"] or {}, shown["last_check_at"]
+    facts = {
+        "run": run.name,
+        "status": shown["status"].replace("_", " "),
+        "error": shown["error"],
+        "next": what_next(shown, view.shot),
+        "target": str(run.target),
+        "last poll": f"{polled_at} ({ago(polled_at, view.shot)})" if polled_at else "never",
+        "trigger": f"{trigger['state']} {trigger['id']}" if trigger else None,
+        "Keboola job": trigger.get("url") or trigger.get("keboola_job_id"),
+    }
+    lines = [f"{name:<12} {value}" for name, value in facts.items() if value is not None]
     rows = [("BATCH", "STATUS", "REQUESTS", "EXPIRES", "OUTPUT", "NOTE")]
     for b in run.batches:
         requests = f"{b.completed or 0}/{b.total}" if b.total is not None else ""
-        status = b.status or ("not polled" if not run.last_check_at else "no answer yet")
         expires = "" if b.is_terminal else rfc3339(b.expires_at) or ""
+        status = b.status or ("no answer yet" if run.last_check_at else "not polled")
         rows.append((b.id, status, requests, expires, b.output_file_id or "", b.error or ""))
     lines += ["", *table(rows)]
     if run.payload:
         values = json.loads(run.payload)["variableValuesData"]["values"]
         lines += ["", "What Keboola gets:", *(f"  {v['name']} = {v['value']}" for v in values)]
-    events = store.events(name=run.name) if store else []
-    return [*lines, *([""] if events else []), *(f"{rfc3339(e.at)} {e.text}" for e in events)]
+    events = view.store.events(name=run.name) if view.store else []
+    return "\n".join([*lines, "", *(f"{rfc3339(e.at)} {e.text}" for e in events)])
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Show what is known of the runs."""
-    with viewing(args) as (view, store):
-        shot = dict(view.shot)
-        lines = []
-        if shot["config"]["error"]:
-            lines.append("The config file has problems; the previous one still counts:")
-            lines += [painted(line, RED) for line in shot["config"]["error"].splitlines()]
+    """Show the runs, or one job with its whole story.
+
+    It reads the state file, whether the daemon runs or not, and says which. What needs attention
+    comes first. BATCHES: finished/all, and how much of their requests is done.
+    """
+    with viewing(args) as view:
+        shot, troubles = dict(view.shot), general_troubles(view.shot, view.stats)
+        lines = [painted(line, RED) for text in troubles for line in text.splitlines()]
         if args.job is not None:
-            places = chosen(view, args.job)
-            shot["jobs"] = [shot["jobs"][place] for place in places]
-            stories = [job_story(view, place, store) for place in places]
-            lines += [line for story in stories for line in (*story, "")][:-1]
+            pairs = view.chosen(args.job)
+            shot["jobs"] = [shown for _, shown in pairs]
+            lines.append("\n\n".join(job_story(view, run, shown) for run, shown in pairs))
         else:
-            owner, runs = lock_owner(view.config.state_path), counts_in_words(shot["jobs"])
-            who = "Nothing runs: start the daemon, or --once."
-            if store is None:
-                who = "Nothing has run here yet: start the daemon, or --once."
-            elif owner["running"] or owner["once"]:
-                who = "The daemon runs." if owner["running"] else "A pass of --once is being made."
-            lines += [f"{who} {runs or 'No jobs.'}", "", *status_table(view)]
+            owner = lock_owner(view.config.state_path)
+            nothing = "Nothing runs" if view.store else "Nothing has run here yet"
+            who = "A pass of --once is being made." if owner["once"] else "The daemon runs."
+            if not owner["running"] and not owner["once"]:
+                who = f"{nothing}: start the daemon, or --once."
+            lines += status_table(shot, f"{who} {counts_in_words(shot)}")
         print(json.dumps(shot, indent=2) if args.json else "\n".join(lines))
-        if args.alive and (why := why_not_alive(view)):
+        why = why_not_alive(view) if args.alive else ""
+        if why:
             print(f"teckochecker: {why}", file=sys.stderr)
-            return 1
-        return 1 if args.check and view.shot["attention"] else 0
+        return 1 if why or (args.check and view.shot["attention"]) else 0
 
 
 def why_not_alive(view: View) -> str:
@@ -169,9 +165,9 @@ def why_not_alive(view: View) -> str:
         return "no daemon runs"
     for run in view.runs:
         job = view.config.jobs[run.job]
-        since = max(run.last_check_at or 0.0, unix_of(daemon["started_at"]) or 0.0)
-        is_due = run.phase is Phase.POLLING and not job.rests and math.isfinite(run.next_at)
-        if is_due and max(since, run.next_at) < now - 2 * job.poll_interval - MINUTE_S:
+        due_at = max(run.next_at, run.last_check_at or 0.0, unix_of(daemon["started_at"]) or 0.0)
+        is_polled = run.phase is Phase.POLLING and not job.rests
+        if is_polled and due_at < now - 2 * job.poll_interval - MINUTE_S:
             return f"the polls of {run.name} are overdue"
     return ""
 
@@ -180,17 +176,23 @@ def why_not_alive(view: View) -> str:
 
 
 def run_logs(args: argparse.Namespace) -> int:
-    """Print the events that the state file keeps, and with --follow what comes."""
-    with viewing(args) as (view, _):
+    """Show what has happened, of all jobs or of one.
+
+    It reads the events that the state file keeps, also while the daemon runs.
+    """
+    if args.n < 0:
+        raise UsageError("-n is a number of lines", "write -n 20")
+    with viewing(args) as view:
         state_path = view.config.state_path
-        if args.job is not None:
-            chosen(view, args.job)
-    last, most = None, args.n
+        has_any = view.store and view.store.events(name=args.job, most=1)
+        if args.job is not None and not has_any:
+            view.chosen(args.job)
+    last, most = 0, args.n
     while True:
         with Store.reading(state_path) as store:
-            after = 0 if last is None else last
-            events = store.events(after=after, name=args.job, most=most) if store else []
-            last = store.last_event_id() if store else 0
+            newest = store.last_event_id() if store else 0
+            events = store.events(after=last, name=args.job, most=most) if store else []
+        last = max([newest, *(event.id for event in events)])
         for event in events:
             mark = "" if event.level == "info" else f"{event.level}: "
             line = f"{rfc3339(event.at)} {mark}{event.text}"
@@ -203,7 +205,7 @@ def run_logs(args: argparse.Namespace) -> int:
 
 
 def run_schema(_: argparse.Namespace) -> int:
-    """Print the SQL of the state file."""
+    """Print the SQL of the state file, for whoever reads it with other programs."""
     print(f"PRAGMA user_version = {SCHEMA_VERSION};")
     for statement in SCHEMA:
         print(f"{textwrap.dedent(statement).strip()};")
@@ -211,34 +213,31 @@ def run_schema(_: argparse.Namespace) -> int:
 
 
 def run_retry(args: argparse.Namespace) -> int:
-    """Ask for runs to be tried again, through the state file."""
-    with viewing(args) as (view, store):
-        if store is None:
-            hint = "start the daemon or --once first"
-            raise UsageError(f"there is no state file {view.config.state_path}", hint)
-        path, places = view.config.state_path, chosen(view, args.job)
-        exact = [view.runs[i] for i in places if view.runs[i].name == args.job]
-        runs = exact or [r for i in places if (r := view.runs[i]).phase is not Phase.FINISHED]
-        asked, refused = [], ["it has no unfinished runs"] if not runs else []
-        for run in runs:
+    """Try a run again now, or all unfinished ones of a job.
+
+    Polls, searches, or starts again what Keboola rejected or what failed there. A running daemon
+    does it within two seconds, otherwise the next start or --once.
+    """
+    with viewing(args) as view:
+        path, found = view.config.state_path, [run for run, _ in view.chosen(args.job)]
+        if view.store is None:
+            raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
+        unfinished = [run for run in found if run.phase is not Phase.FINISHED]
+        asked, why = [], "it has no unfinished runs"
+        for run in [run for run in found if run.name == args.job] or unfinished:
             request = RetryRequest(0, run.id, args.force, run.rerun, run.phase)
-            why = after_retry(run, view.config.jobs[run.job], request, time.time())
-            if isinstance(why, str):
-                refused.append(why)
+            after = after_retry(run, view.config.jobs[run.job], request, time.time())
+            if isinstance(after, str):
+                why = after
             else:
                 asked.append((run.id, args.force, run.rerun, str(run.phase)))
         owner = lock_owner(path)
     if not asked:
-        raise TeckoError(f"{args.job}: {refused[0]}")
+        raise TeckoError(f"{args.job}: {why}")
     insert = "INSERT INTO requests (run_id, force, rerun, phase) VALUES (?, ?, ?, ?)"
-    uri = f"{path.absolute().as_uri()}?mode=rw"
-    with contextlib.closing(
-        sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)
-    ) as db:
+    with contextlib.closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as db:
         Store(db, path).execute([(insert, row) for row in asked])
     is_acting = owner["running"] or owner["once"]
     when = "the running daemon does it within two seconds"
     print(f"asked: {when if is_acting else 'nothing runs now; the next start or --once does it'}")
     return 0
-
-

@@ -481,131 +481,74 @@ class KeboolaJob:
 # --- events ---------------------------------------------------------------------------------------
 
 
-# Every event: its level, the group by which a webhook may name it, and its sentence.
+# Every event: its name, its level, the groups by which webhooks may name it, and its sentence.
 EVENTS: Final[Mapping[str, tuple[str, str, str]]] = {
-    "daemon_started": (
-        "info",
-        "",
-        "teckochecker {version} started as pid {pid}: {jobs}, {batches}",
-    ),
-    "daemon_stopped": ("info", "", "teckochecker stopped"),
-    "config_loaded": ("info", "", "config loaded: {changes}"),
-    "config_warning": ("warning", "", "{warning}"),
-    "config_rejected": (
-        "error",
-        "attention",
-        "the config file has problems, the previous one still counts: {problem}",
-    ),  # noqa: E501
-    "config_rejected_recovered": ("info", "attention", "the config file is good again"),
-    "account_failing": ("error", "attention", "the secret {secret} is refused: {error}"),
-    "account_failing_recovered": (
-        "info",
-        "attention",
-        "the secret {secret} works again, or is no longer used",
-    ),  # noqa: E501
-    "list_not_usable": (
-        "warning",
-        "",
-        "the list of batches of {secret} is not used for a while: {error}",
-    ),  # noqa: E501
-    "list_usable": ("info", "", "the list of batches of {secret} is used again"),
-    "find_failed": ("warning", "", "new batches of {secret} cannot be found: {error}"),
-    "find_recovered": ("info", "", "new batches of {secret} are found again"),
-    "run_found": ("info", "", "{batch_id} begins a new run"),
-    "batch_joined": ("info", "", "{batch_id} joins, {count} batches now"),
-    "late_batch": ("warning", "", "{batch_id} came after the start, and starts nothing"),
-    "batch_without_group": (
-        "warning",
-        "",
-        "{batch_id} has no {group_by} in its metadata, and starts nothing",
-    ),  # noqa: E501
-    "batch_status_changed": ("info", "", "{batch_id} {status}{counts}"),
-    "batch_status_unknown": (
-        "warning",
-        "",
-        "{batch_id} has the status {status}, which is not known, and is polled on",
-    ),  # noqa: E501
-    "poll_failed": ("warning", "", "{error}"),
-    "poll_recovered": ("info", "", "polls succeed again"),
-    "poll_failing": ("warning", "attention", "polls have failed for over ten minutes: {error}"),
-    "poll_failing_recovered": ("info", "attention", "polls succeed again"),
-    "group_size_unclear": ("warning", "attention", "{error}"),
-    "group_size_unclear_recovered": ("info", "attention", "the size of the group is clear now"),
-    "deadline_passed": (
-        "warning",
-        "attention",
-        "the deadline has passed, and {pending} of {count} batches are not finished",
-    ),  # noqa: E501
-    "deadline_passed_recovered": (
-        "info",
-        "attention",
-        "the batches are finished, after the deadline",
-    ),
-    "trigger_intended": ("info", "", "will start {target}"),
-    "trigger_search_failed": ("warning", "", "{error}"),
-    "trigger_sending": ("info", "", "starting {target}"),
-    "trigger_not_sent": ("warning", "", "{error}"),
-    "trigger_unknown": ("warning", "", "{error}; Keboola is searched before anything is repeated"),
-    "trigger_rejected": ("error", "", "Keboola rejected the start: {error}"),
-    "trigger_sent": ("info", "", "started Keboola job {keboola_job_id} {url}"),
-    "trigger_found": (
-        "info",
-        "",
-        "found Keboola job {keboola_job_id}, which this run has started {url}",
-    ),  # noqa: E501
-    "trigger_left_open": (
-        "warning",
-        "",
-        "the process ends before Keboola's answer came; the next start searches for it",
-    ),  # noqa: E501
-    "trigger_overdue": (
-        "error",
-        "attention",
-        "its Keboola job should have started by now: {error}",
-    ),
-    "trigger_overdue_recovered": ("info", "attention", "its Keboola job is known now"),
-    "keboola_job_status": ("info", "", "Keboola job {keboola_job_id} is {status}"),
-    "follow_failed": ("warning", "", "cannot follow Keboola job {keboola_job_id}: {error}"),
-    "follow_failing": (
-        "warning",
-        "attention",
-        "the Keboola job cannot be followed for over ten minutes: {error}",
-    ),  # noqa: E501
-    "follow_failing_recovered": ("info", "attention", "the Keboola job can be followed again"),
-    "keboola_job_retried": ("warning", "", "{error}; it is started again in {wait}"),
-    "completed": ("info", "finished", "Keboola job {keboola_job_id} {ended}, {counts} {url}"),
-    "completed_with_failures": (
-        "warning",
-        "finished",
-        "Keboola job {keboola_job_id} {ended}, {counts} {url}",
-    ),  # noqa: E501
-    "job_failed": ("error", "attention finished", "failed: {error} {url}"),
-    "job_failed_recovered": ("info", "attention", "is not failed any more"),
-    "retry_taken": ("info", "", "a person asked for a retry{how}"),
-    "retry_refused": ("warning", "", "a retry was asked for, but {why}"),
-    "jobs_need_attention": ("warning", "", "{count} need attention: {runs}"),
-    "state_is_older": (
-        "warning",
-        "",
-        "the state file does not know of the last POST; for {wait_s} s no empty search counts",
-    ),  # noqa: E501
-    "state_write_failed": ("error", "attention", "{error}"),
-    "state_write_failed_recovered": ("info", "attention", "the state file can be written again"),
-    "clock_changed": ("warning", "", "the clock was set by {seconds} s, and all waits with it"),
-    "watch_failed": (
-        "warning",
-        "",
-        "the config's directory cannot be watched, and is compared only: {error}",
-    ),  # noqa: E501
-    "notify_failed": (
-        "warning",
-        "",
-        "the webhook {secret} cannot be told, and is tried again: {error}",
-    ),
-    "notify_dropped": ("warning", "", "the webhook {secret} was not told of {count} events: {why}"),
-    "publish_failed": ("warning", "", "cannot publish to {directory}: {error}"),
-    "publish_recovered": ("info", "", "files are published again"),
-    "internal_error": ("error", "", "a bug was met in {where}: {error}"),
+    name: (level, groups, sentence)
+    for name, level, groups, sentence in (
+        re.split(" +", line, maxsplit=3)
+        for line in """
+daemon_started            info    -         teckochecker {version} runs as pid {pid}: {jobs}, {batches}
+daemon_stopped            info    -         teckochecker stopped
+config_loaded             info    -         config loaded: {changes}
+config_warning            warning -         {warning}
+config_rejected           error   attention the config has problems, the previous one counts: {problem}
+config_rejected_recovered info    attention the config file is good again
+account_failing           error   attention the secret {secret} is refused: {error}
+account_failing_recovered info    attention the secret {secret} works again, or is no longer used
+list_not_usable           warning -         the list of {secret} is not used for a while: {error}
+list_usable               info    -         the list of batches of {secret} is used again
+find_failed               warning -         new batches of {secret} cannot be found: {error}
+find_recovered            info    -         new batches of {secret} are found again
+run_found                 info    -         {batch_id} begins a new run
+batch_joined              info    -         {batch_id} joins, {count} batches now
+late_batch                warning -         {batch_id} came after the start, and starts nothing
+batch_without_group       warning -         {batch_id} has no {group_by} in its metadata
+batch_status_changed      info    -         {batch_id} {status}{counts}
+batch_status_unknown      warning -         {batch_id} has the unknown status {status}
+poll_failed               warning -         {error}
+poll_recovered            info    -         polls succeed again
+poll_failing              warning attention polls have failed for over ten minutes: {error}
+poll_failing_recovered    info    attention polls do not fail any more
+group_size_unclear        warning attention {error}
+group_size_unclear_recovered info attention the size of the group is clear now
+deadline_passed           warning attention the deadline has passed: {pending} of {count} batches left
+deadline_passed_recovered info    attention the batches are finished, after the deadline
+trigger_intended          info    -         will start {target}
+trigger_search_failed     warning -         {error}
+trigger_sending           info    -         starting {target}
+trigger_not_sent          warning -         {error}
+trigger_unknown           warning -         {error}; Keboola is searched before a repeat
+trigger_rejected          error   -         Keboola rejected the start: {error}
+trigger_sent              info    -         started Keboola job {keboola_job_id} {url}
+trigger_found             info    -         found its Keboola job {keboola_job_id} {url}
+trigger_left_open         warning -         the process ends before Keboola's answer has come
+trigger_overdue           error   attention its Keboola job should have started by now: {error}
+trigger_overdue_recovered info    attention its Keboola job is known now
+keboola_job_unreadable    warning -         Keboola job {id} counts as another's: {error}
+keboola_job_status        info    -         Keboola job {keboola_job_id} is {status}
+keboola_job_retried       warning -         {error}; it is started again in {wait}
+follow_failed             warning -         cannot follow Keboola job {keboola_job_id}: {error}
+follow_failing            warning attention its Keboola job cannot be followed: {error}
+follow_failing_recovered  info    attention its Keboola job can be followed again
+completed                 info    finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
+completed_with_failures   warning finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
+job_failed                error   attention,finished failed: {error} {url}
+job_failed_recovered      info    attention it is not failed any more
+retry_taken               info    -         a person asked for a retry{how}
+retry_refused             warning -         a person asked for a retry, but {why}
+jobs_need_attention       warning -         {count} need attention: {runs}
+state_is_older            warning -         the state file does not know the last POST, waits {wait_s} s
+state_write_failed        error   attention {error}
+state_write_failed_recovered info attention the state file can be written again
+clock_changed             warning -         the clock was set by {seconds} s, and all waits with it
+watch_failed              warning -         the config's directory cannot be watched: {error}
+notify_failed             warning -         the webhook {secret} cannot be told yet: {error}
+notify_dropped            warning -         the webhook {secret} is not told of an event: {why}
+publish_failed            warning -         cannot publish to {directory}: {error}
+publish_recovered         info    -         files are published again
+internal_error            error   -         a bug was met in {where}: {error}
+""".strip().splitlines()
+    )
 }
 
 
@@ -623,14 +566,15 @@ class Event:
     id: int = 0
 
     @classmethod
-    def of(cls, name: str, run: Run | None = None, level: str = "", **fields_: object) -> Event:
+    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: Any) -> Event:
         """Return an event with its sentence; what a sentence names and `fields_` lack is empty."""
         usual, _, sentence = EVENTS[name]
         words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})
         text = one_line(sentence.format_map(words), 2000)
         if run:
             text = f"{run.name}: {text}"
-        return cls(name, level or usual, run and run.job, run and run.name, fields_, text)
+        job, name_of_run = (run.job, run.name) if run else (None, None)
+        return cls(name, level or usual, job, name_of_run, fields_, text)
 
     def document(self) -> dict[str, Any]:
         """Return the event as a line of the log in JSON has it."""
@@ -1799,9 +1743,28 @@ def mount_warning(path: Path) -> Iterator[str]:
 #
 # A `sending` that is found at the start is `unknown`. A search comes before every POST.
 
-MAX_BATCHES: Final = 1000  # of a run
 LASTING_S: Final = 10 * MINUTE_S  # an error that lasts longer does not settle by itself
 FILES_WAIT_S: Final = 5 * MINUTE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is decided by beside the run: its job, the time, chance, and what the config allows."""
+
+    job: Job | None  # None: it is not in the config now
+    boot_time: BootTime
+    jitter: float = 0.0  # from 0 to 1
+    grace_s: float = 60.0
+    follow_interval_s: float = 30.0
+    may_post: bool = False
+
+    @property
+    def now(self) -> float:
+        return self.boot_time.wall
+
+    @property
+    def follow(self) -> bool:
+        return self.job is None or self.job.follow
 
 
 def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | None = None) -> float:
@@ -1871,14 +1834,12 @@ def batch_event(run: Run, batch: Batch) -> Event:
     return Event.of("batch_status_changed", run, level, **facts)
 
 
-def after_poll(
-    run: Run, job: Job, answers: Mapping[str, Batch | ApiError], now: float, jitter: float
-) -> Change:
+def after_poll(run: Run, job: Job, answers: Mapping[str, Batch | ApiError], terms: Terms) -> Change:
     """Return a run after a poll of its batches, and what is decided with it.
 
     One failed poll never fails a run: it shows the error and is polled again, each time later.
     """
-    batches, events = [], []
+    now, batches, events = terms.now, [], []
     for known in run.batches:
         came = answers.get(known.id)
         batch = merged(known, came, now) if isinstance(came, Batch) else known
@@ -1893,7 +1854,7 @@ def after_poll(
         batch_id, error = next(iter(errors.items()))
         others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         asked_s = max(e.retry_after_s or 0.0 for e in errors.values())
-        wait_s = backoff_s(run.failures + 1, job.poll_interval, jitter, asked_s)
+        wait_s = backoff_s(run.failures + 1, job.poll_interval, terms.jitter, asked_s)
         after = with_error(after, f"{batch_id}: {error}{others}", now, wait_s)
         facts = {"status": error.status, "request_id": error.request_id}
         if after.error != run.error:
@@ -1922,7 +1883,11 @@ def decide(run: Run, job: Job, now: float) -> Change:
     if (is_whole and not pending and run.batches) or (now >= due_at and job.on_deadline == "start"):
         refusal = policy_refusal(run, job)
         if refusal:
-            ended = {"phase": Phase.REFUSED, "next_at": math.inf, "error_since": now}
+            ended: dict[str, Any] = {
+                "phase": Phase.REFUSED,
+                "next_at": math.inf,
+                "error_since": now,
+            }
             return replace(run, error=refusal, **ended), []
         return as_intended(run, now), []
     next_at = run.next_at if pending else whole_at
@@ -2107,36 +2072,29 @@ def as_sending(run: Run, now: float) -> Change:
     ]
 
 
-def as_unknown(run: Run, error: str, grace_s: float, now: BootTime, asked_s: float = 0.0) -> Change:
+def as_unknown(run: Run, error: str, terms: Terms, asked_s: float = 0.0) -> Change:
     """Return a run when the outcome of its POST cannot be told.
 
     The first repeat waits for the grace; then the wait doubles each time, up to an hour.
     """
+    grace_s = terms.grace_s
     doubled = min(max(grace_s, HOUR_S), max(1.0, 2 * run.repeat_after_s))
     wait_s = max(grace_s if run.repeat_after_s == 0 else doubled, min(asked_s, HOUR_S))
     text = f"it is not known whether Keboola took the job: {error}"
     after = replace(
-        with_error(run, text, now.wall, search_spacing_s(grace_s)),
+        with_error(run, text, terms.now, search_spacing_s(grace_s)),
         phase=Phase.UNKNOWN,
         failures=0,
         post_error=error,
         repeat_after_s=max(wait_s, 0.001),
-        unknown_since=now,
+        unknown_since=terms.boot_time,
         empty_searches=0,
     )
     return after, [Event.of("trigger_unknown", run, trigger_id=run.trigger_id, error=text)]
 
 
-def after_search(  # noqa: PLR0913 - what it goes by is named at each call
-    run: Run,
-    came: Sequence[KeboolaJob] | ApiError,
-    *,
-    began: BootTime,
-    may_post: bool,
-    follow: bool,
-    grace_s: float,
-    now: float,
-    jitter: float,
+def after_search(
+    run: Run, came: Sequence[KeboolaJob] | ApiError, began: BootTime, terms: Terms
 ) -> Change:
     """Return a run after a search for its Keboola job: found, SENDING, or searched for again.
 
@@ -2145,20 +2103,20 @@ def after_search(  # noqa: PLR0913 - what it goes by is named at each call
     `began` is when the search did. A run that comes back SENDING is to be committed and posted with
     nothing awaited in between: what was found out and what is sent belong together.
     """
+    now = terms.now
     if isinstance(came, ApiError):
-        if run.forced and may_post:
+        if run.forced and terms.may_post:
             return as_sending(run, now)
         text = f"cannot search Keboola for an earlier start: {came}"
         if run.post_error:
             text += f"; the start brought: {run.post_error}"
-        wait_s = backoff_s(run.failures + 1, 5, jitter, came.retry_after_s)
-        is_new = text != run.error
-        events = [Event.of("trigger_search_failed", run, error=text, status=came.status)]
-        return with_error(run, text, now, wait_s), events if is_new else []
+        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
+        event = Event.of("trigger_search_failed", run, error=text, status=came.status)
+        return with_error(run, text, now, wait_s), [event] if text != run.error else []
     if came:
-        return as_started(run, came, "trigger_found", now, follow=follow)
+        return as_started(run, came, "trigger_found", terms)
     if run.phase is not Phase.UNKNOWN:
-        return as_sending(run, now) if may_post else (run, [])
+        return as_sending(run, now) if terms.may_post else (run, [])
     elapsed_s = run.unknown_since.until_s(began) if run.unknown_since else 0.0
     is_late = elapsed_s >= run.repeat_after_s
     after = replace(run, empty_searches=run.empty_searches + 1, failures=0)
@@ -2166,26 +2124,24 @@ def after_search(  # noqa: PLR0913 - what it goes by is named at each call
         text = f"a search did not find the Keboola job, and the start brought: {run.post_error}"
         after = replace(after, error=text)
     if is_late and after.empty_searches >= 2:
-        if may_post:
+        if terms.may_post:
             return as_sending(after, now)
         # Paused or removed: an earlier POST's job may still show up, so the search goes on.
         return replace(after, next_at=now + HOUR_S), []
-    spacing_s = search_spacing_s(grace_s)
+    spacing_s = search_spacing_s(terms.grace_s)
     wait_s = spacing_s if is_late else max(run.repeat_after_s - elapsed_s, 0.1)
     return replace(after, next_at=now + wait_s), []
 
 
-def as_started(
-    run: Run, jobs: Sequence[KeboolaJob], name: str, now: float, *, follow: bool
-) -> Change:
+def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) -> Change:
     """Return a run once its Keboola job is known; of several, the first one is ours."""
-    ours, *others = jobs
+    (ours, *others), now = jobs, terms.now
     created_at = ours.created_time.timestamp() if ours.created_time else now
     project = ours.project or run.target.project
     page = f"{run.target.stack_url}/admin/projects/{project}/queue/{ours.id}" if project else None
     after = replace(
         run,
-        phase=Phase.SENT if follow else Phase.FINISHED,
+        phase=Phase.SENT if terms.follow else Phase.FINISHED,
         keboola_job_id=ours.id,
         keboola_status=ours.status,
         url=page,
@@ -2204,36 +2160,28 @@ def as_started(
     if others:
         facts["other_keboola_job_ids"] = [job.id for job in others]
     events = [Event.of(name, run, "warning" if others else "", **facts)]
-    if not follow:
+    if not terms.follow:
         after = replace(after, finished_at=after.sent_at, next_at=math.inf)
         events.append(end_event(after, "was started"))
     return after, events
 
 
-def after_post(  # noqa: PLR0913 - what it goes by is named at each call
-    run: Run,
-    came: KeboolaJob | ApiError,
-    *,
-    follow: bool,
-    grace_s: float,
-    now: BootTime,
-    jitter: float,
-) -> Change:
+def after_post(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
     """Return a run after its POST: sent, certainly not sent, rejected, or unknown."""
     if isinstance(came, KeboolaJob):
-        return as_started(run, [came], "trigger_sent", now.wall, follow=follow)
+        return as_started(run, [came], "trigger_sent", terms)
     facts = {"trigger_id": run.trigger_id, "status": came.status, "request_id": came.request_id}
     if not came.sent:
         text = f"Keboola was not reached: {came}"
-        wait_s = backoff_s(run.failures + 1, 5, jitter, came.retry_after_s)
-        after = replace(with_error(run, text, now.wall, wait_s), phase=Phase.INTENT)
+        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
+        after = replace(with_error(run, text, terms.now, wait_s), phase=Phase.INTENT)
         return after, [Event.of("trigger_not_sent", run, error=text, **facts)]
     if came.status is None or not 400 <= came.status < 500 or came.status in {408, 429}:
-        return as_unknown(run, str(came), grace_s, now, came.retry_after_s or 0.0)
+        return as_unknown(run, str(came), terms, came.retry_after_s or 0.0)
     is_curable = came.status in {401, 402, 403, 404, 409, 423}
-    wait_s = backoff_s(run.failures + 1, 5 * MINUTE_S, jitter, came.retry_after_s)
+    wait_s = backoff_s(run.failures + 1, 5 * MINUTE_S, terms.jitter, came.retry_after_s)
     after = replace(
-        with_error(run, str(came), now.wall, wait_s if is_curable else math.inf),
+        with_error(run, str(came), terms.now, wait_s if is_curable else math.inf),
         phase=Phase.REJECTED,
         sending_at=None,
         repeat_after_s=0.0,
@@ -2256,21 +2204,14 @@ def end_event(run: Run, ended: str) -> Event:
     return Event.of(name, run, **facts, ended=ended, counts=counts, url=run.url)
 
 
-def after_follow(  # noqa: PLR0913 - what it goes by is named at each call
-    run: Run,
-    came: KeboolaJob | ApiError,
-    *,
-    poll_interval_s: float,
-    follow_interval_s: float,
-    retry_on_error: int,
-    now: float,
-    jitter: float,
-) -> Change:
+def after_follow(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
     """Return a run after a look at its Keboola job: finished, failed, started again, or running."""
-    wait_s = max(follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
+    now, job = terms.now, terms.job
+    poll_interval_s = job.poll_interval if job else HOUR_S
+    wait_s = max(terms.follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
     facts = {"keboola_job_id": run.keboola_job_id, "url": run.url}
     if isinstance(came, ApiError) and came.status != 404:
-        wait_s = backoff_s(run.failures + 1, wait_s, jitter, came.retry_after_s)
+        wait_s = backoff_s(run.failures + 1, wait_s, terms.jitter, came.retry_after_s)
         after = with_error(run, str(came), now, wait_s)
         event = Event.of("follow_failed", run, **facts, error=str(came), status=came.status)
         return after, [event] if after.error != run.error else []
@@ -2288,7 +2229,8 @@ def after_follow(  # noqa: PLR0913 - what it goes by is named at each call
         return after, [end_event(after, ended)]
     message = f": {came.message}" if came.message else ""
     error = f"Keboola job {run.keboola_job_id} ended in {came.status}{message}"
-    if came.status == "error" and run.retries < retry_on_error:
+    retries = job.retry_on_error if job and terms.may_post else 0
+    if came.status == "error" and run.retries < retries:
         wait_s = min(HOUR_S, 5 * MINUTE_S * 2.0**run.retries)
         again = as_rerun(replace(run, retries=run.retries + 1), now, wait_s, error)
         wait = show_duration(wait_s)
@@ -2316,7 +2258,8 @@ def after_retry(run: Run, job: Job | None, request: RetryRequest, now: float) ->
         return "its job is not in the config"
     if job.done:
         return "the config says done: true; remove that to start it"
-    force, now_due = request.force, {"failures": 0, "next_at": now}
+    force = request.force
+    now_due: dict[str, Any] = {"failures": 0, "next_at": now}
     finished = {Phase.FINISHED, Phase.REJECTED, Phase.REFUSED}
     if run.rerun != request.rerun or (request.phase in finished and run.phase != request.phase):
         return "its Keboola job was started or found meanwhile"
@@ -2417,7 +2360,7 @@ def shifted(run: Run, by_s: float) -> Run:
     return replace(run, batches=batches, **moved)
 
 
-def as_loaded(run: Run, now: BootTime, grace_s: float) -> Change:
+def as_loaded(run: Run, terms: Terms) -> Change:
     """Return a stored run as a new process takes it up.
 
     A POST that an earlier process was about to send, or had sent, is unknown. A recorded time in
@@ -2425,10 +2368,11 @@ def as_loaded(run: Run, now: BootTime, grace_s: float) -> Change:
     """
     names = ("error_since", "intended_at", "joined_at", "sent_at", "finished_at", "last_check_at")
     times = {name: getattr(run, name) for name in names}
-    late = {n: min(at, now.wall) for n, at in times.items() if at is not None and at > now.wall}
-    if run.phase is Phase.POLLING or now.wall + HOUR_S < run.next_at < math.inf:
-        late["next_at"] = now.wall
-    longest = now.wall + FILES_WAIT_S
+    now = terms.now
+    late: dict[str, Any] = {n: now for n, at in times.items() if at is not None and at > now}
+    if run.phase is Phase.POLLING or now + HOUR_S < run.next_at < math.inf:
+        late["next_at"] = now
+    longest = now + FILES_WAIT_S
     if any((b.files_due_at or 0) > longest for b in run.batches):
         due = [b.files_due_at and min(b.files_due_at, longest) for b in run.batches]
         late["batches"] = tuple(
@@ -2436,7 +2380,7 @@ def as_loaded(run: Run, now: BootTime, grace_s: float) -> Change:
         )
     run = replace(run, **late) if late else run
     if run.phase is Phase.SENDING:
-        return as_unknown(run, "the process ended before the answer was recorded", grace_s, now)
+        return as_unknown(run, "the process ended before the answer was recorded", terms)
     return run, []
 
 
@@ -2508,7 +2452,7 @@ def group_batches(
         run = runs.get(group) or Run(0, job.name, target, group, next_at=now)
         known = {batch.id for batch in run.batches}
         new = [row for row in found if row.batch.id not in known]
-        room = MAX_BATCHES - len(known) if run.phase is Phase.POLLING else 0
+        room = 1000 - len(known) if run.phase is Phase.POLLING else 0  # the most of a run
         joined, late = new[:room], new[room:]
         batches = in_order(run, job, [*run.batches, *(row.batch for row in joined)])
         after = run
@@ -2545,120 +2489,33 @@ def group_size_of(run: Run, job: Job, joined: Iterable[Row]) -> str:
 # ==================================================================================================
 
 SCHEMA_VERSION: Final = 10
-
-# Times are Unix seconds. Nothing here is ever a secret.
-SCHEMA: Final[Sequence[str]] = (
-    """
-    CREATE TABLE runs (                 -- one row for each set of batches that leads to a Keboola job
-        id               INTEGER PRIMARY KEY,
-        job              TEXT NOT NULL,
-        "group"          TEXT NOT NULL, -- '' for a job with batch_ids
-        batch_key        TEXT NOT NULL, -- JSON list of its sorted batch ids; '' for a group
-        stack_url        TEXT NOT NULL,
-        component_id     TEXT NOT NULL,
-        config_id        TEXT NOT NULL,
-        branch_id        TEXT NOT NULL,
-        project          TEXT NOT NULL,
-        phase            TEXT NOT NULL CHECK (phase IN ('polling', 'refused', 'intent', 'sending',
-                             'unknown', 'rejected', 'sent', 'finished')),
-        rerun            INTEGER NOT NULL,
-        trigger_id       TEXT NOT NULL,
-        payload          TEXT NOT NULL, -- the body of POST /jobs
-        input_digest     TEXT NOT NULL,
-        next_at          REAL,          -- NULL: nothing is due by itself
-        failures         INTEGER NOT NULL,
-        error            TEXT,
-        error_since      REAL,
-        attention        TEXT NOT NULL,
-        forced           INTEGER NOT NULL,
-        posts            INTEGER NOT NULL,
-        post_error       TEXT,
-        repeat_after_s   REAL NOT NULL,
-        unknown_wall     REAL,          -- when the outcome of the POST was recorded as unknown,
-        unknown_boot     TEXT,          -- in which boot of the machine,
-        unknown_uptime_s REAL,          -- and how long it had been up
-        empty_searches   INTEGER NOT NULL,
-        retries          INTEGER NOT NULL,
-        sending_at       REAL,
-        sent_at          REAL,
-        keboola_job_id   TEXT,
-        keboola_status   TEXT,
-        keboola_error    TEXT,
-        url              TEXT,
-        size             TEXT NOT NULL,
-        joined_at        REAL,
-        intended_at      REAL,
-        deadline_told    INTEGER NOT NULL,
-        last_check_at    REAL,
-        finished_at      REAL
-    ) STRICT""",
-    'CREATE INDEX runs_by_job ON runs (job, "group")',
-    "CREATE INDEX runs_by_batches ON runs (batch_key) WHERE batch_key <> ''",
-    "CREATE INDEX runs_unfinished ON runs (phase) WHERE phase <> 'finished'",
-    "CREATE INDEX runs_in_need ON runs (attention) WHERE attention <> ''",
-    "CREATE INDEX runs_by_end ON runs (job, finished_at) WHERE phase = 'finished'",
-    "CREATE INDEX runs_by_sending ON runs (sending_at) WHERE sending_at IS NOT NULL",
-    """
-    CREATE TABLE batches (
-        run_id         INTEGER NOT NULL REFERENCES runs (id),
-        place          INTEGER NOT NULL, -- in the config's list, or by creation; -1: it came too late
-        id             TEXT NOT NULL,
-        status         TEXT,             -- NULL: not polled yet
-        total          INTEGER,
-        completed      INTEGER,
-        failed         INTEGER,
-        output_file_id TEXT,
-        error_file_id  TEXT,
-        created_at     REAL,
-        expires_at     REAL,
-        ended_at       REAL,
-        error          TEXT,
-        files_due_at   REAL,
-        PRIMARY KEY (run_id, id)
-    ) STRICT, WITHOUT ROWID""",
-    "CREATE INDEX batches_by_id ON batches (id)",
-    """
-    CREATE TABLE events (                -- the log, and the outbox of webhooks
-        id     INTEGER PRIMARY KEY,
-        at     REAL NOT NULL,
-        level  TEXT NOT NULL,
-        name   TEXT NOT NULL,
-        job    TEXT,
-        run    TEXT,
-        fields TEXT NOT NULL,            -- JSON object
-        text   TEXT NOT NULL             -- for people
-    ) STRICT""",
-    "CREATE INDEX events_by_job ON events (job, id) WHERE job IS NOT NULL",
-    """
-    CREATE TABLE requests (              -- what people asked for with `retry`
-        id     INTEGER PRIMARY KEY,
-        run_id INTEGER NOT NULL,
-        force  INTEGER NOT NULL,
-        rerun  INTEGER NOT NULL,         -- what the person saw
-        phase  TEXT NOT NULL
-    ) STRICT""",
-    """
-    CREATE TABLE webhooks (
-        secret     TEXT PRIMARY KEY,
-        told_up_to INTEGER NOT NULL,     -- the last event that it has had, or was not to have
-        failures   INTEGER NOT NULL,
-        next_at    REAL NOT NULL
-    ) STRICT, WITHOUT ROWID""",
-    """
-    CREATE TABLE secrets (               -- how the requests with each have fared
-        name            TEXT PRIMARY KEY,
-        type            TEXT NOT NULL,
-        requests        INTEGER NOT NULL,
-        errors          INTEGER NOT NULL,
-        last_success_at REAL,
-        refused_since   REAL,            -- the server has refused it ever since
-        error           TEXT
-    ) STRICT, WITHOUT ROWID""",
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
-)
-
 STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
 Statement = tuple[str, Sequence[object]]
+
+
+@functools.cache
+def columns(cls: type) -> Mapping[str, str]:
+    """Return the columns for a dataclass's fields (but for nested ones): name and SQL type."""
+    kinds = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL", "Phase": "TEXT"}
+    kinds |= {"BootTime": "TEXT", "Mapping[str, Any]": "TEXT"}  # as JSON
+    types = {f.name: str(f.type).partition(" | ") for f in fields(cls)}
+    return {
+        name: kinds[kind] + (" NOT NULL" if not null else "")
+        for name, (kind, _, null) in types.items()
+        if kind in kinds
+    }
+
+
+def as_row(item: object) -> dict[str, Any]:
+    """Return a dataclass instance's fields by column."""
+    return {name: getattr(item, name) for name in columns(type(item))}  # type: ignore[arg-type]
+
+
+def insert(into: str, row: Mapping[str, object]) -> Statement:
+    """Return what stores a row, in place of the one with its key."""
+    names = ", ".join(f'"{name}"' for name in row)
+    marks = ", ".join("?" * len(row))
+    return f"INSERT OR REPLACE INTO {into} ({names}) VALUES ({marks})", [*row.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2670,36 +2527,76 @@ class SecretStats:
     requests: int = 0
     errors: int = 0  # of the requests: all that brought no 2xx
     last_success_at: float | None = None
-    refused_since: float | None = None
+    refused_since: float | None = None  # the server has refused it ever since
     error: str | None = None  # what became of the last request, if it failed
 
     def after(self, error: ApiError | None, now: float) -> SecretStats:
-        """Return how it has fared after one more request.
-
-        Whatever a server says of a request other than that it refuses the key, it takes the key.
-        """
+        """Return how it has fared after one more request."""
         requests = self.requests + 1
         if error is None:
             return SecretStats(self.name, self.type, requests, self.errors, now)
         after = replace(self, requests=requests, errors=self.errors + 1, error=str(error))
         if error.status == 401:
             return replace(after, refused_since=self.refused_since or now)
-        is_about_request = error.status is not None and error.status < 500
-        is_about_request = is_about_request and error.status not in {408, 429}
-        return replace(after, refused_since=None) if is_about_request else after
+        # Whatever a server says of a request other than that it refuses the key, it takes the key.
+        takes_key = (error.status or 500) < 500 and error.status not in {408, 429}
+        return replace(after, refused_since=None) if takes_key else after
 
-    @classmethod
-    def statement(cls, stats: SecretStats) -> Statement:
+    def statement(self) -> Statement:
         """Return what stores it."""
-        values = [getattr(stats, f.name) for f in fields(cls)]
-        return "INSERT OR REPLACE INTO secrets VALUES (?, ?, ?, ?, ?, ?, ?)", values
+        return insert("secrets", as_row(self))
+
+
+def create_table(name: str, key: str, *classes: type, **own: str) -> str:
+    """Return the SQL of a table of dataclasses; `own` are further columns, or other types."""
+    of_fields = itertools.chain.from_iterable(columns(cls).items() for cls in classes)
+    lines = [f'"{column}" {sql}' for column, sql in (dict(of_fields) | own).items()]
+    body = ",\n    ".join([*lines, f"PRIMARY KEY ({key})"])
+    what = str(classes[0].__doc__).partition("\n")[0]
+    options = "STRICT" if key == "id" else "STRICT, WITHOUT ROWID"
+    return f"-- {what}\nCREATE TABLE {name} (\n    {body}\n) {options}"
+
+
+# Times are Unix seconds; a column is explained at the field of its name. Nothing here is a secret.
+SCHEMA: Final[Sequence[str]] = (
+    create_table(
+        "runs",
+        "id",
+        *(Run, Target),
+        next_at="REAL /* NULL: nothing is due by itself */",
+        batch_key="TEXT NOT NULL /* JSON: its sorted batch ids; empty for a group */",
+    ),
+    'CREATE INDEX runs_by_job ON runs (job, "group")',
+    "CREATE INDEX runs_by_batches ON runs (batch_key) WHERE batch_key <> ''",
+    "CREATE INDEX runs_unfinished ON runs (phase) WHERE phase <> 'finished'",
+    "CREATE INDEX runs_in_need ON runs (attention) WHERE attention <> ''",
+    "CREATE INDEX runs_by_end ON runs (job, finished_at) WHERE phase = 'finished'",
+    create_table(
+        "batches", "run_id, id", Batch, run_id="INTEGER NOT NULL", place="INTEGER NOT NULL"
+    ),
+    "CREATE INDEX batches_by_id ON batches (id)",
+    create_table("events", "id", Event),
+    "CREATE INDEX events_by_job ON events (job, id) WHERE job IS NOT NULL",
+    create_table("requests", "id", RetryRequest),
+    create_table("secrets", "name", SecretStats),
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    """
+    CREATE TABLE webhooks (
+        secret TEXT PRIMARY KEY,
+        told_up_to INTEGER NOT NULL, -- the last event that it has had, or was not to have
+        failures INTEGER NOT NULL,
+        next_at REAL NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+)
+
+
+# --- the clock, and files beside the state --------------------------------------------------------
 
 
 class Clock:
     """The process's one clock: Unix time at the start, and what the boot-time clock adds to it.
 
-    That one counts suspends too, and nobody sets it. `changed` tells when the system's clock was
-    set, and follows it.
+    That one counts suspends too, and nobody sets it.
     """
 
     def __init__(self) -> None:
@@ -2710,7 +2607,7 @@ class Clock:
         self._started_at = time.time() - self.uptime_s()
 
     def uptime_s(self) -> float:
-        """Return seconds that only ever grow."""
+        """Return seconds that only grow."""
         return time.clock_gettime(self._kind)
 
     def now(self) -> float:
@@ -2718,7 +2615,6 @@ class Clock:
         return self._started_at + self.uptime_s()
 
     def boot_time(self) -> BootTime:
-        """Return the time as it can be measured from later, after a restart too."""
         return BootTime(self.now(), self._boot, self.uptime_s())
 
     def jitter(self) -> float:
@@ -2726,15 +2622,12 @@ class Clock:
         return random.random()  # noqa: S311 - spreads load, guards nothing
 
     def changed(self) -> float:
-        """Return by how many seconds the system's clock was set since the last call, or 0."""
+        """Return by how many seconds the system's clock was set, and follow it; or 0."""
         by_s = time.time() - self.now()
         if abs(by_s) <= MINUTE_S:
             return 0.0
         self._started_at += by_s
         return by_s
-
-
-# --- files beside the state -----------------------------------------------------------------------
 
 
 def inode_of(path: Path) -> tuple[int, int] | None:
@@ -2745,16 +2638,25 @@ def inode_of(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def is_there(path: Path) -> bool:
-    """Return whether a file exists. Raises StateError where this user may not even ask."""
+def owner_of(path: Path) -> str:
+    """Return the name of a file's owner, or its number."""
     try:
-        path.stat()
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a file exists. Raises StateError for what is no file, or may not be asked."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return True
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         hint = "run this as root, or as the daemon's user"
         raise StateError(f"cannot access {path}: {error.strerror}", hint) from None
-    return True
+    raise StateError(f"{path} is not a regular file", "correct the path")
 
 
 def open_own(path: Path) -> int:
@@ -2765,35 +2667,26 @@ def open_own(path: Path) -> int:
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        try:
+        with contextlib.suppress(FileExistsError):
             fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            fd = os.open(path, flags)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                os.close(fd)
-                raise OSError(errno.EINVAL, "Not a regular file") from None
+            if os.geteuid() == 0:
+                owner = path.parent.stat()
+                os.fchown(fd, owner.st_uid, owner.st_gid)
             return fd
-        if os.geteuid() == 0:
-            owner = path.parent.stat()
-            os.fchown(fd, owner.st_uid, owner.st_gid)
+        fd = os.open(path, flags)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, "Not a regular file")
     except OSError as error:
         hint = "correct state:, or this user's rights to the directory"
         if error.errno == errno.ENOENT:
             hint = "create the directory (systemd does, when it starts the unit)"
-        elif error.errno == errno.EACCES and path.exists():
+        elif error.errno == errno.EACCES and inode_of(path):
             hint = f"it belongs to {owner_of(path)}: chown it to the daemon's user"
         elif error.errno in {errno.ELOOP, errno.EINVAL, errno.ENXIO}:
             hint = "put a file there, no link and no pipe"
         raise StateError(f"cannot open {path}: {error.strerror}", hint) from None
-    return fd
-
-
-def owner_of(path: Path) -> str:
-    """Return the name of a file's owner, or its number."""
-    try:
-        return path.owner()
-    except (KeyError, OSError):
-        return f"user {path.stat().st_uid}"
 
 
 class StateLock:
@@ -2811,19 +2704,17 @@ class StateLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            first = os.pread(self._fd, 200, 0).decode(errors="replace").partition(" since ")[0]
-            os.close(self._fd)
-            message = f"another instance holds {self.path}: {one_line(first) or 'it just started'}"
+            holder = one_line(self._read().partition(" since ")[0]) or "it just started"
+            message = f"another instance holds {self.path}: {holder}"
             raise LockedError(message, "wait for it, or stop it") from None
         except OSError as error:
             message = f"cannot lock {self.path}: {error.strerror}"
             raise StateError(message, "put state: on a local disk") from None
-        self._inode = inode_of(self.path)
-        self._label = f"pid {os.getpid()} ({purpose}) since {started_at:.3f}\n"
         number = r"([0-9]{1,15}\.[0-9]{1,9})"
         pattern = rf"last POST at {number} \(boot ([!-~]{{0,64}}) up {number}\)"
-        match = re.search(pattern, os.pread(self._fd, 400, 0).decode(errors="replace"))
+        match = re.search(pattern, self._read())
         self.last_post = BootTime(float(match[1]), match[2], float(match[3])) if match else None
+        self._label = f"pid {os.getpid()} ({purpose}) since {started_at:.3f}\n"
         self._write(self._label)
 
     def note_post(self, now: BootTime) -> None:
@@ -2831,9 +2722,11 @@ class StateLock:
         self.last_post = now
         self._write(self._label)
 
+    def _read(self) -> str:
+        return os.pread(self._fd, 400, 0).decode(errors="replace")
+
     def _write(self, label: str) -> None:
-        if self.last_post:
-            at = self.last_post
+        if at := self.last_post:
             label += f"last POST at {at.wall:.6f} (boot {at.boot} up {at.uptime_s:.3f})\n"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
             os.pwrite(self._fd, label.encode(), 0)
@@ -2846,7 +2739,9 @@ class StateLock:
 
     def is_in_place(self) -> bool:
         """Return whether the file that is locked is still the one of its name."""
-        return inode_of(self.path) == self._inode
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), self.path.stat())
+        return False
 
     def close(self) -> None:
         """Let the lock go, and with it the label that says who has it."""
@@ -2860,20 +2755,22 @@ def lock_owner(state_path: Path) -> dict[str, Any]:
     It is `daemon` of `status --json`, with `once` where it is a pass of --once.
     """
     path = state_path.with_name(state_path.name + ".lock")
-    nobody: dict[str, Any] = dict.fromkeys(("pid", "started_at", "last_loop_at"))
-    try:
-        label = path.read_text(encoding="utf-8", errors="replace")
-        looped_at = path.stat().st_mtime
-    except OSError:
-        return {"running": False, "once": False, **nobody}
-    match = re.match(r"pid ([0-9]{1,9}) \((daemon|--once)\) since ([0-9.]{1,20})\n", label)
+    label, looped_at = "", 0.0
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would hold us up
+            label = path.read_text(encoding="utf-8", errors="replace")
+            looped_at = path.stat().st_mtime
+    match = re.match(r"pid ([0-9]{1,9}) \((daemon|--once)\) since ([0-9]{1,15}\.[0-9]{3})\n", label)
     if not match:
+        nobody = dict.fromkeys(("pid", "started_at", "last_loop_at"))
         return {"running": False, "once": False, **nobody}
     age_s = time.time() - looped_at
-    is_alive = age_s < 5
-    with contextlib.suppress(OSError):  # PermissionError: it lives
-        is_alive = is_alive or os.kill(int(match[1]), 0) is None
-    is_running = is_alive and age_s < MINUTE_S
+    is_gone = False
+    try:
+        os.kill(int(match[1]), 0)
+    except OSError as error:  # what lives in another container touches the file
+        is_gone = error.errno == errno.ESRCH and age_s >= 5
+    is_running = not is_gone and age_s < MINUTE_S
     return {
         "running": is_running and match[2] == "daemon",
         "once": is_running and match[2] == "--once",
@@ -2886,84 +2783,52 @@ def lock_owner(state_path: Path) -> dict[str, Any]:
 # --- the database ---------------------------------------------------------------------------------
 
 
-def check_database(db: sqlite3.Connection, path: Path) -> int:
-    """Return the schema's version, 0 for none yet. Raises StateError for what is not ours."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version > SCHEMA_VERSION:
-        message = f"the state file {path} has schema {version}; this program knows {SCHEMA_VERSION}"
-        raise StateError(message, "run the newer teckochecker that wrote it")
-    if 0 < version < SCHEMA_VERSION:
-        message = f"the state file {path} is of an older teckochecker (schema {version})"
-        raise StateError(message, "move it away: Keboola is searched before any POST")
-    if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
-        raise StateError(f"{path} is the database of another program", "correct state:")
-    return version
-
-
 def check_undamaged(db: sqlite3.Connection, path: Path) -> None:
-    """Raise StateError if SQLite's quick_check finds damage, or stumbles over it."""
-    try:
-        result = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
-            raise
-        result = str(error)
+    """Raise StateError, or SQLite's own error, for what is damaged."""
+    result = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
     if result != "ok":
         raise StateError(f"the state file {path} is damaged: {one_line(result)}", STATE_HINT)
 
 
-def state_error(error: sqlite3.Error, path: Path, what: str = "use") -> StateError:
+def state_error(error: sqlite3.Error, path: Path) -> StateError:
     """Return what a person is told of an error of SQLite's, with what to do about it."""
+    whose = f"it belongs to {owner_of(path)}" if inode_of(path) else "it is not there"
     hint = {
         sqlite3.SQLITE_FULL: "free the disk",
         sqlite3.SQLITE_BUSY: "see who else has the file open",
-        sqlite3.SQLITE_READONLY: "give this user the right to write the file and its directory",
-        sqlite3.SQLITE_CANTOPEN: "check the path, and this user's rights to file and directory",
+        sqlite3.SQLITE_READONLY: f"{whose}: give this user the right to write it and its directory",
+        sqlite3.SQLITE_CANTOPEN: f"{whose}: check this user's rights to it and its directory",
         sqlite3.SQLITE_IOERR: "look into the system's log for disk errors",
     }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, STATE_HINT)
-    return StateError(f"cannot {what} the state file {path}: {error}", hint)
-
-
-_TARGET: Final = tuple(f.name for f in fields(Target))
-_BATCH: Final = tuple(f.name for f in fields(Batch))
-_RUN: Final = tuple(
-    f.name for f in fields(Run) if f.name not in {"batches", "target", "unknown_since"}
-)
+    return StateError(f"cannot use the state file {path}: {error}", hint)
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """Return a run as a row of its table."""
     ids = [] if run.group else sorted(batch.id for batch in run.batches)
-    unknown = run.unknown_since
+    since = run.unknown_since
     return {
-        **{name: getattr(run, name) for name in _RUN},
-        **{name: getattr(run.target, name) for name in _TARGET},
+        **as_row(run),
+        **as_row(run.target),
         "next_at": run.next_at if math.isfinite(run.next_at) else None,
+        "unknown_since": since and compact_json([since.wall, since.boot, since.uptime_s]),
         "batch_key": compact_json(ids) if ids else "",
-        "unknown_wall": unknown and unknown.wall,
-        "unknown_boot": unknown and unknown.boot,
-        "unknown_uptime_s": unknown and unknown.uptime_s,
     }
 
 
 def run_of(row: sqlite3.Row, batches: Iterable[Batch]) -> Run:
-    """Return the run that stands in a row."""
-    values = {name: row[name] for name in _RUN}
-    values |= {"phase": Phase(row["phase"]), "forced": bool(row["forced"])}
-    values |= {"deadline_told": bool(row["deadline_told"])}
+    values = {name: row[name] for name in columns(Run)}
+    values |= {name: bool(row[name]) for name in ("forced", "deadline_told")}
+    values["phase"] = Phase(row["phase"])
     values["next_at"] = math.inf if row["next_at"] is None else row["next_at"]
-    unknown = None
-    if row["unknown_wall"] is not None:
-        unknown = BootTime(row["unknown_wall"], row["unknown_boot"], row["unknown_uptime_s"])
-    target = Target(**{name: row[name] for name in _TARGET})
-    return Run(**values, target=target, batches=tuple(batches), unknown_since=unknown)
+    if row["unknown_since"]:
+        values["unknown_since"] = BootTime(*json.loads(row["unknown_since"]))
+    target = Target(*(row[name] for name in columns(Target)))
+    return Run(**values, target=target, batches=tuple(batches))
 
 
-def event_of(row: sqlite3.Row) -> Event:
-    """Return the event that stands in a row."""
-    fields_ = json.loads(row["fields"])
-    about = (row["name"], row["level"], row["job"], row["run"])
-    return Event(*about, fields_, row["text"], row["at"], row["id"])
+def batch_statement(run_id: int, place: int, batch: Batch) -> Statement:
+    """Return what stores a batch; a `place` of -1 is that of one that came too late."""
+    return insert("batches", as_row(batch) | {"run_id": run_id, "place": place})
 
 
 class Store:
@@ -2974,43 +2839,35 @@ class Store:
         self.db = db
         self.path = path
         self._inode = inode_of(path)
-        self._last_event_id: int | None = None
 
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open for acting, under the lock. Raises StateError for what is no state file.
 
-        What is damaged, newer or not ours is refused before anything is written to it, through a
-        connection that only reads. It fails where a first start was killed: then nothing is there
-        but a hot journal, which the other one rolls back.
+        What is damaged, newer or not ours is refused before anything is written to it.
         """
         os.close(open_own(path))
         try:
-            with (
-                contextlib.suppress(sqlite3.OperationalError),
-                contextlib.closing(
-                    sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-                ) as reading,
-            ):
-                check_database(reading, path)
-                check_undamaged(reading, path)
             db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
-            version = check_database(db, path)
+            if is_there(path.with_name(path.name + "-journal")):  # a first start was killed
+                db.execute("PRAGMA user_version")  # to read is to roll that back
+            with cls.reading(path) as store:
+                has_schema = store is not None
+                if store:
+                    check_undamaged(store.db, path)
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 message = f"{path}: this file system cannot do SQLite's WAL mode"
                 raise StateError(message, "put state: on a local disk")
             # NORMAL does not sync commits: power loss could take back an intent that was acted on.
             db.execute("PRAGMA synchronous = FULL")
-            store = cls(db, path)
-            if version == 0:
-                store.execute([(s, ()) for s in (*SCHEMA, f"PRAGMA user_version={SCHEMA_VERSION}")])
+            if not has_schema:
+                script = (*SCHEMA, f"PRAGMA user_version = {SCHEMA_VERSION}", "COMMIT")
+                db.executescript(";\n".join(("BEGIN IMMEDIATE", *script)))
             # The loop stands still while it waits for another writer; what fails is tried again.
             db.execute("PRAGMA busy_timeout = 50")
         except sqlite3.Error as error:
             raise state_error(error, path) from None
-        except StorageError as error:
-            raise StateError(str(error)) from None
-        return store
+        return cls(db, path)
 
     @classmethod
     @contextlib.contextmanager
@@ -3018,7 +2875,7 @@ class Store:
         """Open for reading, beside a running daemon too; None where there is none yet.
 
         Without a WAL nobody writes, and SQLite is told so: else it would make files that root's
-        `status` would leave to the daemon. Raises StateError where it cannot be read.
+        `status` would leave to the daemon. Raises StateError for what is no state file of ours.
         """
         if not is_there(path):
             yield None
@@ -3027,9 +2884,19 @@ class Store:
         uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_quiet else ''}"
         try:
             with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5.0)) as db:
-                yield cls(db, path) if check_database(db, path) else None
+                version = int(db.execute("PRAGMA user_version").fetchone()[0])
+                is_empty = db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is None
+                what = f"the state file {path} has schema {version}"
+                if version > SCHEMA_VERSION:
+                    message = f"{what}; this program knows {SCHEMA_VERSION}"
+                    raise StateError(message, "run the newer teckochecker that wrote it")
+                if version < SCHEMA_VERSION and not is_empty:
+                    hint = "move it away (Keboola is searched before any POST), or correct state:"
+                    message = f"{what}: it is of an older teckochecker or of another program"
+                    raise StateError(message, hint)
+                yield None if is_empty else cls(db, path)
         except sqlite3.Error as error:
-            raise state_error(error, path, "read") from None
+            raise state_error(error, path) from None
 
     def execute(self, statements: Iterable[Statement]) -> None:
         """Commit statements, or nothing of them. Raises StorageError."""
@@ -3043,42 +2910,31 @@ class Store:
                 if self.db.in_transaction:  # a failed COMMIT leaves it open
                     self.db.execute("ROLLBACK")
         except sqlite3.Error as error:
-            raise StorageError(str(state_error(error, self.path, "write"))) from error
+            raise StorageError(str(state_error(error, self.path))) from error
 
     def commit(
         self,
         runs: Iterable[tuple[Run | None, Run]],
-        events: Sequence[Event],
+        events: Iterable[Event],
         now: float,
         also: Iterable[Statement] = (),
     ) -> list[Event]:
         """Commit how runs have changed, from what to what, and the events that tell of it.
 
-        Returns the events as they are stored. Raises StorageError.
+        Returns the events with their time. Raises StorageError.
         """
-        last_id = self.last_event_id() if self._last_event_id is None else self._last_event_id
-        stored = [replace(e, at=now, id=last_id + i) for i, e in enumerate(events, 1)]
-        statements: list[Statement] = list(also)
+        statements = list(also)
         for before, after in runs:
-            row = run_row(after)
-            names = ", ".join(f'"{name}"' for name in row)
-            marks = ", ".join("?" * len(row))
-            statement = f"INSERT OR REPLACE INTO runs ({names}) VALUES ({marks})"
-            statements.append((statement, list(row.values())))
-            old = {batch.id: (i, batch) for i, batch in enumerate(before.batches if before else ())}
-            for place, batch in enumerate(after.batches):
-                if old.get(batch.id) != (place, batch):
-                    statements.append(batch_statement(after.id, place, batch))
-        statements += [
-            (
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (e.id, e.at, e.level, e.name, e.job, e.run, json.dumps(dict(e.fields)), e.text),
-            )
-            for e in stored
-        ]
+            statements.append(insert("runs", run_row(after)))
+            known = enumerate(before.batches if before else ())
+            changed = set(enumerate(after.batches)).difference(known)
+            statements += [batch_statement(after.id, place, batch) for place, batch in changed]
+        stored = [replace(event, at=now) for event in events]
+        for event in stored:  # SQLite numbers them
+            row = as_row(event) | {"id": None, "fields": json.dumps(dict(event.fields))}
+            statements.append(insert("events", row))
         if statements:
             self.execute(statements)
-        self._last_event_id = last_id + len(stored)
         return stored
 
     def is_in_place(self) -> bool:
@@ -3095,16 +2951,13 @@ class Store:
     def runs(self, where: str, parameters: Mapping[str, object] | None = None) -> list[Run]:
         """Return the runs for which an SQL condition holds, with their batches, in order."""
         batches: dict[int, list[Batch]] = {}
-        columns = ", ".join(_BATCH)
-        chosen = f"run_id IN (SELECT id FROM runs WHERE {where})"
-        for row in self.db.execute(
-            f"SELECT run_id, {columns} FROM batches WHERE {chosen} AND place >= 0"
-            " ORDER BY run_id, place",
-            parameters or {},
-        ):
-            _, batch_id, status, *rest = row
+        query = (
+            f"SELECT run_id, {', '.join(columns(Batch))} FROM batches WHERE place >= 0"
+            f" AND run_id IN (SELECT id FROM runs WHERE {where}) ORDER BY run_id, place"
+        )
+        for run_id, batch_id, status, *rest in self.db.execute(query, parameters or {}):
             batch = Batch(batch_id, status and sys.intern(status), *rest)
-            batches.setdefault(row["run_id"], []).append(batch)
+            batches.setdefault(run_id, []).append(batch)
         rows = self.db.execute(f"SELECT * FROM runs WHERE {where} ORDER BY id", parameters or {})
         return [run_of(row, batches.get(row["id"], ())) for row in rows]
 
@@ -3114,25 +2967,24 @@ class Store:
         Of a job with `match`, finished runs are left out but for the last five and those that need
         attention. Also what may be at Keboola without its job is there.
         """
-        names = compact_json(list(jobs))
-        keys = compact_json(
-            [compact_json(sorted(j.batch_ids)) for j in jobs.values() if not j.match]
-        )
-        in_config = "job IN (SELECT value FROM json_each(:names))"
-        where = (
-            f"phase IN ('sending', 'unknown', 'sent') OR (phase <> 'finished' AND {in_config})"
-            f" OR (batch_key <> '' AND batch_key IN (SELECT value FROM json_each(:keys)))"
-            f" OR (attention <> '' AND {in_config})"
-        )
+        batch_keys = [compact_json(sorted(job.batch_ids)) for job in jobs.values() if not job.match]
         last: list[int] = []
-        for name in [name for name, job in jobs.items() if job.match] if recent else ():
-            query = (
-                "SELECT id FROM runs WHERE job = ? AND phase = 'finished'"
-                " ORDER BY finished_at DESC LIMIT 5"
-            )
-            last += [row[0] for row in self.db.execute(query, (name,))]
-        where += " OR id IN (SELECT value FROM json_each(:last))"
-        return self.runs(where, {"names": names, "keys": keys, "last": compact_json(last)})
+        query = (
+            "SELECT id FROM runs WHERE job = ? AND phase = 'finished'"
+            " ORDER BY finished_at DESC LIMIT 5"
+        )
+        for name in [name for name, job in jobs.items() if job.match and recent]:
+            last += [row["id"] for row in self.db.execute(query, (name,))]
+        in_config = "+job IN (SELECT value FROM json_each(:names))"  # +: by the partial indexes
+        where = f"""id IN (
+            SELECT id FROM runs WHERE phase <> 'finished'
+                AND (phase IN ('sending', 'unknown', 'sent') OR {in_config})
+            UNION SELECT id FROM runs WHERE attention <> '' AND {in_config}
+            UNION SELECT id FROM runs
+                WHERE batch_key <> '' AND batch_key IN (SELECT value FROM json_each(:keys))
+            UNION SELECT value FROM json_each(:last))"""
+        values = {"names": [*jobs], "keys": batch_keys, "last": last}
+        return self.runs(where, {name: compact_json(value) for name, value in values.items()})
 
     def groups(self, job: str, groups: Collection[str]) -> dict[str, Run]:
         """Return the runs of a job's groups, by group."""
@@ -3146,14 +2998,14 @@ class Store:
             "SELECT b.id FROM batches b JOIN runs r ON r.id = b.run_id"
             " WHERE b.id IN (SELECT value FROM json_each(?)) AND r.job = ?"
         )
-        return {row[0] for row in self.db.execute(query, (compact_json(list(ids)), job))}
+        return {row["id"] for row in self.db.execute(query, (compact_json(list(ids)), job))}
 
     def one(self, query: str, *parameters: object) -> Any:  # noqa: ANN401 - a value of SQLite's
         """Return the first value of the first row of a query, or None."""
         row = self.db.execute(query, parameters).fetchone()
         return row and row[0]
 
-    # --- events, meta ---
+    # --- everything else ---
 
     def last_event_id(self) -> int:
         """Return the number of the newest event, or 0."""
@@ -3169,7 +3021,7 @@ class Store:
             f"SELECT * FROM events WHERE id > :after {about} ORDER BY id DESC LIMIT :most",
             {"after": after, "name": name, "job": job, "most": -1 if most is None else most},
         ).fetchall()
-        return [event_of(row) for row in reversed(rows)]
+        return [Event(**dict(row) | {"fields": json.loads(row["fields"])}) for row in rows[::-1]]
 
     def stats(self) -> dict[str, SecretStats]:
         """Return how the requests with each secret have fared, by its name."""
@@ -3184,7 +3036,7 @@ class Store:
     @staticmethod
     def meta_statement(key: str, value: object) -> Statement:
         """Return what stores a fact as JSON."""
-        return "INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value))
+        return insert("meta", {"key": key, "value": json.dumps(value)})
 
     def prune(self, jobs: Mapping[str, Job], retention_s: float, now: float) -> None:
         """Drop old events, and finished groups that no list is read back to. Folds the WAL in.
@@ -3192,39 +3044,24 @@ class Store:
         The newest event stays, so that no number is given twice, and so does what a webhook has
         not had yet.
         """
-        before = now - retention_s
+        before, newest = now - retention_s, self.last_event_id()
         told = self.one("SELECT min(told_up_to) FROM webhooks")
-        newest = self.last_event_id()
         most = min(newest - 1, newest if told is None else told)
-        statements: list[Statement] = [
-            (
-                "DELETE FROM events WHERE id <= ? AND (at < ? OR id <= ?)",
-                (most, before, newest - 200_000),
-            )
-        ]
-        for name, job in jobs.items():
-            if job.match:
-                mark = (self.meta(f"read:{name}") or {}).get("to", 0.0)
-                since = max(job.since, mark - 2 * HOUR_S)
-                old = (
-                    "SELECT id FROM runs WHERE job = ? AND phase = 'finished' AND finished_at < ?"
-                    " AND attention = '' AND NOT EXISTS (SELECT 1 FROM batches b WHERE"
-                    " b.run_id = runs.id AND coalesce(b.created_at, 9e99) >= ?)"
-                )
-                about = (name, before, since)
-                statements.append((f"DELETE FROM batches WHERE run_id IN ({old})", about))
-                statements.append((f"DELETE FROM runs WHERE id IN ({old})", about))
+        drop_events = "DELETE FROM events WHERE id <= ? AND (at < ? OR id <= ?)"
+        statements: list[Statement] = [(drop_events, (most, before, newest - 200_000))]
+        old = (
+            "SELECT id FROM runs WHERE job = ? AND phase = 'finished' AND finished_at < ?"
+            " AND attention = '' AND NOT EXISTS (SELECT 1 FROM batches b"
+            " WHERE b.run_id = runs.id AND coalesce(b.created_at, 9e99) >= ?)"
+        )
+        for name in [name for name, job in jobs.items() if job.match]:
+            read_to = (self.meta(f"read:{name}") or {}).get("to", 0.0)
+            about = (name, before, max(jobs[name].since, read_to - 2 * HOUR_S))
+            statements.append((f"DELETE FROM batches WHERE run_id IN ({old})", about))
+            statements.append((f"DELETE FROM runs WHERE id IN ({old})", about))
         self.execute(statements)
         with contextlib.suppress(sqlite3.Error):
             self.db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-
-
-def batch_statement(run_id: int, place: int, batch: Batch) -> Statement:
-    """Return what stores a batch; a `place` of -1 is that of one that came too late."""
-    values = (run_id, place, *(getattr(batch, name) for name in _BATCH))
-    names = ", ".join(("run_id", "place", *_BATCH))
-    marks = ", ".join("?" * len(values))
-    return f"INSERT OR REPLACE INTO batches ({names}) VALUES ({marks})", values
 
 
 # ==================================================================================================
@@ -3251,62 +3088,48 @@ class DaemonThreads(ThreadPoolExecutor):
     """
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
-        """Start a call."""
         future: Future[Any] = Future()
 
         def run() -> None:
             try:
-                result = fn(*args, **kwargs)
+                future.set_result(fn(*args, **kwargs))
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
                 future.set_exception(error)
-            else:
-                future.set_result(result)
 
         future.set_running_or_notify_cancel()
         threading.Thread(target=run, daemon=True).start()
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Wait for nothing."""
 
-
-@dataclass(frozen=True, slots=True)
 class ProxyRules:
     """What the environment says of proxies; `$NO_PROXY` also with networks, ports and brackets."""
 
-    proxies: Mapping[str, str]
-    exempt: tuple[str, ...] = ()
-    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
-    unreadable: tuple[str, ...] = ()
-
-    @classmethod
-    def of_environment(cls) -> ProxyRules:
-        """Read the environment (and on macOS the system's settings)."""
-        proxies = urllib.request.getproxies()
-        hosts, networks, unreadable = [], [], []
-        for entry in re.split(r"[,\s]+", proxies.pop("no", "")):
-            text = re.sub(r"^\[(.*)\](:[0-9]+)?$", r"\1", entry.strip().lower())
+    def __init__(self) -> None:
+        self.unreadable: list[str] = []  # entries of $NO_PROXY
+        self._proxies = urllib.request.getproxies()
+        self._domains: list[str] = []  # each with its dot; "" is all of them
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for entry in re.split(r"[,\s]+", self._proxies.pop("no", "")):
+            text = re.sub(r"\]:[0-9]+$|[\[\]]", "", entry.lower())
+            domain = re.fullmatch(r"\*|[*.]{0,2}([a-z0-9_-][a-z0-9._-]*)(:[0-9]+)?", text)
             try:
-                networks.append(ipaddress.ip_network(text, strict=False))
+                self._networks.append(ipaddress.ip_network(text, strict=False))
             except ValueError:
-                if re.fullmatch(r"\*|[*.]{0,2}[a-z0-9_-][a-z0-9._-]*(:[0-9]+)?", text):
-                    hosts.append(text.partition(":")[0].lstrip("*.") if text != "*" else "*")
+                if domain:
+                    self._domains.append(f".{domain[1]}" if domain[1] else "")
                 elif text:
-                    unreadable.append(entry)
-        return cls(proxies, tuple(hosts), tuple(networks), tuple(unreadable))
+                    self.unreadable.append(entry)
 
     def proxy_for(self, url: str) -> str | None:
         """Return the proxy for an address; loopback never has one."""
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").lower()
-        proxy = self.proxies.get(parts.scheme) or self.proxies.get("all")
-        if not proxy or is_loopback(url) or "*" in self.exempt:
-            return None
-        if any(host == name or host.endswith(f".{name}") for name in self.exempt):
+        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
+        if not proxy or is_loopback(url) or f".{host}".endswith(tuple(self._domains)):
             return None
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(host)
-            if any(address in network for network in self.networks):
+            if any(address in network for network in self._networks):
                 return None
         return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -3322,11 +3145,6 @@ class Answer:
     @property
     def is_success(self) -> bool:
         return 200 <= self.status < 300
-
-    @property
-    def date(self) -> float | None:
-        """The server's time, as Unix seconds."""
-        return http_date(self.headers.get("date", ""))
 
     def json(self) -> Any:  # noqa: ANN401 - JSON
         """Return the body as JSON. Raises ApiError (retryable) where it is something else."""
@@ -3348,12 +3166,12 @@ class Answer:
 
 
 class Http:
-    """The one way out: a limit, a deadline for the whole request, a cap on the answer, redaction."""
+    """The one way out: a limit, a deadline for whole requests, a cap on answers, redaction."""
 
     def __init__(self, config: Config, redactor: Redactor) -> None:
-        self.rules = ProxyRules.of_environment()
+        self.rules = ProxyRules()
         self._redactor = redactor
-        self._clients: dict[str | None, httpx.AsyncClient] = {}
+        self._clients: dict[str | None, httpx.AsyncClient] = {}  # by proxy
         self._tls: ssl.SSLContext | None = None  # takes tens of milliseconds to make: one for all
         self.configure(config)
         # httpcore imports sniffio several times a request, to tell asyncio from trio. Where it is
@@ -3380,9 +3198,7 @@ class Http:
                     "User-Agent": f"teckochecker/{__version__}",
                     "Accept-Encoding": "identity",
                 },
-                limits=httpx.Limits(
-                    max_connections=None, max_keepalive_connections=10, keepalive_expiry=30
-                ),
+                limits=httpx.Limits(max_keepalive_connections=10, keepalive_expiry=30),
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
             )
         except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
@@ -3395,20 +3211,15 @@ class Http:
             await client.aclose()
 
     async def get(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        params: Mapping[str, str] | None = None,
-        timeout_s: float = math.inf,
+        self, url: str, headers: Mapping[str, str], params: Mapping[str, str], timeout_s: float
     ) -> Answer:
         """Return the answer to one GET. Raises ApiError where none came in time."""
         proxy = self.rules.proxy_for(url)
         if proxy not in self._clients:
             self._clients[proxy] = self._new_client(url)
+        parts = {"headers": headers, "params": params or None}
         async with self._places:
-            timeout_s = max(1.0, min(self.timeout_s, timeout_s))
-            client = self._clients[proxy]
-            return await self._fetch(client, timeout_s, "GET", url, headers=headers, params=params)
+            return await self._fetch(self._clients[proxy], max(1.0, timeout_s), "GET", url, parts)
 
     async def post(
         self, url: str, headers: Mapping[str, str], body: str, timeout_s: float = math.inf
@@ -3423,11 +3234,10 @@ class Http:
             nonlocal started
             started = started or event.endswith("send_request_headers.started")
 
+        parts = {"headers": headers, "content": body.encode(), "extensions": {"trace": trace}}
         async with self._places, self._new_client(url) as client:
-            parts = {"headers": headers, "content": body.encode(), "extensions": {"trace": trace}}
             try:
-                timeout_s = min(self.timeout_s, timeout_s)
-                return await self._fetch(client, timeout_s, "POST", url, **parts)
+                return await self._fetch(client, timeout_s, "POST", url, parts)
             except ApiError as error:
                 error.sent = started
                 raise
@@ -3438,67 +3248,46 @@ class Http:
         timeout_s: float,
         method: str,
         url: str,
-        **parts: Any,  # noqa: ANN401 - as httpx.AsyncClient.build_request takes them
+        parts: Mapping[str, Any],
     ) -> Answer:
         """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
+        timeout_s = min(self.timeout_s, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 request = client.build_request(method, url, **parts)
                 response = await client.send(request, stream=True)
                 try:
-                    body = await self._read(response)
+                    body = await read_body(response)
                 finally:
                     await response.aclose()
         except TimeoutError:
             message = f"no whole answer within {show_duration(timeout_s)}"
             raise ApiError(message, retryable=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, RuntimeError) as error:
-            raise ApiError(self._words(error), retryable=True, sent=was_sent(error)) from None
+            text = one_line(self._redactor.text(str(error)), 200)  # in this order: no half a secret
+            cure = ""
+            if "CERTIFICATE_VERIFY_FAILED" in text:
+                cure = (
+                    "; where a proxy inspects TLS, set SSL_CERT_FILE to its certificate authority"
+                )
+            message = f"{type(error).__name__}{': ' + text if text else ''}{cure}"
+            raise ApiError(message, retryable=True) from None
+        headers = {name: self._redactor.text(text) for name, text in response.headers.items()}
         body = self._redactor.body(body, is_data=response.is_success)
-        names = (
-            "content-type",
-            "date",
-            "retry-after",
-            "retry-after-ms",
-            "x-request-id",
-            "x-should-retry",
-        )
-        told = {name: response.headers[name] for name in names if name in response.headers}
-        headers = {name: self._redactor.text(value) for name, value in told.items()}
         return Answer(response.status_code, headers, body)
 
-    def _words(self, error: Exception) -> str:
-        """Return what went wrong with a connection, without any secret."""
-        text = one_line(self._redactor.text(str(error)), 200)  # in this order: no half a secret
-        cure = ""
-        if "CERTIFICATE_VERIFY_FAILED" in text:
-            cure = "; where a proxy inspects TLS, set SSL_CERT_FILE to its certificate authority"
-        return f"{type(error).__name__}{': ' + text if text else ''}{cure}"
 
-    @staticmethod
-    async def _read(response: httpx.Response) -> bytes:
-        """Return the body, capped while it streams; nobody asked for compression."""
-        if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
-            raise ApiError("the answer has an encoding that was not asked for")
-        body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise TooLargeError("the answer is over 16 MiB", retryable=True)
-        return bytes(body)
-
-
-def was_sent(error: Exception) -> bool:
-    """Return whether something of a request may have reached the server, by httpx's exception."""
-    not_sent = (
-        httpx.ConnectError,
-        httpx.ConnectTimeout,
-        httpx.PoolTimeout,
-        httpx.UnsupportedProtocol,
-        httpx.InvalidURL,
-        UnicodeError,  # from idna, for a host name that is none
-    )
-    return not isinstance(error, not_sent)
+async def read_body(response: httpx.Response) -> bytes:
+    """Return the body, capped while it streams; nobody asked for compression."""
+    if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
+        message = "the answer has an encoding that was not asked for"
+        raise ApiError(message, status=response.status_code)
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLargeError("the answer is over 16 MiB", retryable=True)
+    return bytes(body)
 
 
 async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # noqa: ANN401
@@ -3528,13 +3317,41 @@ async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # no
         reraise=True,
     )
 
-    async def next_attempt() -> Any:  # noqa: ANN401
+    async def next_attempt() -> Any:  # noqa: ANN401 - tenacity takes no lambda for a coroutine
         return await attempt(until - time.monotonic())
 
     return await retrying(next_attempt)
 
 
+async def noted(request: Awaitable[Answer], server: str, note: Note) -> Answer:
+    """Return a successful answer, and tell what became of the request.
+
+    Raises its ApiError; what is no success is one too, with the server's own words for it.
+    """
+    try:
+        answer = await request
+    except ApiError as error:
+        note(error, None)
+        raise
+    failure = None
+    if not answer.is_success:
+        retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
+        asked = answer.headers.get("x-should-retry")
+        retryable = asked == "true" if asked in {"true", "false"} else retryable
+        message = f"{server} answered {answer.status}{server_words(answer)}"
+        failure = answer.error(message, retryable=retryable)
+    note(failure, http_date(answer.headers.get("date", "")))
+    if failure:
+        raise failure
+    return answer
+
+
 # --- reading what came ----------------------------------------------------------------------------
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """Return a JSON object, or an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def text_or_none(value: object, limit: int = 300) -> str | None:
@@ -3565,6 +3382,12 @@ def id_or_none(data: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
+def id_text(value: object) -> str:
+    """Return one of Keboola's ids, which come as text or number, or "" for anything else."""
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return one_line(str(value), 64) if is_id else ""
+
+
 def parse_batch(data: object, batch_id: str) -> Batch:
     """Return a batch as OpenAI describes it. Raises ValueError for what is none.
 
@@ -3579,33 +3402,35 @@ def parse_batch(data: object, batch_id: str) -> Batch:
     if data.get("id") is not None and data["id"] != batch_id:
         raise ValueError("has another id")
     status = sys.intern({"canceled": "cancelled"}.get(status.lower(), status.lower()))
-    counts = data.get("request_counts")
-    counts = counts if isinstance(counts, dict) else {}
+    counts = as_dict(data.get("request_counts"))
+    total, completed, failed = map(count_or_none, map(counts.get, ("total", "completed", "failed")))
     errors = data.get("errors")
     errors = errors.get("data") if isinstance(errors, dict) else errors
-    first = errors[0] if isinstance(errors, list) and errors else None
-    ended = (data.get(f"{name}_at") for name in (status, "completed", "failed", "expired"))
+    first = as_dict(errors[0] if isinstance(errors, list) and errors else None)
+    ended_at = None
+    if STATUS_RANK.get(status) == 3:
+        ended = (data.get(f"{name}_at") for name in (status, "completed", "failed", "expired"))
+        ended_at = next(filter(None, map(time_or_none, ended)), None)
     return Batch(
-        id=batch_id,
-        status=status,
-        total=count_or_none(counts.get("total")),
-        completed=count_or_none(counts.get("completed")),
-        failed=count_or_none(counts.get("failed")),
+        batch_id,
+        status,
+        total,
+        completed,
+        failed,
         output_file_id=id_or_none(data, "output_file_id"),
         error_file_id=id_or_none(data, "error_file_id"),
         created_at=time_or_none(data.get("created_at")),
         expires_at=time_or_none(data.get("expires_at")),
-        ended_at=next(filter(None, map(time_or_none, ended)), None)
-        if STATUS_RANK.get(status) == 3
-        else None,
-        error=text_or_none(first.get("message")) if isinstance(first, dict) else None,
+        ended_at=ended_at,
+        error=text_or_none(first.get("message")),
     )
 
 
 def http_date(text: str) -> float | None:
-    """Return a date of an HTTP header as Unix seconds, or None."""
+    """Return a date of an HTTP header (RFC 9110, each of its three forms) as Unix seconds."""
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
+        at = email.utils.parsedate_to_datetime(text)
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -3628,10 +3453,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 def server_words(answer: Answer) -> str:
     """Return the message in an error's body, in any of the forms in which servers write it."""
     try:
-        data = answer.json()
+        data = as_dict(answer.json())
     except ApiError:
-        return ""
-    if not isinstance(data, dict):
         return ""
     found: list[object] = []
     for key in ("error", "message", "reason", "detail", "status"):
@@ -3643,36 +3466,10 @@ def server_words(answer: Answer) -> str:
     error, message, reason, detail, status = map(text_or_none, found)
     if reason and status:
         reason = f"{status}: {reason}"
-    words = message if error in {None, "error"} else error
-    words = words or reason or detail
+    words = (message if error in {None, "error"} else error) or reason or detail
     exception_id = text_or_none(data.get("exceptionId"), 100)
-    return (f": {words}" if words else "") + (
-        f" (exceptionId {exception_id})" if exception_id else ""
-    )
-
-
-def http_error(server: str, answer: Answer) -> ApiError:
-    """Return what an answer that is no success means, with the server's own words for it."""
-    should_retry = answer.headers.get("x-should-retry", "")
-    retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
-    if should_retry in {"true", "false"}:
-        retryable = should_retry == "true"
-    message = f"{server} answered {answer.status}{server_words(answer)}"
-    return answer.error(message, retryable=retryable)
-
-
-async def noted(request: Awaitable[Answer], server: str, note: Note) -> Answer:
-    """Return a successful answer, and tell what became of the request. Raises its ApiError."""
-    try:
-        answer = await request
-    except ApiError as error:
-        note(error, None)
-        raise
-    error = None if answer.is_success else http_error(server, answer)
-    note(error, answer.date)
-    if error:
-        raise error
-    return answer
+    about = f" (exceptionId {exception_id})" if exception_id else ""
+    return f": {words}{about}" if words else about
 
 
 # --- Keboola --------------------------------------------------------------------------------------
@@ -3683,8 +3480,8 @@ def carried_trigger_id(data: object) -> str | None:
     values = data.get("values") if isinstance(data, dict) else data
     if not isinstance(values, list) or not values:
         return None
-    for item in values:
-        if isinstance(item, dict) and item.get("name") == "teckochecker_trigger_id":
+    for item in map(as_dict, values):
+        if item.get("name") == "teckochecker_trigger_id":
             return str(item.get("value"))
     return ""
 
@@ -3693,8 +3490,8 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     """Return a job of Keboola's queue. Raises ValueError for what is none."""
     if not isinstance(row, dict):
         raise ValueError("is not an object")
-    job_id = row.get("id")
-    if isinstance(job_id, bool) or not isinstance(job_id, str | int) or not one_line(str(job_id)):
+    job_id = id_text(row.get("id"))
+    if not job_id:
         raise ValueError("has no id")
     created = None
     with contextlib.suppress(ValueError, OverflowError):
@@ -3705,24 +3502,14 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     is_finished = row.get("isFinished")
     if not isinstance(is_finished, bool):
         is_finished = status in {"success", "warning", "error", "terminated", "cancelled"}
-    project = row.get("project")
-    project_id = project.get("id") if isinstance(project, dict) else None
-    result = row.get("result")
-    result = result if isinstance(result, dict) else {}
-    error = result.get("error")
+    project = id_text(as_dict(row.get("project")).get("id"))
+    result = as_dict(row.get("result"))
     message = text_or_none(result.get("message"), 1000)
-    exception_id = text_or_none(error.get("exceptionId")) if isinstance(error, dict) else None
+    exception_id = text_or_none(as_dict(result.get("error")).get("exceptionId"))
     if exception_id:
         message = f"{message or 'no message'} (exceptionId {exception_id})"
-    return KeboolaJob(
-        one_line(str(job_id), 64),
-        status,
-        is_finished,
-        one_line(str(project_id), 64) if isinstance(project_id, str | int) else "",
-        message,
-        created,
-        carried_trigger_id(row.get("variableValuesData")),
-    )
+    trigger = carried_trigger_id(row.get("variableValuesData"))
+    return KeboolaJob(job_id, status, is_finished, project, message, created, trigger)
 
 
 def oldest_first(jobs: Iterable[KeboolaJob]) -> list[KeboolaJob]:
@@ -3771,13 +3558,11 @@ class Keboola:
             self.skew_s = date - self._clock.now()
         self._note(error, date)
 
-    async def _get(
-        self, url: str, params: Mapping[str, str] | None = None, *, with_token: bool = True
-    ) -> Any:  # noqa: ANN401 - JSON
+    async def _get(self, url: str, params: Mapping[str, str], *, with_token: bool = True) -> Any:  # noqa: ANN401
         """Return the JSON of a GET. Raises ApiError after the retries."""
         headers = self._headers if with_token else {}
         # Without the token, an answer says nothing of it.
-        note: Note = self._noted if with_token else (lambda error, date: None)
+        note: Note = self._noted if with_token else lambda *_: None
 
         async def attempt(left_s: float) -> Any:  # noqa: ANN401
             try:
@@ -3789,48 +3574,44 @@ class Keboola:
 
         return await with_retries(attempt)
 
+    async def _storage(self, path: str, *, with_token: bool = True) -> dict[str, Any]:
+        url = f"{self.stack_url}/v2/storage{path}"
+        return as_dict(await self._get(url, {}, with_token=with_token))
+
     async def queue_url(self) -> str:
         """Return the queue's address: by the stack's name, or as the stack's index says."""
         parts = urllib.parse.urlsplit(self.stack_url.lower())
         if parts.netloc.startswith("connection."):
             return f"{parts.scheme}://queue.{parts.netloc.removeprefix('connection.')}"
         if not self._queue_url:
-            index = await self._get(f"{self.stack_url}/v2/storage", with_token=False)
-            services = index.get("services") if isinstance(index, dict) else None
-            found = [
-                str(service.get("url")).rstrip("/")
-                for service in (services if isinstance(services, list) else ())
-                if isinstance(service, dict) and service.get("id") == "queue"
-            ]
-            good = [url for url in found if not url_problem(url)]
+            services = (await self._storage("", with_token=False)).get("services")
+            found = map(as_dict, services if isinstance(services, list) else ())
+            urls = [str(s.get("url")).rstrip("/") for s in found if s.get("id") == "queue"]
+            good = [url for url in urls if not url_problem(url)]
             if not good or is_loopback(good[0]) > is_loopback(self.stack_url):
                 message = f"{self.stack_url}/v2/storage lists no usable https address of the queue"
                 raise ApiError(message, sent=False)
             self._queue_url = good[0]
         return self._queue_url
 
-    async def verify(self) -> Mapping[str, Any]:
+    async def verify(self) -> dict[str, Any]:
         """Return what Keboola says of the token: its project, its rights, whether it expires."""
-        said = await self._get(f"{self.stack_url}/v2/storage/tokens/verify")
-        return said if isinstance(said, dict) else {}
+        return await self._storage("/tokens/verify")
 
     async def project(self) -> str:
         """Return the id of the token's project; asked once. Raises ApiError."""
         if not self._project:
-            owner = (await self.verify()).get("owner")
-            project = owner.get("id") if isinstance(owner, dict) else None
-            if isinstance(project, bool) or not isinstance(project, str | int) or project == "":
+            self._project = id_text(as_dict((await self.verify()).get("owner")).get("id"))
+            if not self._project:
                 message = f"{self.stack_url} does not say which project the token belongs to"
                 raise ApiError(message, sent=False)
-            self._project = one_line(str(project), 64)
         return self._project
 
-    async def configuration(self, target: Target) -> Mapping[str, Any]:
+    async def configuration(self, target: Target) -> dict[str, Any]:
         """Return a configuration as Keboola has it. Raises ApiError, with status 404 for none."""
         branch = f"/branch/{target.branch_id}" if target.branch_id else ""
-        path = f"components/{target.component_id}/configs/{target.config_id}"
-        said = await self._get(f"{self.stack_url}/v2/storage{branch}/{path}")
-        return said if isinstance(said, dict) else {}
+        path = f"{branch}/components/{target.component_id}/configs/{target.config_id}"
+        return await self._storage(path)
 
     async def create(self, payload: str) -> KeboolaJob:
         """Start a job, in one attempt. Raises ApiError, which `after_post` understands.
@@ -3855,7 +3636,7 @@ class Keboola:
         """Return a job. Raises ApiError, with status 404 where it was deleted."""
         url = f"{await self.queue_url()}/jobs/{urllib.parse.quote(job_id, safe='')}"
         try:
-            return parse_keboola_job(await self._get(url))
+            return parse_keboola_job(await self._get(url, {}))
         except ValueError as error:
             raise ApiError(f"Keboola's job {job_id} {error}", retryable=True) from None
 
@@ -3905,9 +3686,8 @@ class Keboola:
         limit, offset = 500, 0
         for _ in range(200):
             try:
-                page = await self._page(
-                    "search/jobs", params | {"limit": str(limit), "offset": str(offset)}
-                )
+                paging = {"limit": str(limit), "offset": str(offset)}
+                page = await self._page("search/jobs", params | paging)
                 fresh = [job for job in page if job.id not in shared.jobs]
                 shared.jobs |= {job.id: job for job in await self._told(fresh)}
             except TooLargeError as error:
@@ -3937,9 +3717,9 @@ class Keboola:
 
     async def _page(self, path: str, params: Mapping[str, str]) -> list[KeboolaJob]:
         rows = await self._get(f"{await self.queue_url()}/{path}", params)
-        if not isinstance(rows, list):
-            raise ApiError("Keboola's job list is not a list", retryable=True)
         try:
+            if not isinstance(rows, list):
+                raise ValueError("is none")
             return [parse_keboola_job(row) for row in rows]
         except ValueError as error:
             raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
@@ -3970,261 +3750,53 @@ class Keboola:
         ]
 
 
-# ==================================================================================================
-# 7. Engine: what runs
-# ==================================================================================================
+# --- OpenAI ---------------------------------------------------------------------------------------
 
 
-class LogWriter:
-    """Writes lines to standard error from a thread of its own: a reader that is slow, full or gone
-    never holds up the loop. What does not fit is dropped and counted.
+class OpenAI:
+    """One OpenAI key: batches and pages of the list, and how the account is doing.
+
+    Source: OpenAI's API reference, `GET /batches/{id}` and `GET /batches`.
     """
 
-    def __init__(self) -> None:
-        self._lines: queue.Queue[str | None] = queue.Queue(10_000)
-        self._dropped = 0
-        self._thread: threading.Thread | None = None
-        is_ours = False
-        with contextlib.suppress(OSError):
-            status = os.fstat(2)
-            is_ours = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-        self.has_priorities = is_ours  # journald takes them from the beginning of a line
-
-    def msg(self, line: str) -> None:
-        """Write a line, as structlog's loggers do."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-            self._thread.start()
-        try:
-            if self._dropped:
-                self._lines.put_nowait(f"({self._dropped} lines of the log were dropped)")
-                self._dropped = 0
-            self._lines.put_nowait(line)
-        except queue.Full:
-            self._dropped += 1
-
-    debug = info = warning = error = critical = msg
-
-    def _run(self) -> None:
-        while (line := self._lines.get()) is not None:
-            data = f"{line}\n".encode(errors="backslashreplace")
-            with contextlib.suppress(OSError):
-                while data:
-                    data = data[os.write(2, data) :]
-
-    def close(self) -> None:
-        """Wait a moment until what was written has arrived."""
-        if self._thread:
-            with contextlib.suppress(queue.Full):
-                self._lines.put_nowait(None)
-            self._thread.join(1.0)
-
-
-def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> None:
-    """Send events, and the warnings of libraries, to standard error through one redactor."""
-    is_console = config.log_format == "console" or (
-        config.log_format == "auto" and sys.stderr is not None and sys.stderr.isatty()
-    )
-    priorities = {"debug": 7, "info": 6, "warning": 4, "error": 3}
-
-    def render(_: object, level: str, line: Mapping[str, Any]) -> str:
-        head = {name: line[name] for name in ("time", "level", "event", "text")}
-        told = redactor.tree(head | dict(line))  # the last before the line is made
-        prefix = f"<{priorities.get(level, 3)}>" if writer.has_priorities else ""
-        if not is_console:
-            return prefix + json.dumps(told, ensure_ascii=False)
-        at = datetime.fromisoformat(told["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        mark = "" if level == "info" else f"{level}: "
-        return f"{prefix}{at} {mark}{told['text']}" + "".join(
-            f"\n{line}" for line in told.get("traceback", "").splitlines()
-        )
-
-    structlog.configure(
-        processors=[render],
-        wrapper_class=structlog.make_filtering_bound_logger(config.log_level),
-        logger_factory=lambda *_: writer,
-        cache_logger_on_first_use=False,
-    )
-
-    class Forwarder(logging.Handler):
-        """Passes on what a library has to say."""
-
-        def emit(self, record: logging.LogRecord) -> None:
-            text = one_line(record.getMessage(), 1000)
-            say(Event("library_warning", "warning", None, None, {"logger": record.name}, text))
-
-    logging.raiseExceptions = False
-    logging.getLogger().handlers = [Forwarder()]
-    logging.getLogger().setLevel(logging.WARNING)  # httpx logs URLs at INFO, httpcore headers
-    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)  # see DaemonThreads
-
-
-def say(event: Event) -> None:
-    """Write one event to the log."""
-    document = replace(event, at=event.at or time.time()).document()
-    log = getattr(structlog.get_logger(), document["level"])
-    log(document.pop("event"), **{"time": document.pop("time"), **document})
-
-
-class ServiceManager:
-    """The service manager's side of the process (sd_notify(3)); silent where there is none."""
-
-    def __init__(self, env: Mapping[str, str]) -> None:
-        address = env.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address[:1] == "@" else address
-        ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        watchdog_us = env.get("WATCHDOG_USEC", "")
-        self.watchdog_s = int(watchdog_us) / 1e6 if ours and watchdog_us.isdigit() else None
-
-    def send(self, *lines: str) -> None:
-        """Send one datagram."""
-        if self._address:
-            with (
-                contextlib.suppress(OSError),
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
-            ):
-                out.sendto("\n".join(lines).encode(), self._address)
-
-
-async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait until an event is set or a time has passed; returns whether it was set."""
-    try:
-        async with asyncio.timeout(max(0.0, timeout_s) if math.isfinite(timeout_s) else None):
-            await event.wait()
-    except TimeoutError:
-        pass
-    return event.is_set()
-
-
-# --- one OpenAI account ---------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class ListReading:
-    """What one poll has learnt of an account's list so far."""
-
-    due: Mapping[str, Batch]  # what is to be shown
-    known: Mapping[str, Batch]  # with the finished batches of the same runs
-    unchanged: dict[str, Batch] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)  # these are asked for by themselves
-    pages: int = 0
-    span_s: float = 3 * MINUTE_S  # how long the batches of a page have taken to be created
-    newest_at: float = 0.0
-    is_stale: bool = False
-
-    def missing(self) -> list[Batch]:
-        """Return the due batches that no page has shown, the newest first."""
-        seen = self.unchanged.keys() | self.changed
-        return sorted(
-            (batch for key, batch in self.due.items() if key not in seen),
-            key=lambda batch: -(batch.created_at or 0.0),
-        )
-
-    @property
-    def overhead(self) -> int:
-        """How many requests pages have cost beyond what they have saved."""
-        return self.pages - len(self.unchanged)
-
-    def take(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Note what a page shows; returns how many due batches."""
-        before = len(self.unchanged) + len(self.changed)
-        self.pages += 1
-        for row in rows:
-            known = self.known.get(row["id"])
-            if known is not None:
-                self._take_row(row, known)
-        ages = [
-            at
-            for row in rows[:: max(1, len(rows) - 1)]
-            if (at := time_or_none(row.get("created_at")))
-        ]
-        if ages:
-            self.newest_at = max(self.newest_at, *ages)
-            self.span_s = max(self.span_s if len(rows) < 100 else 1.0, max(ages) - min(ages))
-        return len(self.unchanged) + len(self.changed) - before
-
-    def _take_row(self, row: Mapping[str, Any], known: Batch) -> None:
-        status = str(row.get("status")).lower()
-        rank, known_rank = STATUS_RANK.get(status), STATUS_RANK.get(known.status or "")
-        if rank is not None and known_rank is not None and rank < known_rank:
-            self.is_stale = True
-        if known.id not in self.due:
-            return
-        if status != known.status or known.is_terminal:
-            self.changed.add(known.id)
-            return
-        counts = row.get("request_counts")
-        counts = counts if isinstance(counts, dict) else {}
-        told = [counts.get(name) for name in ("total", "completed", "failed")]
-        if told != [known.total, known.completed, known.failed] and None not in told:
-            total, completed, failed = map(count_or_none, told)
-            known = replace(known, total=total, completed=completed, failed=failed)
-        self.unchanged[known.id] = known
-
-
-class Account:
-    """One OpenAI key: polls the batches of its runs, and finds new ones.
-
-    Due batches are polled together. Pages of the account's list are a hint and save requests; what
-    counts is a batch's own answer. A request that hangs is left to its deadline while the loop goes
-    on. A poll takes at most two requests more than single GETs would, apart from the pages that new
-    batches are looked for on.
-    """
-
-    def __init__(self, engine: Engine, entry: SecretEntry, identity: tuple[Any, ...]) -> None:
-        """Take what tells this account from another one: the key first, then how it is used."""
-        key: Secret = identity[0]
+    def __init__(
+        self, entry: SecretEntry, key: Secret, http: Http, clock: Clock, note: Note
+    ) -> None:
         self.name = entry.name
-        self.base_url = entry.base_url
-        self.identity = identity
-        self.run_ids: set[int] = set()  # of the runs that it polls
-        self.finders: list[Job] = []  # the jobs that it finds batches for
-        self.wake = asyncio.Event()
-        self._engine = engine
-        self._headers = {entry.auth_header: key.reveal()}
-        if entry.auth_header == "Authorization":
-            self._headers = {"Authorization": f"Bearer {key.reveal()}"}
-        if entry.organization:
-            self._headers["OpenAI-Organization"] = entry.organization
-        if entry.project:
-            self._headers["OpenAI-Project"] = entry.project
+        self.answered_at: dict[str, float] = {}  # uptime of batches' last own answers
+        self._http = http
+        self._clock = clock
+        self._note = note
+        self._base_url = entry.base_url
+        bearer = "Bearer " if entry.auth_header == "Authorization" else ""
+        headers = {
+            entry.auth_header: f"{bearer}{key.reveal()}",
+            "OpenAI-Organization": entry.organization,
+            "OpenAI-Project": entry.project,
+        }
+        self._headers = {name: value for name, value in headers.items() if value}
         self._params = {"api-version": entry.api_version} if entry.api_version else {}
-        self._places = asyncio.Semaphore(engine.http.max_concurrency)  # before those of all
-        self._waiting: dict[str, list[int]] = {}  # batches that are asked for, and for which runs
-        self._answers: dict[int, dict[str, Batch | ApiError]] = {}  # of runs that are being polled
-        self._complete: list[int] = []  # of these, what can be recorded
-        self._answered_at: dict[str, float] = {}
-        self.until = math.inf  # when `run` sees again what is due
         self._in_flight = 0
         self._silences = 0  # requests in a row that no answer came to
         self._held_until = -math.inf
         self._last_words = ""
-        self._list_from = -math.inf  # when pages may be read again
-        self._list_failures = 0
-        self._find_at = -math.inf
-        self._find_failures = 0
-        self._told_without_group: set[str] = set()
-
-    # --- requests ---
 
     async def _get(self, path: str, params: Mapping[str, str], left_s: float) -> Answer:
-        engine = self._engine
-        url = f"{self.base_url}{path}"
-        note = functools.partial(engine.note_request, self.name)
+        url, all_params = f"{self._base_url}{path}", {**self._params, **params}
         self._in_flight += 1
         try:
-            got = engine.http.get(url, self._headers, {**self._params, **params}, left_s)
-            return await noted(got, "OpenAI", note)
+            got = self._http.get(url, self._headers, all_params, left_s)
+            return await noted(got, "OpenAI", self._note)
         finally:
             self._in_flight -= 1
 
-    def _refusal(self) -> ApiError | None:
+    def refusal(self) -> ApiError | None:
         """Return what stands in the way of any request, where that takes long.
 
         A dead server holds each request to its deadline: one at a time finds out when it is back,
         and the places are left to other accounts.
         """
-        left_s = self._held_until - self._engine.clock.uptime_s()
+        left_s = self._held_until - self._clock.uptime_s()
         if left_s > PATIENCE_S:
             return ApiError(self._last_words, status=429, retry_after_s=left_s, sent=False)
         if self._silences >= 5 and self._in_flight:
@@ -4233,41 +3805,35 @@ class Account:
 
     async def ask(self, batch_id: str) -> Batch:
         """Return a batch's own answer, the one that counts. Raises ApiError after the retries."""
-        clock = self._engine.clock
+        clock = self._clock
 
         async def attempt(left_s: float) -> Batch:
-            while (held_s := self._held_until - clock.uptime_s()) > 0 and not self._refusal():
+            while (held_s := self._held_until - clock.uptime_s()) > 0 and not self.refusal():
                 await asyncio.sleep(held_s)
-            refusal = self._refusal()
-            if refusal:
+            if refusal := self.refusal():
                 raise refusal
             try:
                 answer = await self._get(f"/batches/{batch_id}", {}, left_s)
-                batch = self._batch_of(answer, batch_id)
+                batch = parse_batch(answer.json(), batch_id)
+            except ValueError as error:
+                message = f"OpenAI's answer is not a batch: it {error}{server_words(answer)}"
+                raise answer.error(message, retryable=True) from None
             except ApiError as error:
-                self._note(error)
+                self._take_in(error)
                 raise
             self._silences = 0
             return batch
 
         batch: Batch = await with_retries(attempt)
-        self._answered_at[batch_id] = clock.uptime_s()
+        self.answered_at[batch_id] = clock.uptime_s()
         return batch
 
-    def _batch_of(self, answer: Answer, batch_id: str) -> Batch:
-        try:
-            return parse_batch(answer.json(), batch_id)
-        except ValueError as error:
-            message = f"OpenAI's answer is not a batch: it {error}{server_words(answer)}"
-            raise answer.error(message, retryable=True) from None
-
-    def _note(self, error: ApiError) -> None:
+    def _take_in(self, error: ApiError) -> None:
         """Remember what a failure says about the account as a whole, and what a 404 means."""
         self._silences = self._silences + 1 if error.status is None else 0
-        if error.status is None or (error.status == 429 and error.retry_after_s):
-            self._last_words = str(error)
+        self._last_words = str(error)
         if error.status == 429 and error.retry_after_s:
-            until = self._engine.clock.uptime_s() + min(error.retry_after_s, HOUR_S)
+            until = self._clock.uptime_s() + min(error.retry_after_s, HOUR_S)
             self._held_until = max(self._held_until, until)
         if error.status == 404:
             causes = "the batch was deleted, or the key belongs to another OpenAI project"
@@ -4286,35 +3852,280 @@ class Account:
         if not isinstance(rows, list):
             message = f"OpenAI's answer is not a list{server_words(answer)}"
             raise answer.error(message, retryable=True)
-        good = [
-            row
-            for row in rows
-            if isinstance(row, dict) and isinstance(row.get("id"), str) and row["id"]
-        ]
+        good = [r for r in rows if isinstance(r, dict) and isinstance(r.get("id"), str) and r["id"]]
         return good, bool(good) and data.get("has_more") is not False
+
+
+# ==================================================================================================
+# 7. Engine: what runs
+# ==================================================================================================
+
+
+class LogWriter:
+    """Writes lines to standard error from a thread of its own: a reader that is slow, full or gone
+    never holds up the loop. What does not fit is dropped and counted.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(10_000)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def msg(self, line: str) -> None:
+        """Write a line, as structlog's loggers do."""
+        try:
+            if self._dropped:
+                self._lines.put_nowait(f"({self._dropped} lines of the log were dropped)")
+                self._dropped = 0
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    debug = info = warning = error = msg
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            data = f"{line}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(2, data) :]
+
+    def close(self) -> None:
+        """Wait a moment until what was written has arrived."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._thread.join(1.0)
+
+
+def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> None:
+    """Send events, and the warnings of libraries, to standard error through one redactor."""
+    is_console = config.log_format == "console"
+    is_console = is_console or (config.log_format == "auto" and os.isatty(2))
+    status = os.fstat(2)
+    is_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    priorities = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>"}
+
+    def render(_: object, level: str, line: Mapping[str, Any]) -> str:
+        head = {name: line[name] for name in ("time", "level", "event", "text")}
+        told = redactor.tree(head | dict(line))  # the last before the line is made
+        prefix = priorities[level] if is_journal else ""
+        if not is_console:
+            return prefix + json.dumps(told, ensure_ascii=False)
+        at = datetime.fromisoformat(told["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        mark = "" if level == "info" else f"{level}: "
+        return "\n".join((f"{prefix}{at} {mark}{told['text']}", *told.get("traceback", ())))
+
+    class Forwarder(logging.Handler):
+        """Passes on what a library has to say."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            text = one_line(record.getMessage(), 1000)
+            say(Event("library_warning", "warning", None, None, {"logger": record.name}, text))
+
+    structlog.configure(
+        processors=[render],
+        wrapper_class=structlog.make_filtering_bound_logger(config.log_level),
+        logger_factory=lambda *_: writer,
+        cache_logger_on_first_use=False,
+    )
+    logging.getLogger().handlers = [Forwarder()]
+    logging.getLogger().setLevel(logging.WARNING)  # httpx logs URLs at INFO, httpcore headers
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)  # see DaemonThreads
+
+
+def say(event: Event) -> None:
+    """Write one event to the log."""
+    document = replace(event, at=event.at or time.time()).document()
+    getattr(structlog.get_logger(), event.level)(document.pop("event"), **document)
+
+
+class ServiceManager:
+    """The service manager's side of the process (sd_notify(3)); silent where there is none."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        address = env.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address[:1] == "@" else address
+        is_ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        watchdog_us = env.get("WATCHDOG_USEC", "")
+        self.watchdog_s = int(watchdog_us) / 1e6 if is_ours and watchdog_us.isdigit() else None
+
+    def send(self, *lines: str) -> None:
+        """Send one datagram."""
+        if self._address:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
+            ):
+                out.sendto("\n".join(lines).encode(), self._address)
+
+
+async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until an event is set or a time has passed; returns whether it was set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, timeout_s)):
+            await event.wait()
+    return event.is_set()
+
+
+# --- one OpenAI account ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ListReading:
+    """What one poll has learnt of an account's list so far."""
+
+    due: Mapping[str, Batch]  # what is to be shown
+    known: Mapping[str, Batch]  # with the finished batches of the same runs
+    unchanged: dict[str, Batch] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)  # these are asked for by themselves
+    pages: int = 0
+    span_s: float = 3 * MINUTE_S  # how long the batches of a page have taken to be created
+    is_stale: bool = False
+
+    def missing(self) -> list[Batch]:
+        """Return the due batches that no page has shown, the newest first."""
+        shown = self.unchanged.keys() | self.changed
+        missing = [batch for key, batch in self.due.items() if key not in shown]
+        return sorted(missing, key=lambda batch: -(batch.created_at or 0.0))
+
+    @property
+    def overhead(self) -> int:
+        """How many requests pages have cost beyond what they have saved."""
+        return self.pages - len(self.unchanged)
+
+    def take(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Note what a page shows; returns how many due batches."""
+        before = len(self.unchanged) + len(self.changed)
+        self.pages += 1
+        for row in rows:
+            if row["id"] in self.known:
+                self._take_row(row, self.known[row["id"]])
+        ages = creation_times(rows[:1]) + creation_times(rows[-1:])
+        if ages and len(rows) > 1:
+            self.span_s = max(ages) - min(ages)
+        return len(self.unchanged) + len(self.changed) - before
+
+    def _take_row(self, row: Mapping[str, Any], known: Batch) -> None:
+        status = str(row.get("status")).lower()
+        rank, known_rank = STATUS_RANK.get(status), STATUS_RANK.get(known.status or "")
+        if rank is not None and known_rank is not None and rank < known_rank:
+            self.is_stale = True
+        if known.id not in self.due:
+            return
+        if status != known.status or known.is_terminal:
+            self.changed.add(known.id)
+            return
+        counts = row.get("request_counts")
+        if isinstance(counts, dict):
+            told: dict[str, Any] = {
+                n: count_or_none(counts.get(n)) for n in ("total", "completed", "failed")
+            }
+            if None not in told.values() and told["completed"] != known.completed:
+                known = replace(known, **told)
+        self.unchanged[known.id] = known
+
+
+def creation_times(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Return when the batches of rows were created, where they tell."""
+    return [at for row in rows if (at := time_or_none(row.get("created_at")))]
+
+
+def row_of(row: Mapping[str, Any]) -> Row | None:
+    """Return a row of the list for finding; one that says that it is finished is only a hint."""
+    try:
+        batch = parse_batch(row, row["id"])
+    except ValueError:
+        return None
+    if batch.is_terminal:
+        batch = Batch(batch.id, created_at=batch.created_at)
+    metadata = row.get("metadata")
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    return Row(batch, {str(key): value for key, value in pairs if isinstance(value, str)})
+
+
+class Finding:
+    """How far an account's list has to be read back for the new batches of some jobs.
+
+    To the newest row that was there at the last complete read, with an hour's overlap (a row may
+    show up late) of at most two pages more than what is new; or to `since`.
+    """
+
+    def __init__(self, store: Store, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self.newest_at = 0.0
+        self._keys = {j.name: compact_json([j.match_key, j.since, j.openai_secret]) for j in jobs}
+        marks = {job.name: store.meta(f"read:{job.name}") or {} for job in jobs}
+        self._read_to = {n: m["to"] for n, m in marks.items() if m.get("key") == self._keys[n]}
+        self._new_to = min(self._read_to.get(job.name, job.since) for job in jobs)
+        floors = (max(j.since, self._read_to.get(j.name, j.since) - HOUR_S) for j in jobs)
+        self._floor = min(floors)
+        self._pages_beyond = 0
+
+    def needs_more(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether to read on after a page."""
+        ages = creation_times(rows) or [0.0]
+        self.newest_at = max(self.newest_at, *ages)
+        self._pages_beyond += min(ages) <= self._new_to
+        return min(ages) > self._floor and self._pages_beyond <= 2
+
+    def marks(self) -> list[Statement]:
+        """Return what stores that the list was read completely, where that is new."""
+        return [
+            Store.meta_statement(f"read:{name}", {"key": key, "to": self.newest_at})
+            for name, key in self._keys.items()
+            if self.newest_at > self._read_to.get(name, -1.0)
+        ]
+
+
+class Account(OpenAI):
+    """One OpenAI key: polls the batches of its runs, and finds new ones.
+
+    Due batches are polled together. Pages of the account's list are a hint and save requests; what
+    counts is a batch's own answer. A request that hangs is left to its deadline while the loop goes
+    on. A poll takes at most two requests more than single GETs would, apart from the pages that new
+    batches are looked for on.
+    """
+
+    def __init__(self, engine: Engine, entry: SecretEntry, key: Secret) -> None:
+        note = functools.partial(engine.note_request, entry.name)
+        super().__init__(entry, key, engine.http, engine.clock, note)
+        self.identity = (key, replace(entry, text=Secret(""), line=0, column=0))
+        self.run_ids: set[int] = set()  # of the runs that it polls
+        self.finders: list[Job] = []  # the jobs that it finds batches for
+        self.wake = asyncio.Event()
+        self.until = math.inf  # when `run` sees again what is due
+        self._engine = engine
+        self._places = asyncio.Semaphore(engine.http.max_concurrency)  # before those of all
+        self._asking: dict[str, asyncio.Task[Batch | ApiError]] = {}
+        self._busy: set[int] = set()  # runs that are being polled
+        self._complete: list[tuple[int, dict[str, Batch | ApiError]]] = []
+        self._list_from = -math.inf  # when pages may be read again
+        self._list_failures = 0
+        self._find_at = -math.inf
+        self._find_failures = 0
 
     # --- the loop ---
 
     async def run(self) -> None:
-        """Poll what is due, and find what is new, until cancelled; with --once, all of it, once."""
+        """Poll what is due, and find what is new, until cancelled."""
         engine, clock = self._engine, self._engine.clock
         while not engine.is_stopping:
             self.wake.clear()
             now = clock.now()
-            idle = [engine.runs[i] for i in self.run_ids if i not in self._answers]
+            idle = [engine.runs[i] for i in self.run_ids - self._busy]
             is_finding = bool(self.finders) and self._find_at <= now
             if is_finding or any(run.next_at <= now for run in idle):
+                due = [run for run in idle if run.next_at <= now + self._early_s(run)]
                 try:
-                    due = [run for run in idle if run.next_at <= now + self._early_s(run)]
                     await self._poll(due, is_finding=is_finding)
-                except (StorageError, sqlite3.Error) as error:
-                    engine.note_trouble(error)
+                except Exception as error:  # noqa: BLE001 - trouble of one account is not the others'
+                    engine.note_failure(error, self.name)
+                    self._busy -= {run.id for run in due}
                     self._find_at = clock.now() + 5
-                except Exception as error:  # noqa: BLE001 - a bug in one account is not the others'
-                    engine.note_bug(error, self.name)
-                    self._find_at = clock.now() + MINUTE_S
-            waiting = [engine.runs[i].next_at for i in self.run_ids if i not in self._answers]
-            self.until = min([*waiting, self._find_at if self.finders else math.inf], default=0)
+                    await asyncio.sleep(1)
+            waiting = [engine.runs[i].next_at for i in self.run_ids - self._busy]
+            self.until = min([*waiting, self._find_at if self.finders else math.inf])
             # A suspended machine's timers stand still: none is longer than half a minute.
             await wait_for_event(self.wake, min(30.0, self.until - clock.now()))
 
@@ -4325,132 +4136,101 @@ class Account:
 
     async def run_once(self) -> None:
         """Poll all runs once, and those that are found meanwhile."""
-        engine = self._engine
-        polled: set[int] = set()
-        is_finding = bool(self.finders)
-        while True:
-            runs = [engine.runs[i] for i in self.run_ids if i not in polled]
-            if not runs and not is_finding:
-                return
-            polled |= {run.id for run in runs}
+        engine, polled, is_finding = self._engine, set[int](), bool(self.finders)
+        while (new := self.run_ids - polled) or is_finding:
+            polled |= new
             try:
-                await self._poll(runs, is_finding=is_finding)
+                polls = await self._poll([engine.runs[i] for i in new], is_finding=is_finding)
+                await asyncio.gather(*polls)
+                self._record()
             except (StorageError, sqlite3.Error) as error:
-                engine.note_trouble(error)
+                engine.note_failure(error, self.name)
             is_finding = False
-            while self._answers and not engine.is_stopping:
-                self.wake.clear()
-                await self.wake.wait()
 
-    async def _poll(self, runs: Sequence[Run], *, is_finding: bool) -> None:
-        """Begin the poll of some runs; it ends when each of their batches has answered."""
-        due: dict[str, Batch] = {}  # what nobody is asking for yet
-        known: dict[str, Batch] = {}
-        for run in runs:
-            known |= {batch.id: batch for batch in run.batches}
-            pending = [batch for batch in run.batches if not batch.is_final]
-            self._answers[run.id] = {}
-            for batch in pending:
-                if batch.id not in self._waiting:
-                    due[batch.id] = batch
-                self._waiting.setdefault(batch.id, []).append(run.id)
-            if not pending:
-                self._complete.append(run.id)
-        reading = ListReading(due, known)
-        seen_before = sum(batch.status is not None for batch in due.values())
-        is_usable = self._list_from <= self._engine.clock.uptime_s() and not self._refusal()
-        pays = seen_before >= 5 and is_usable
+    async def _poll(self, runs: Sequence[Run], *, is_finding: bool) -> list[asyncio.Task[None]]:
+        """Begin the poll of some runs; each ends when its batches have answered."""
+        due = {b.id: b for run in runs for b in run.batches if not b.is_final}
+        known = {b.id: b for run in runs for b in run.batches}
+        reading = ListReading({k: b for k, b in due.items() if k not in self._asking}, known)
+        polled_before = sum(batch.status is not None for batch in reading.due.values())
+        is_usable = self._list_from <= self._engine.clock.uptime_s() and not self.refusal()
+        pays = polled_before >= 5 and is_usable
+        self._busy |= {run.id for run in runs}
         if is_finding or pays:
             await self._read_list(reading, pays=pays, is_finding=is_finding)
-        oldest = self._oldest_answer(reading)
-        for batch_id, batch in reading.unchanged.items() if pays and not reading.is_stale else ():
-            if batch_id != oldest:
-                self._hear(batch_id, batch)
-        self._engine.spawn(self._ask_all([key for key in due if key in self._waiting]))
-        self._record()
+        shown = reading.unchanged if pays and not reading.is_stale else {}
+        if shown and reading.overhead <= 1:  # beside a list, the one not asked for longest
+            shown.pop(min(shown, key=lambda key: self.answered_at.get(key, -math.inf)))
+        polls = []
+        for run in runs:
+            ids = [batch.id for batch in run.batches if not batch.is_final]
+            answers: dict[str, Batch | ApiError] = {i: shown[i] for i in ids if i in shown}
+            if len(answers) == len(ids):
+                self._end_poll(run.id, answers)
+            else:
+                polls.append(self._engine.spawn(self._poll_run(run.id, ids, answers)))
+        return polls
 
-    def _oldest_answer(self, reading: ListReading) -> str | None:
-        """Return the batch to be asked for by itself beside a list: the one that was not longest."""
-        if reading.overhead > 1:
-            return None
-        return min(
-            reading.unchanged, key=lambda key: self._answered_at.get(key, -math.inf), default=None
-        )
+    async def _poll_run(
+        self, run_id: int, ids: Iterable[str], answers: dict[str, Batch | ApiError]
+    ) -> None:
+        """Ask for what no page has shown of a run; two runs with one batch share its answer."""
+        for batch_id in ids:
+            if batch_id not in answers and batch_id not in self._asking:
+                task = asyncio.ensure_future(self._ask_one(batch_id))
+                self._asking[batch_id] = task
+                task.add_done_callback(functools.partial(self._end_asking, batch_id))
+        missing = {i: self._asking[i] for i in ids if i not in answers}
+        await asyncio.wait(missing.values())
+        self._end_poll(run_id, answers | {i: task.result() for i, task in missing.items()})
 
-    async def _ask_all(self, batch_ids: Iterable[str]) -> None:
-        """Ask for batches one by one, as many at a time as the account may."""
-        async with asyncio.TaskGroup() as group:
-            for batch_id in batch_ids:
-                await self._places.acquire()
-                group.create_task(self._ask_one(batch_id))
+    def _end_asking(self, batch_id: str, _: object) -> None:
+        del self._asking[batch_id]
 
-    async def _ask_one(self, batch_id: str) -> None:
-        answer: Batch | ApiError
-        try:
-            answer = await self.ask(batch_id)
-        except ApiError as error:
-            answer = error
-        except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
-            self._engine.note_bug(error, batch_id)
-            answer = ApiError(f"internal error: {type(error).__name__}")
-        finally:
-            self._places.release()
-        self._hear(batch_id, answer)
+    async def _ask_one(self, batch_id: str) -> Batch | ApiError:
+        async with self._places:
+            try:
+                return await self.ask(batch_id)
+            except ApiError as error:
+                return error
+            except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
+                self._engine.note_failure(error, batch_id)
+                return ApiError(f"internal error: {type(error).__name__}")
 
-    def _hear(self, batch_id: str, answer: Batch | ApiError) -> None:
-        """Take a batch's answer for all runs that wait for it."""
-        if not self._complete:  # what is answered together is recorded as one
+    def _end_poll(self, run_id: int, answers: dict[str, Batch | ApiError]) -> None:
+        """Have a poll recorded, together with what else has come by then."""
+        if not self._complete:
             asyncio.get_running_loop().call_soon(self._record)
-        for run_id in self._waiting.pop(batch_id, ()):
-            answers = self._answers.get(run_id)
-            run = self._engine.runs.get(run_id)
-            if answers is None:
-                continue
-            answers[batch_id] = answer
-            if run is None or all(b.id in answers for b in run.batches if not b.is_final):
-                self._complete.append(run_id)
+        self._complete.append((run_id, answers))
 
     def _record(self) -> None:
-        """Have the engine record the polls that are complete."""
         complete, self._complete = self._complete, []
-        came = [
-            (run_id, self._answers.pop(run_id)) for run_id in complete if run_id in self._answers
-        ]
-        if not came:
-            return
-        self._engine.record_polls(came)
-        found = (self._engine.runs.get(run_id) for run_id, _ in came)
-        if self._engine.once or any(run and run.next_at < self.until for run in found):
-            self.wake.set()
-
-    def find_soon(self) -> None:
-        """Have new batches found at once: the jobs that find them may be others now."""
-        self._find_at = -math.inf
-        self.wake.set()
-
-    def forget(self, run_id: int) -> None:
-        """Stop polling a run."""
-        self.run_ids.discard(run_id)
-        self._answers.pop(run_id, None)
-        self.wake.set()
+        ids = {run_id for run_id, _ in complete}
+        self._busy -= ids
+        if complete and self._engine.accounts.get(self.name) is self:
+            self._engine.record_polls(complete)
+            runs = (self._engine.runs.get(run_id) for run_id in ids)
+            if any(run and run.next_at < self.until for run in runs):
+                self.wake.set()
 
     # --- the list ---
 
     async def _read_list(self, reading: ListReading, *, pays: bool, is_finding: bool) -> None:
         """Read the pages of the list that are needed to find, and those that save requests."""
-        finding = Finding(self._engine, self.finders) if is_finding else None
+        finding = Finding(self._engine.store, self.finders) if is_finding else None
         try:
             cursor: str | None = None
             while True:
                 rows, has_more = await self.page(cursor)
-                shown = reading.take(rows)
-                is_needed = finding is not None and self._find(finding, rows)
-                is_worth_it = pays and shown >= 2 and bool(reading.missing())
-                if not has_more or not (is_needed or is_worth_it):
+                is_worth_it = reading.take(rows) >= 2 and pays and bool(reading.missing())
+                if finding:
+                    self._find(finding, rows)
+                    is_worth_it = finding.needs_more(rows) or is_worth_it
+                if not (has_more and is_worth_it):
                     break
                 cursor = rows[-1]["id"]
             if finding:
-                self._end_finding(finding, reading.newest_at)
+                self._end_finding(finding)
             if pays:
                 await self._read_clusters(reading)
                 self._note_list(None, is_stale=reading.is_stale)
@@ -4461,41 +4241,38 @@ class Account:
                 self._note_list(error)
 
     async def _read_clusters(self, reading: ListReading) -> None:
-        """Read a page after each batch that others were created close to, while that saves."""
+        """Read a page after each batch that others were created close to, while that saves.
+
+        A cursor that the list has lost (400, 404) shows nothing.
+        """
         missing = reading.missing()
-        while missing and reading.overhead <= 1:
-            first, *missing = missing
-            if first.created_at is None:
-                return
-            close = [b for b in missing if (b.created_at or 0) >= first.created_at - reading.span_s]
-            if len(close) < 2:
-                continue
-            cursor, shown, has_more = first.id, 2, True
-            while shown >= 2 and has_more and reading.overhead <= 1:
+        while len(missing) > 2 and missing[2].created_at and reading.overhead <= 1:
+            first, third = missing[0], missing[2]
+            missing = missing[1:]
+            is_close = (third.created_at or 0) >= (first.created_at or 0) - reading.span_s
+            cursor, shown = first.id, 2
+            while is_close and shown >= 2 and reading.overhead <= 1:
                 try:
                     rows, has_more = await self.page(cursor)
                 except ApiError as error:
-                    if error.status not in {400, 404}:  # the list has lost the cursor
+                    if error.status not in {400, 404}:
                         raise
-                    reading.pages += 1
-                    break
+                    rows, has_more = [], False
                 shown = reading.take(rows)
                 left = {batch.id for batch in reading.missing()}
                 missing = [batch for batch in missing if batch.id in left]
-                last_at = time_or_none(rows[-1].get("created_at")) if rows else None
-                if not any((b.created_at or 0) >= (last_at or 0) - reading.span_s for b in missing):
-                    break
-                cursor = rows[-1]["id"] if rows else cursor
+                last_at = min(creation_times(rows), default=0.0) - reading.span_s
+                is_close = has_more and any((b.created_at or 0) >= last_at for b in missing)
+                cursor = rows[-1]["id"] if rows else ""
 
     def _note_list(self, error: ApiError | None, *, is_stale: bool = False) -> None:
         """Do without the list for a while after a failure, for a day where there is none."""
         was_usable = self._list_failures == 0
-        if error is None and not is_stale:
+        self._list_failures = 0 if error is None and not is_stale else self._list_failures + 1
+        if self._list_failures == 0:
             if not was_usable:
                 self._engine.log(Event.of("list_usable", secret=self.name))
-            self._list_failures = 0
             return
-        self._list_failures += 1
         wait_s = float(DAY_S)
         if error and (error.retryable or error.status == 429):
             jitter = self._engine.clock.jitter()
@@ -4507,33 +4284,23 @@ class Account:
 
     # --- finding ---
 
-    def _find(self, finding: Finding, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Have the runs begun or joined that a page's rows belong to; returns if more are needed."""
+    def _find(self, finding: Finding, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Have the runs begun or joined that a page's rows belong to."""
+        engine, read = self._engine, [found for row in rows if (found := row_of(row))]
         for job in finding.jobs:
-            found = []
-            for row in rows:
-                with contextlib.suppress(ValueError):
-                    found.append(row_of(row))
-            self._find_for(job, [row for row in found if row.is_of(job)])
-        ages = [at for row in rows if (at := time_or_none(row.get("created_at")))]
-        return finding.needs_more(min(ages, default=0.0))
-
-    def _find_for(self, job: Job, rows: Sequence[Row]) -> None:
-        engine = self._engine
-        known = engine.store.known_batches(job.name, [row.batch.id for row in rows])
-        new = [row for row in rows if row.batch.id not in known]
-        if not new:
-            return
-        for row in new if job.group_by else ():
-            if not row.metadata.get(str(job.group_by)):
-                self._note_without_group(job, row.batch.id)
-        groups = {
-            row.metadata.get(job.group_by, "") if job.group_by else row.batch.id for row in new
-        }
-        runs = engine.store.groups(job.name, groups)
-        runs |= {g: engine.runs[run.id] for g, run in runs.items() if run.id in engine.runs}
-        target = engine.loaded.config.target(job)
-        engine.take_found(group_batches(job, target, new, runs, engine.clock.now()))
+            mine = [row for row in read if row.is_of(job)]
+            known = engine.store.known_batches(job.name, [row.batch.id for row in mine])
+            new = [row for row in mine if row.batch.id not in known]
+            for row in new if job.group_by else ():
+                if not row.metadata.get(str(job.group_by)):
+                    self._note_without_group(job, row.batch.id)
+            if new:
+                key = job.group_by
+                groups = [row.metadata.get(key, "") if key else row.batch.id for row in new]
+                runs = engine.store.groups(job.name, groups)
+                runs |= {g: engine.runs[r.id] for g, r in runs.items() if r.id in engine.runs}
+                target, now = engine.loaded.config.target(job), engine.clock.now()
+                engine.take_found(group_batches(job, target, new, runs, now))
 
     def _note_without_group(self, job: Job, batch_id: str) -> None:
         """Tell once of a batch that lacks what it would be grouped by."""
@@ -4541,21 +4308,16 @@ class Account:
             "SELECT 1 FROM events WHERE job = ? AND name = 'batch_without_group'"
             " AND json_extract(fields, '$.batch_id') = ?"
         )
-        if batch_id not in self._told_without_group:
-            self._told_without_group.add(batch_id)
-            if not self._engine.store.one(query, job.name, batch_id):
-                event = Event.of("batch_without_group", batch_id=batch_id, group_by=job.group_by)
-                text = f"{job.name}: {event.text}"
-                self._engine.log(replace(event, job=job.name, text=text))
+        if not self._engine.store.one(query, job.name, batch_id):
+            event = Event.of("batch_without_group", batch_id=batch_id, group_by=job.group_by)
+            self._engine.log(replace(event, job=job.name, text=f"{job.name}: {event.text}"))
 
-    def _end_finding(self, finding: Finding, newest_at: float) -> None:
+    def _end_finding(self, finding: Finding) -> None:
         """Remember how far the list was read back to, completely."""
-        now = self._engine.clock.now()
-        if self._find_failures:
-            self._engine.log(Event.of("find_recovered", secret=self.name))
-        self._find_failures = 0
-        self._find_at = now + min(job.poll_interval for job in finding.jobs)
-        self._engine.commit([], also=finding.marks(newest_at))
+        engine, interval_s = self._engine, min(job.poll_interval for job in finding.jobs)
+        recovered = [Event.of("find_recovered", secret=self.name)] if self._find_failures else []
+        self._find_failures, self._find_at = 0, engine.clock.now() + interval_s
+        engine.commit([], recovered, finding.marks())
 
     def _note_find_failure(self, error: ApiError) -> None:
         self._find_failures += 1
@@ -4566,58 +4328,12 @@ class Account:
         wait_s = backoff_s(self._find_failures, interval_s, jitter, error.retry_after_s)
         self._find_at = self._engine.clock.now() + wait_s
 
-
-def row_of(row: Mapping[str, Any]) -> Row:
-    """Return a row of the list for finding. Raises ValueError for what is none.
-
-    A row is a hint: one that says that its batch is finished leaves that to its own answer.
-    """
-    batch = parse_batch(row, row["id"])
-    if batch.is_terminal:
-        batch = Batch(batch.id, created_at=batch.created_at)
-    batch = replace(batch, output_file_id=None, error_file_id=None)
-    metadata = row.get("metadata")
-    pairs = metadata.items() if isinstance(metadata, dict) else ()
-    return Row(batch, {str(key): value for key, value in pairs if isinstance(value, str)})
-
-
-class Finding:
-    """How far an account's list has to be read back for new batches.
-
-    To the newest row that was there at the last complete read, with an hour's overlap (a row may
-    show up late) of at most two pages more than what is new; or to `since`.
-    """
-
-    def __init__(self, engine: Engine, jobs: Sequence[Job]) -> None:
-        self.jobs = list(jobs)
-        self._marks: dict[str, float] = {}
-        for job in jobs:
-            mark = engine.store.meta(f"read:{job.name}") or {}
-            if mark.get("key") == self._key(job):
-                self._marks[job.name] = mark["to"]
-        self._new_to = min(self._marks.get(job.name, job.since) for job in jobs)
-        self._floor = min(
-            max(job.since, self._marks.get(job.name, job.since) - HOUR_S) for job in jobs
-        )
-        self._pages_beyond = 0
-
-    @staticmethod
-    def _key(job: Job) -> str:
-        return compact_json([job.match_key, job.since, job.openai_secret])
-
-    def needs_more(self, oldest_at: float) -> bool:
-        """Return whether to read on after a page whose oldest row was created at a time."""
-        if oldest_at <= self._new_to:
-            self._pages_beyond += 1
-        return oldest_at > self._floor and self._pages_beyond <= 2
-
-    def marks(self, newest_at: float) -> list[Statement]:
-        """Return what stores that the list was read completely, where that is new."""
-        return [
-            Store.meta_statement(f"read:{job.name}", {"key": self._key(job), "to": newest_at})
-            for job in self.jobs
-            if newest_at > self._marks.get(job.name, 0.0) or job.name not in self._marks
-        ]
+    def watch(self, finders: Sequence[Job]) -> None:
+        """Take a new config: the runs are told one by one; what is to be found may be other now."""
+        self.run_ids.clear()
+        self.finders = list(finders)
+        self._find_at = -math.inf
+        self.wake.set()
 
 
 # --- one run, from ready to its end ---------------------------------------------------------------
@@ -4633,17 +4349,13 @@ async def drive_run(engine: Engine, run_id: int) -> None:
     failures = 0
     while (run := engine.runs.get(run_id)) is not None and not engine.is_stopping:
         action = next_action(run, may_post=engine.may_post(run))
-        if action is Action.IDLE:
-            return
         wait_s = run.next_at - engine.clock.now()
         if engine.once and action is Action.FOLLOW:
-            if run_id in engine.followed:
-                return
-            wait_s = 0.0
+            wait_s = math.inf if run_id in engine.followed else 0.0  # once in a pass
+        if action is Action.IDLE or (engine.once and wait_s > PATIENCE_S):
+            return
         try:
             if wait_s > 0:
-                if engine.once and wait_s > PATIENCE_S:
-                    return
                 await wait_for_event(engine.wakes[run_id], min(wait_s, 30.0))
                 engine.wakes[run_id].clear()
             elif action is Action.ARM:
@@ -4653,36 +4365,36 @@ async def drive_run(engine: Engine, run_id: int) -> None:
             else:
                 await search_and_start(engine, run)
             failures = 0
-        except StorageError as error:
-            failures += 1
-            engine.note_trouble(error, run)
-            if engine.once:
-                return
-            await asyncio.sleep(min(PATIENCE_S, backoff_s(failures, 1, engine.clock.jitter())))
         except StateError:
             raise
-        except Exception as error:  # noqa: BLE001 - a bug that one run meets is not the others'
-            engine.note_bug(error, run.name)
+        except Exception as error:  # noqa: BLE001 - trouble of one run is not the others'
+            failures += 1
+            engine.note_failure(error, run.name, run)
             if engine.once:
                 return
-            await asyncio.sleep(MINUTE_S)
+            first_s = 1 if isinstance(error, StorageError) else MINUTE_S
+            await asyncio.sleep(min(MINUTE_S, backoff_s(failures, first_s, engine.clock.jitter())))
 
 
 async def search_and_start(engine: Engine, run: Run) -> None:
     """Search Keboola for a run's job; start it where the search allows that."""
-    clock, grace_s = engine.clock, engine.loaded.config.trigger_grace
-    job = engine.job_of(run)
-    follow = job is None or job.follow
-    began = clock.boot_time()
-    came: list[KeboolaJob] | ApiError
-    keboola = None
+    clock, config, job = engine.clock, engine.loaded.config, engine.job_of(run)
+    began, keboola, aimed = clock.boot_time(), None, run
+    came: Sequence[KeboolaJob] | ApiError
     try:
-        if run.sending_at is None and job:
-            keboola = engine.keboolas[job.keboola_secret]
-            target = replace(engine.loaded.config.target(job), project=await keboola.project())
+        if job and run.sending_at is None:  # nothing was sent: what the config says now counts
+            keboola, target = engine.keboolas[job.keboola_secret], config.target(job)
+            aimed = as_aimed(run, job, target, keboola.token)
+            target = replace(target, project=await keboola.project())
             if engine.runs.get(run.id) is not run or engine.job_of(run) is not job:
                 return
-            run = engine.commit_aimed(as_aimed(run, job, target, keboola.token), before=run)
+            aimed = as_aimed(run, job, target, keboola.token)
+            if aimed != run:
+                engine.check_in_place()
+                facts = {"trigger_id": run.trigger_id, "target": str(target)}
+                events = [] if run.payload else [Event.of("trigger_intended", run, **facts)]
+                engine.commit([(aimed, events)])
+                run = engine.runs[run.id]
         else:
             keboola = await engine.keboola_for(run)
         since = search_since(run, clock.now())
@@ -4694,90 +4406,65 @@ async def search_and_start(engine: Engine, run: Run) -> None:
         came = error
     if engine.runs.get(run.id) is not run or engine.is_stopping:
         return
-    is_ours = keboola is not None and engine.keboolas.get(keboola.name) is keboola
-    may_post = engine.may_post(run) and is_ours
+    if keboola:
+        engine.tell_unreadable(keboola)
     if not came and began.uptime_s < engine.empty_counts_from:
-        engine.commit(
-            [(replace(run, next_at=clock.now() + engine.empty_counts_from - began.uptime_s), [])]
-        )
+        wait_s = engine.empty_counts_from - began.uptime_s
+        engine.commit([(replace(run, next_at=clock.now() + wait_s), [])])
         return
-    change = after_search(
-        run,
-        came,
-        began=began,
-        may_post=may_post,
-        follow=follow,
-        grace_s=grace_s,
-        now=clock.now(),
-        jitter=clock.jitter(),
-    )
-    if change[0].phase is not Phase.SENDING or keboola is None:
-        if change[0] != run:
-            engine.commit([change])
-        return
-    engine.check_in_place()
-    engine.commit([change])  # nothing was awaited since the search was judged
-    await post_run(engine, keboola, change[0].id)
+    if isinstance(came, ApiError) and not run.payload:
+        run = aimed  # so that a correction of what failed is seen after a restart, too
+    terms = engine.terms(run)
+    if not keboola or engine.keboolas.get(keboola.name) is not keboola:
+        terms = replace(terms, may_post=False)  # the token is another one now
+    after, events = after_search(run, came, began, terms)
+    if after.phase is Phase.SENDING and keboola:
+        engine.check_in_place()
+        engine.commit([(after, events)])  # nothing was awaited since the search was judged
+        await post_run(engine, keboola, run.id)
+    elif after != engine.runs[run.id]:
+        engine.commit([(after, events)])
 
 
 async def post_run(engine: Engine, keboola: Keboola, run_id: int) -> None:
-    """Send a run that was committed as SENDING, and commit what came of it, however long it takes."""
-    clock = engine.clock
-    run = engine.runs[run_id]
+    """Send a run that was committed as SENDING, and commit what came of it, however long it takes.
+
+    The outcome is known only here; with --once, the next pass finds `sending`, and searches.
+    """
+    clock, run = engine.clock, engine.runs[run_id]
+    came: KeboolaJob | ApiError
     engine.lock.note_post(clock.boot_time())
     engine.posting.add(run_id)
-    came: KeboolaJob | ApiError
     try:
         try:
             came = await keboola.create(run.payload)
         except ApiError as error:
             came = error
-        job = engine.job_of(run)
-        change = after_post(
-            engine.runs[run_id],
-            came,
-            follow=job is None or job.follow,
-            grace_s=engine.loaded.config.trigger_grace,
-            now=clock.boot_time(),
-            jitter=clock.jitter(),
-        )
-        # The outcome is known only here. With --once, the next pass finds `sending`, and searches.
+        run = engine.runs[run_id]
+        change = after_post(run, came, engine.terms(run))
         give_up_at = clock.uptime_s() + (PATIENCE_S if engine.once else math.inf)
         while True:
             try:
-                engine.commit([change])
+                return engine.commit([change])
             except StorageError as error:
                 if clock.uptime_s() > give_up_at:
                     raise
-                engine.note_trouble(error, run)
+                engine.note_failure(error, run.name, run)
                 await asyncio.sleep(1)
-            else:
-                return
     finally:
         engine.posting.discard(run_id)
 
 
 async def follow_run(engine: Engine, run: Run) -> None:
-    """Look once at a run's Keboola job."""
+    """See once how a run's Keboola job is."""
     engine.followed.add(run.id)
-    config, job = engine.loaded.config, engine.job_of(run)
     came: KeboolaJob | ApiError
     try:
         came = await (await engine.keboola_for(run)).job(str(run.keboola_job_id))
     except ApiError as error:
         came = error
-    if engine.runs.get(run.id) is not run:
-        return
-    change = after_follow(
-        run,
-        came,
-        poll_interval_s=job.poll_interval if job else 5 * MINUTE_S,
-        follow_interval_s=config.follow_interval,
-        retry_on_error=job.retry_on_error if job and not job.rests else 0,
-        now=engine.clock.now(),
-        jitter=engine.clock.jitter(),
-    )
-    engine.commit([change])
+    if engine.runs.get(run.id) is run:
+        engine.commit([after_follow(run, came, engine.terms(run))])
 
 
 # --- everything -----------------------------------------------------------------------------------
@@ -4790,7 +4477,7 @@ class Engine:
     every unfinished run has had its poll and its step.
     """
 
-    def __init__(  # noqa: PLR0913 - what it works with
+    def __init__(  # noqa: PLR0913, PLR0917 - what it works with
         self,
         loaded: LoadedConfig,
         store: Store,
@@ -4812,15 +4499,13 @@ class Engine:
         self.accounts: dict[str, Account] = {}
         self.keboolas: dict[str, Keboola] = {}
         self.posting: set[int] = set()
-        self.followed: set[int] = set()  # runs whose Keboola job was looked at in this process
+        self.followed: set[int] = set()  # runs whose Keboola job was seen in this process
         self.stats = store.stats()
         self.is_stopping = False
         self.has_failed = False  # something could not be written, or a bug was met
         self.config_error: str | None = None
         self.told: list[asyncio.Event] = []  # set whenever something was committed
-        self.empty_counts_from = (
-            -math.inf
-        )  # uptime: an empty search that began earlier says nothing
+        self.empty_counts_from = -math.inf  # uptime: an empty search begun earlier says nothing
         self._redactor = redactor
         self._tasks: asyncio.TaskGroup | None = None
         self._drivers: dict[int, asyncio.Task[None]] = {}
@@ -4830,8 +4515,7 @@ class Engine:
         self._touched: set[int] = set()  # runs whose poll changed nothing but its times
         self._touched_at = 0.0
         self._stats_changed: set[str] = set()
-        self._pruned_at = -math.inf
-        self._swept_at = -math.inf
+        self._pruned_at = self._swept_at = -math.inf
         self._data_version = -1
         self._trouble: set[tuple[int | None, str]] = set()  # told, and not over
         self._last_told: dict[tuple[object, ...], float] = {}
@@ -4844,20 +4528,15 @@ class Engine:
             async with asyncio.TaskGroup() as self._tasks:
                 self._see_if_state_is_older()
                 self.apply(self.loaded)
-                if self.once:
-                    for account in self.accounts.values():
-                        self.spawn(account.run_once())
-                else:
-                    self.spawn(self._keep_house())
-                for helper in helpers:
+                for account in self.accounts.values() if self.once else ():
+                    self.spawn(account.run_once())
+                for helper in helpers if self.once else (self._keep_house, *helpers):
                     self.spawn(helper())
         except BaseExceptionGroup as group:
-            errors, _ = group.split(TeckoError)
+            errors: BaseException | None = group.split(TeckoError)[0]
             while isinstance(errors, BaseExceptionGroup):
                 errors = errors.exceptions[0]
-            if errors:
-                raise errors from None
-            raise
+            raise (errors or group) from None
 
     def spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         """Start a task that `run` waits for, and whose exception ends it."""
@@ -4871,15 +4550,13 @@ class Engine:
         It was lost or restored; what was posted shows in Keboola's search within the grace.
         """
         posted = self.lock.last_post
-        known = float(
-            self.store.one("SELECT max(at) FROM events WHERE name = 'trigger_sending'") or 0
-        )
-        if posted is None or posted.wall < known + 1:
-            return
-        left_s = self.loaded.config.trigger_grace - posted.until_s(self.clock.boot_time())
-        if left_s > 0:
-            self.empty_counts_from = self.clock.uptime_s() + left_s
-            self.log(Event.of("state_is_older", wait_s=round(left_s, 1)))
+        query = "SELECT max(at) FROM events WHERE name = 'trigger_sending'"
+        if posted and posted.wall > (self.store.one(query) or 0) + 1:
+            passed_s = posted.until_s(self.clock.boot_time())
+            left_s = self.loaded.config.trigger_grace - passed_s
+            if left_s > 0:
+                self.empty_counts_from = self.clock.uptime_s() + left_s
+                self.log(Event.of("state_is_older", wait_s=round(left_s, 1)))
 
     async def _keep_house(self) -> None:
         """See every second what has changed outside, and write down what may wait."""
@@ -4892,15 +4569,13 @@ class Engine:
                 self.flush()
                 self.sweep()
             except (StorageError, sqlite3.Error) as error:
-                self.note_trouble(error)
+                self.note_failure(error, "housekeeping")
             await asyncio.sleep(1.0)
 
     def _follow_clock(self) -> None:
         """Move every pending time when the system's clock was set."""
-        by_s = self.clock.changed()
-        if by_s:
-            for run in list(self.runs.values()):
-                self.runs[run.id] = shifted(run, by_s)
+        if by_s := self.clock.changed():
+            self.runs = {run.id: shifted(run, by_s) for run in self.runs.values()}
             self._touched |= self.runs.keys()
             for account in self.accounts.values():
                 account.wake.set()
@@ -4911,14 +4586,14 @@ class Engine:
         now = self.clock.uptime_s()
         if now - self._swept_at >= 5:
             self._swept_at = now
-            pairs = [(run, self._with_attention(run)) for run in self.runs.values()]
-            self.commit([change for run, change in pairs if change[0] is not run])
+            changes = [self._with_attention(run) for run in self.runs.values()]
+            self.commit([change for change in changes if change[1]])
         if now - self._pruned_at >= HOUR_S:
             self._pruned_at = now
-            config = self.loaded.config
-            self.store.prune(config.jobs, config.retention, self.clock.now())
-            cutoff = self.clock.now() - MINUTE_S
-            self._last_told = {key: at for key, at in self._last_told.items() if at > cutoff}
+            config, wall = self.loaded.config, self.clock.now()
+            self.store.prune(config.jobs, config.retention, wall)
+            told = self._last_told.items()
+            self._last_told = {key: at for key, at in told if at > wall - MINUTE_S}
             self._drivers = {i: task for i, task in self._drivers.items() if not task.done()}
             self.wakes = {i: wake for i, wake in self.wakes.items() if i in self._drivers}
 
@@ -4930,171 +4605,129 @@ class Engine:
         until = self.clock.uptime_s() + 20
         while self.posting and self.clock.uptime_s() < until and not hurry.is_set():
             await wait_for_event(hurry, 0.05)
-        for run_id in self.posting:
-            self.log(Event.of("trigger_left_open", self.runs[run_id]))
+        self.log(*(Event.of("trigger_left_open", self.runs[i]) for i in self.posting))
 
     # --- taking a config ---
 
     def apply(self, loaded: LoadedConfig) -> None:
         """Make a new config the one that counts. After a StorageError, apply it again."""
         self.flush(at_once=True)
-        old, config = self.loaded, loaded.config
-        now = self.clock.boot_time()
-        last_id = self.store.last_event_id()
-        insert = "INSERT OR IGNORE INTO webhooks VALUES (?, ?, 0, 0)"
-        self.store.execute([(insert, (name, last_id)) for name, _ in config.notify])
-        known = {run.id: run for run in self.store.runs_for(config.jobs)}
-        changes: list[Change] = []
-        for run in known.values():
+        config, terms = loaded.config, Terms(None, self.clock.boot_time())
+        terms = replace(terms, grace_s=config.trigger_grace)
+        self.store.execute(self._prepare(config))
+        changes: dict[int, Change] = {}
+        for run in self.store.runs_for(config.jobs):
             mine = self.runs.get(run.id)
-            changes.append((mine, []) if mine else as_loaded(run, now, config.trigger_grace))
-        changes = self._renamed(config, changes)
-        changes, current = self._assigned(config, changes)
-        before = (self.runs, self._current)
-        self.loaded, self._current = loaded, current
+            is_mine = mine is not None and mine.job == run.job
+            changes[run.id] = (mine, []) if mine and is_mine else as_loaded(run, terms)
+        known = {run.id: run for run, _ in changes.values()}
+        old, before = self.loaded, (self.runs, self._current)
         try:
-            changes = [self._with_config(run, events, old) for run, events in changes]
-            stored = {run.id: before[0].get(run.id) or known.get(run.id) for run, _ in changes}
-            new = [
-                (run, events)
-                for run, events in changes
-                if events or not (was := stored[run.id]) or replace(run, next_at=was.next_at) != was
-            ]
-            self.runs = {run_id: run for run_id, run in stored.items() if run}
-            self.commit(new, also=[Store.meta_statement("match_jobs", self._match_jobs(config))])
+            self._current = self._assign(config, changes)
+            self.loaded = loaded
+            self.runs = {i: before[0].get(i, run) for i, run in known.items()}
+            new = [self._with_config(change, old) for change in changes.values()]
+            self.commit([c for c in new if c[1] or c[0] != self.runs.get(c[0].id)])
         except StorageError:
             self.loaded, (self.runs, self._current) = old, before
             raise
-        written = {run.id for run, _ in new}
-        self.runs |= {run.id: run for run, _ in changes if run.id not in written}
-        self.http.configure(config)
         self._arrange(loaded)
         self.take_requests(at_once=True)
         for run in list(self.runs.values()):
             self._place(run)
 
-    def _renamed(self, config: Config, changes: list[Change]) -> list[Change]:
-        """Take the groups of a match job that has left the config over to its new name."""
+    def _prepare(self, config: Config) -> list[Statement]:
+        """Return what a config changes before its runs are read.
+
+        Webhooks that are new are told from here on. A match job under a new name takes over the
+        groups of one that has left the config.
+        """
+        last_id = self.store.last_event_id()
+        statements: list[Statement] = [
+            ("INSERT OR IGNORE INTO webhooks VALUES (?, ?, 0, 0)", (name, last_id))
+            for name, _ in config.notify
+        ]
         known: dict[str, list[str]] = self.store.meta("match_jobs") or {}
-        mine = self._match_jobs(config)
+        matching = [(n, job) for n, job in config.jobs.items() if job.match]
+        mine = {name: [job.match_key, str(config.target(job))] for name, job in matching}
         left = {tuple(key): name for name, key in known.items() if name not in config.jobs}
         for name, key in mine.items():
-            old = left.pop(tuple(key), None) if name not in known else None
-            if old:
-                self.store.execute(
-                    [
-                        ("UPDATE runs SET job = ? WHERE job = ? AND \"group\" <> ''", (name, old)),
-                        (
-                            "INSERT OR REPLACE INTO meta SELECT 'read:' || ?, value FROM meta"
-                            " WHERE key = 'read:' || ?",
-                            (name, old),
-                        ),
-                    ]
-                )
-                ids = {run.id for run, _ in changes}
-                self.runs = {
-                    i: replace(r, job=name) if r.group and r.job == old else r
-                    for i, r in self.runs.items()
-                }
-                now = self.clock.boot_time()
-                for run in self.store.runs_for({name: config.jobs[name]}):
-                    if run.id not in ids:
-                        changes.append(as_loaded(run, now, config.trigger_grace))
-                changes = [
-                    (replace(r, job=name) if r.group and r.job == old else r, e) for r, e in changes
-                ]
-        return changes
+            if name not in known and (old := left.pop(tuple(key), None)):
+                rename = "UPDATE runs SET job = ? WHERE job = ? AND \"group\" <> ''"
+                copy = "INSERT OR REPLACE INTO meta SELECT ?, value FROM meta WHERE key = ?"
+                statements.append((rename, (name, old)))
+                statements.append((copy, (f"read:{name}", f"read:{old}")))
+        if known | mine != known:
+            statements.append(Store.meta_statement("match_jobs", known | mine))
+        return statements
 
-    def _match_jobs(self, config: Config) -> dict[str, list[str]]:
-        """Return what tells the jobs with `match` from each other, by name, also of those gone."""
-        known: dict[str, list[str]] = self.store.meta("match_jobs") or {}
-        return known | {
-            name: [job.match_key, str(config.target(job))]
-            for name, job in config.jobs.items()
-            if job.match
-        }
-
-    def _assigned(self, config: Config, changes: Sequence[Change]) -> tuple[list[Change], set[int]]:
-        """Return changes with the runs of jobs with batch_ids as the config has them, and new ones."""
-        jobs = config.jobs
-        targets = {name: config.target(job) for name, job in jobs.items()}
-        assigned = assign(jobs, targets, (run for run, _ in changes if not run.group))
-        events = {run.id: told for run, told in changes}
-        after = {run.id: run for run, _ in changes}
-        current = set()
-        for name, job in jobs.items():
-            run = assigned.get(name)
-            if run:
-                after[run.id] = replace(run, job=name, batches=in_order(run, job, run.batches))
+    def _assign(self, config: Config, changes: dict[int, Change]) -> set[int]:
+        """Bring the runs of jobs with batch_ids to what the config says, with those that are new."""
+        targets = {name: config.target(job) for name, job in config.jobs.items()}
+        runs = [run for run, _ in changes.values() if not run.group]
+        assigned, current = assign(config.jobs, targets, runs), set()
+        for name, job in config.jobs.items():
+            if run := assigned.get(name):
+                after = replace(run, job=name, batches=in_order(run, job, run.batches))
+                changes[run.id] = (after if after != run else run, changes[run.id][1])
             elif not job.match:
                 batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-                run = Run(self._next_id, name, targets[name], batches=batches)
-                run = replace(run, next_at=self.clock.now())
-                self._next_id += 1
-                after[run.id] = run
+                now, self._next_id = self.clock.now(), self._next_id + 1
+                run = Run(self._next_id, name, targets[name], batches=batches, next_at=now)
+                changes[run.id] = (run, [])
             if run:
                 current.add(run.id)
-        return [(run, events.get(run.id, [])) for run in after.values()], current
+        return current
 
-    def _with_config(self, run: Run, events: list[Event], old: LoadedConfig) -> Change:
+    def _with_config(self, change: Change, old: LoadedConfig) -> Change:
         """Return a run as a new config has it: what has changed for it is due at once."""
-        job, old_job = self.loaded.config.jobs.get(run.job), old.config.jobs.get(run.job)
-        if job is None or run.id not in self.runs:
-            return run, events
+        run, events = change
+        job, old_job = self.job_of(run), old.config.jobs.get(run.job)
+        if job is None:
+            return change
+        now = self.clock.now()
+        if run.phase in {Phase.REJECTED, Phase.INTENT} and run.sending_at is None:
+            target, token = self.loaded.config.target(job), self.loaded.secrets[job.keboola_secret]
+            if run.input_digest not in {"", input_digest(job, target, token)}:
+                return replace(as_intended(run, now), input_digest=""), events
         if job == old_job and self.loaded.access(job) == old.access(old_job):
-            return run, events
-        if run.phase is Phase.REJECTED:
-            target = self.loaded.config.target(job)
-            token = self.loaded.secrets[job.keboola_secret]
-            if input_digest(job, target, token) == run.input_digest:
-                return run, events
-            return as_intended(run, self.clock.now()), events
+            return change
         if run.phase in {Phase.POLLING, Phase.INTENT, Phase.SENT, Phase.UNKNOWN}:
-            return replace(run, failures=0, next_at=min(run.next_at, self.clock.now())), events
-        return run, events
+            return replace(run, failures=0, next_at=min(run.next_at, now)), events
+        return change
 
     def _arrange(self, loaded: LoadedConfig) -> None:
         """Have an account for each OpenAI key that is used, and a client for each Keboola token."""
         config, secrets = loaded.config, loaded.secrets
+        self.http.configure(config)
+        before, self.keboolas = self.keboolas, {}
         for name in config.of_type("keboola"):
-            entry, known = config.secrets[name], self.keboolas.get(name)
+            entry, known = config.secrets[name], before.get(name)
             if not known or (known.stack_url, known.token) != (entry.stack_url, secrets[name]):
                 note = functools.partial(self.note_request, name)
-                self.keboolas[name] = Keboola(entry, secrets[name], self.http, self.clock, note)
-        kept = set(config.of_type("keboola"))
-        self.keboolas = {name: k for name, k in self.keboolas.items() if name in kept}
+                known = Keboola(entry, secrets[name], self.http, self.clock, note)
+            self.keboolas[name] = known
         used = {job.openai_secret for job in config.jobs.values()}
-        identity = {
-            name: (secrets[name], replace(config.secrets[name], text=Secret(""), line=0, column=0))
-            for name in used
-        }
-        for name in list(self.accounts):
-            if identity.get(name) != self.accounts[name].identity:
-                del self.accounts[name]
+        accounts, self.accounts = self.accounts, {}
+        for name in used:
+            account = Account(self, config.secrets[name], secrets[name])
+            known_account = accounts.pop(name, None)
+            if known_account and known_account.identity == account.identity:
+                account = known_account
+            elif not self.once:
                 if task := self._polling.pop(name, None):
                     task.cancel()
-        for name in used:
-            if name not in self.accounts:
-                self.accounts[name] = Account(self, config.secrets[name], identity[name])
-                if not self.once:
-                    self._polling[name] = self.spawn(self.accounts[name].run())
-            account = self.accounts[name]
-            account.run_ids.clear()
-            account.finders = [
-                job
-                for job in config.jobs.values()
-                if job.match and job.openai_secret == name and not job.rests
-            ]
-            account.find_soon()
-        self._drop_stats(config)
-
-    def _drop_stats(self, config: Config) -> None:
-        """Forget how secrets fared that the config no longer has."""
+                self._polling[name] = self.spawn(account.run())
+            self.accounts[name] = account
+            jobs = [job for job in config.jobs.values() if job.match and not job.rests]
+            account.watch([job for job in jobs if job.openai_secret == name])
+        for name in accounts:  # nobody uses them now
+            if task := self._polling.pop(name, None):
+                task.cancel()
         for name in self.stats.keys() - config.secrets.keys():
-            stats = self.stats.pop(name)
-            refused = [Event.of("account_failing_recovered", secret=name)]
-            also: list[Statement] = [("DELETE FROM secrets WHERE name = ?", (name,))]
-            self.commit([], refused if stats.refused_since else [], also)
+            was_refused = self.stats.pop(name).refused_since
+            told = [Event.of("account_failing_recovered", secret=name)] if was_refused else []
+            self.commit([], told, [("DELETE FROM secrets WHERE name = ?", (name,))])
 
     # --- what accounts and drivers need ---
 
@@ -5117,26 +4750,36 @@ class Engine:
         job = self.job_of(run)
         return job is not None and not job.rests and not self.is_stopping
 
+    def terms(self, run: Run) -> Terms:
+        """Return what is decided by now for a run."""
+        config = self.loaded.config
+        limits = (config.trigger_grace, config.follow_interval, self.may_post(run))
+        return Terms(self.job_of(run), self.clock.boot_time(), self.clock.jitter(), *limits)
+
     async def keboola_for(self, run: Run) -> Keboola:
         """Return a client whose token is of a run's stack and project. Raises ApiError for none.
 
         A token of another project never carries a run.
         """
-        job, failure = self.job_of(run), None
-        names = [job.keboola_secret] if job else []
-        for name in dict.fromkeys([*names, *self.keboolas]):
-            keboola = self.keboolas.get(name)
-            if keboola and keboola.stack_url == run.target.stack_url:
+        job, failure, target = self.job_of(run), None, run.target
+        own = [job.keboola_secret] if job else []
+        for keboola in [self.keboolas[name] for name in dict.fromkeys([*own, *self.keboolas])]:
+            if keboola.stack_url == target.stack_url:
                 try:
-                    if await keboola.project() == run.target.project:
+                    if await keboola.project() == target.project:
                         return keboola
                 except ApiError as error:
                     failure = failure or error
-        if failure:
-            raise failure
-        where = f"project {run.target.project} on {run.target.stack_url}"
+        where = f"project {target.project} on {target.stack_url}"
         message = f"the config has no token of {where}, where this run was started"
-        raise ApiError(message, sent=False)
+        raise failure or ApiError(message, sent=False)
+
+    def tell_unreadable(self, keboola: Keboola) -> None:
+        """Tell once of old jobs that cannot be read, and count as another's."""
+        unreadable, keboola.unreadable = keboola.unreadable, {}
+        if unreadable:
+            ids, error = list(unreadable), next(iter(unreadable.values()))
+            self.log(Event.of("keboola_job_unreadable", id=", ".join(ids[:20]), error=str(error)))
 
     def check_in_place(self) -> None:
         """Raise StateError if the state file was deleted or replaced under the process.
@@ -5149,21 +4792,15 @@ class Engine:
 
     def record_polls(self, came: Iterable[tuple[int, Mapping[str, Batch | ApiError]]]) -> None:
         """Store what polls have brought, as one. Of what has not changed only times are written."""
-        now = self.clock.now()
-        changes = []
+        now, changes = self.clock.now(), []
         for run_id, answers in came:
             run = self.runs.get(run_id)
-            job = run and self.job_of(run)
+            job = self.job_of(run) if run else None
             if run is None or job is None or not self.is_polled(run):
                 continue
-            try:
-                after, events = after_poll(run, job, answers, now, self.clock.jitter())
-            except Exception as error:  # noqa: BLE001 - a bug that one run meets is not the others'
-                self.note_bug(error, run.name)
-                self.runs[run_id] = replace(run, next_at=now + MINUTE_S)
-                continue
-            quiet = replace(after, next_at=run.next_at, last_check_at=run.last_check_at)
-            if events or quiet != run:
+            after, events = after_poll(run, job, answers, self.terms(run))
+            times: dict[str, Any] = {"next_at": run.next_at, "last_check_at": run.last_check_at}
+            if events or replace(after, **times) != run:
                 changes.append((after, events))
             else:
                 self.runs[run_id] = after
@@ -5173,16 +4810,15 @@ class Engine:
                 self.commit(changes)
         except StorageError as error:
             for run, _ in changes:
-                self.note_trouble(error, run)
+                self.note_failure(error, run.name, run)
                 self.runs[run.id] = replace(self.runs[run.id], next_at=now + 5)
 
-    def take_found(self, found: Sequence[tuple[Run, list[Event], list[Batch]]]) -> None:
+    def take_found(self, found: Iterable[tuple[Run, list[Event], list[Batch]]]) -> None:
         """Store runs that new batches begin or join, and batches that came late."""
         changes, also = [], []
-        for run, events, late in found:
-            if run.id == 0:
-                run = replace(run, id=self._next_id)  # noqa: PLW2901 - the same run, numbered
-                self._next_id += 1
+        for changed, events, late in found:
+            self._next_id += changed.id == 0
+            run = changed if changed.id else replace(changed, id=self._next_id)
             also += [batch_statement(run.id, -1, batch) for batch in late]
             changes.append((run, events))
         self.commit(changes, also=also)
@@ -5201,66 +4837,50 @@ class Engine:
     ) -> None:
         """Commit the next states of runs with the events that tell of them, then tell them."""
         rows: list[tuple[Run | None, Run]] = []
-        told = list(events)
+        told, now = list(events), self.clock.now()
         for changed, its_events in changes:
             run, more = self._with_attention(self._clean_run(changed))
             rows.append((self.runs.get(run.id), run))
             told += [*its_events, *more]
-        now = self.clock.now()
-        told = [self._clean(event) for event in told if not self._is_repeated(event, now)]
         if self._trouble:
             told.append(Event.of("state_write_failed_recovered"))
-        stored = self.store.commit(rows, told, now, also)
+        fresh = [event for event in told if not self._is_repeated(event, now)]
+        stored = self.store.commit(rows, map(self._clean, fresh), now, also)
+        self._last_told |= {self._repeat_key(event): now for event in fresh}
         self._trouble.clear()
         for _, run in rows:
             self.runs[run.id] = run
             self._place(run)
         for event in stored:
             say(event)
-        if rows or stored:
-            for happened in self.told:
-                happened.set()
-
-    def commit_aimed(self, run: Run, *, before: Run) -> Run:
-        """Commit an intent's target and payload, where they are new; returns the run as stored."""
-        if run == before:
-            return before
-        facts = {"trigger_id": run.trigger_id, "target": str(run.target)}
-        events = [] if before.payload else [Event.of("trigger_intended", run, **facts)]
-        self.check_in_place()
-        self.commit([(run, events)])
-        return self.runs[run.id]
+        for happened in self.told:
+            happened.set()
 
     def _place(self, run: Run) -> None:
         """Have a run polled, driven, or dropped from memory, as its phase says."""
         job = self.job_of(run)
-        for name, account in self.accounts.items():
-            if job and name == job.openai_secret and self.is_polled(run):
+        mine = self.accounts.get(job.openai_secret) if job and self.is_polled(run) else None
+        for account in self.accounts.values():
+            if account is mine:
                 account.run_ids.add(run.id)
                 if run.next_at < account.until:
                     account.wake.set()
-            elif run.id in account.run_ids:
-                account.forget(run.id)
+            else:
+                account.run_ids.discard(run.id)
         is_driven = run.phase not in {Phase.POLLING, Phase.FINISHED, Phase.REFUSED}
         if is_driven and self._tasks is not None and not self.is_stopping:
             self.wakes.setdefault(run.id, asyncio.Event()).set()
             driver = self._drivers.get(run.id)
             if driver is None or driver.done():
                 self._drivers[run.id] = self.spawn(drive_run(self, run.id))
-        elif run.phase is Phase.FINISHED:
-            self._drop_finished(run, job)
-
-    def _drop_finished(self, run: Run, job: Job | None) -> None:
-        """Keep of a match job's finished runs only the last five, and those that need attention."""
-        if job and job.match and run.group:
+        elif run.phase is Phase.FINISHED and job and job.match:
             ended = [
                 r
                 for r in self.runs.values()
                 if r.job == run.job and r.phase is Phase.FINISHED and not r.attention
             ]
-            ended.sort(key=lambda r: r.finished_at or 0.0)
-            for old in ended[:-5]:
-                del self.runs[old.id]
+            for old in sorted(ended, key=lambda r: r.finished_at or 0.0)[:-5]:
+                del self.runs[old.id]  # the state file has it
 
     def log(self, *events: Event) -> None:
         """Tell events that go with no change of a run; a full disk must not silence the log."""
@@ -5272,15 +4892,14 @@ class Engine:
 
     def _is_repeated(self, event: Event, now: float) -> bool:
         """Return whether the same was told within the last minute: something flaps."""
-        if not event.name.startswith(
-            ("batch_status", "poll_", "list_", "find_", "follow_", "account_")
-        ):
+        kinds = ("batch_status", "poll_", "list_", "find_", "follow_", "account_")
+        if not event.name.startswith(kinds):
             return False
-        key = (event.name, event.run, event.fields.get("batch_id"), event.fields.get("secret"))
-        if now - self._last_told.get(key, -math.inf) < MINUTE_S:
-            return True
-        self._last_told[key] = now
-        return False
+        return now - self._last_told.get(self._repeat_key(event), -math.inf) < MINUTE_S
+
+    @staticmethod
+    def _repeat_key(event: Event) -> tuple[object, ...]:
+        return event.name, event.run, event.fields.get("batch_id"), event.fields.get("secret")
 
     def _clean(self, event: Event) -> Event:
         """Return an event without secrets: the state file keeps it, and others read it."""
@@ -5288,26 +4907,21 @@ class Engine:
         return replace(event, fields=cleaned, text=self._redactor.text(event.text))
 
     def _clean_run(self, run: Run) -> Run:
-        """Return a run whose errors hold no secret."""
         names = ("error", "post_error", "keboola_error", "keboola_status")
-        texts = {name: getattr(run, name) for name in names}
-        clean = {name: self._redactor.text(text) for name, text in texts.items() if text}
-        changed = {name: text for name, text in clean.items() if text != texts[name]}
-        return replace(run, **changed) if changed else run
+        texts: dict[str, Any] = {name: text for name in names if (text := getattr(run, name))}
+        clean: dict[str, Any] = {n: self._redactor.text(text) for n, text in texts.items()}
+        return replace(run, **clean) if clean != texts else run
 
-    def note_trouble(self, error: Exception, run: Run | None = None) -> None:
-        """Tell once of trouble with the state file, until something could be written again."""
+    def note_failure(self, error: Exception, where: str, run: Run | None = None) -> None:
+        """Tell once of trouble with the state file, until it can be written; of a bug with its trace."""
         self.has_failed = True
-        key = (run and run.id, str(error))
-        if key not in self._trouble:
+        if not isinstance(error, StorageError | sqlite3.Error):
+            trace = "".join(traceback.format_exception(error)).splitlines()
+            name = type(error).__name__
+            say(self._clean(Event.of("internal_error", where=where, error=name, traceback=trace)))
+        elif (key := (run.id if run else None, str(error))) not in self._trouble:
             self._trouble.add(key)
             say(Event.of("state_write_failed", run, error=str(error)))
-
-    def note_bug(self, error: Exception, where: str) -> None:
-        """Tell of an exception that nobody has thought of, with its traceback."""
-        self.has_failed = True
-        trace = "".join(traceback.format_exception(error))
-        say(Event.of("internal_error", where=where, error=type(error).__name__, traceback=trace))
 
     def note_request(self, name: str, error: ApiError | None, _: float | None) -> None:
         """Remember how a request with a secret has fared."""
@@ -5315,52 +4929,46 @@ class Engine:
         if entry is None:
             return
         before = self.stats.get(name) or SecretStats(name, entry.type)
-        after = before.after(error, self.clock.now())
-        self.stats[name] = after
+        after = self.stats[name] = before.after(error, self.clock.now())
         self._stats_changed.add(name)
-        if after.refused_since and not before.refused_since:
-            self.log(Event.of("account_failing", secret=name, error=after.error))
-        elif before.refused_since and not after.refused_since:
-            self.log(Event.of("account_failing_recovered", secret=name))
+        if bool(after.refused_since) != bool(before.refused_since):
+            kind = "account_failing" if after.refused_since else "account_failing_recovered"
+            self.log(Event.of(kind, secret=name, error=after.error))
 
     def note_config(self, error: str | None, *events: Event) -> None:
         """Remember which config the process runs with, and what is wrong with the file, if so."""
-        config = self.loaded.config
+        config, told = self.loaded.config, list(events)
         before, self.config_error = self.config_error, error and self._redactor.text(error)
-        known = self.store.meta("config") or {}
-        told = list(events)
-        also = []
+        known, also = self.store.meta("config") or {}, []
         if error is None:
             loaded_at = rfc3339(self.clock.now())
             known = {"path": str(config.path), "sha256": config.sha256, "loaded_at": loaded_at}
             good = {"path": str(config.path.absolute()), "text": self.loaded.text}
             also.append(Store.meta_statement("good_config", good))
-            if before:
-                told.append(Event.of("config_rejected_recovered"))
+            told += [Event.of("config_rejected_recovered")] if before else []
         also.append(Store.meta_statement("config", {**known, "error": self.config_error}))
         self.commit([], told, also)
 
     def flush(self, *, at_once: bool = False) -> None:
         """Write when runs were polled, and how secrets fared, now and then."""
         now = self.clock.uptime_s()
-        is_time = at_once or now - self._touched_at >= max(2.0, len(self._touched) * 0.005)
-        if not is_time or not (self._touched or self._stats_changed):
+        if not at_once and now - self._touched_at < max(2.0, len(self._touched) * 0.005):
             return
-        runs = [self.runs[i] for i in self._touched if i in self.runs]
         statement = "UPDATE runs SET last_check_at = ?, next_at = ? WHERE id = ?"
+        runs = [self.runs[i] for i in self._touched if i in self.runs]
         rows: list[Statement] = [
             (statement, (r.last_check_at, r.next_at if math.isfinite(r.next_at) else None, r.id))
             for r in runs
         ]
-        rows += [
-            SecretStats.statement(self.stats[n]) for n in self._stats_changed if n in self.stats
-        ]
-        self.store.execute(rows)
+        names = self._stats_changed & self.stats.keys()
+        rows += [SecretStats.statement(self.stats[name]) for name in names]
+        if rows:
+            self.store.execute(rows)
         self._touched.clear()
         self._stats_changed.clear()
         self._touched_at = now
 
-    # --- what people ask for ---
+    # --- what people ask for, and are shown ---
 
     def take_requests(self, *, at_once: bool = False) -> None:
         """Do what people asked for with `retry` since the last time."""
@@ -5371,30 +4979,26 @@ class Engine:
             id_, run_id, force, rerun, phase = row
             request = RetryRequest(id_, run_id, bool(force), rerun, Phase(phase))
             done: list[Statement] = [("DELETE FROM requests WHERE id = ?", (id_,))]
-            run = self.runs.get(run_id) or next(
-                iter(self.store.runs("id = :id", {"id": run_id})), None
-            )
-            if run is None:
-                self.commit([], also=done)
-                continue
-            if run.id in self.posting:
-                run = replace(run, phase=Phase.SENDING)
-            came = after_retry(run, self.job_of(run), request, self.clock.now())
+            stored = self.store.runs("id = :id", {"id": run_id})
+            run = self.runs.get(run_id) or (stored[0] if stored else None)
+            came: Change | str = "it is gone"
+            if run and run_id in self.posting:
+                came = "its Keboola job is being started now"
+            elif run:
+                came = after_retry(run, self.job_of(run), request, self.clock.now())
             if isinstance(came, str):
                 self.commit([], [Event.of("retry_refused", run, why=came)], done)
             else:
-                self.runs.setdefault(run.id, run)
+                self.runs.setdefault(run_id, came[0])
                 self.commit([came], also=done)
         self._data_version = version
 
     def summary(self) -> str:
         """Return how the runs are, in one line."""
-        statuses = [status_of(run, job) for run in self.shown() if (job := self.job_of(run))]
+        statuses = [status_of(run, self.job_of(run)) for run in self.shown()]
         counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
-        summary = ", ".join(counts) or "no jobs"
-        if self.config_error:
-            summary += "; the config file has problems, the previous one still counts"
-        return summary
+        bad = "; the config file has problems, the previous one still counts"
+        return f"{', '.join(counts) or 'no jobs'}{bad if self.config_error else ''}"
 
     def shown(self) -> list[Run]:
         """Return the runs that people are shown, in the config's order."""
@@ -5410,37 +5014,39 @@ class Engine:
 # --- reloading ------------------------------------------------------------------------------------
 
 
-def what_changed(old: Config | None, new: Config) -> tuple[str, dict[str, list[str]]]:
-    """Return which jobs a config adds, removes and changes: as a sentence, and by name."""
-    before = old.jobs if old else {}
-    jobs = {
-        "added": [name for name in new.jobs if name not in before],
-        "removed": [name for name in before if name not in new.jobs],
-        "changed": [n for n, job in new.jobs.items() if n in before and before[n] != job],
-    }
-    words = [
-        f"{kind} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for kind, names in jobs.items()
-        if names
-    ]
-    return "; ".join(words) if old else counted(len(new.jobs), "job"), jobs
-
-
 def note_loaded(engine: Engine, old: Config | None) -> None:
-    """Tell that a config counts now, and what could be better about it."""
-    config = engine.loaded.config
-    known = engine.store.meta("config") or {}
+    """Tell that a config counts now, which jobs it changes, and what could be better about it."""
+    config, known = engine.loaded.config, engine.store.meta("config") or {}
     if engine.once and known.get("sha256") == config.sha256 and not known.get("error"):
         return  # from cron, a pass without news says nothing
-    changes, jobs = what_changed(old, config)
-    facts = {"sha256": config.sha256, "jobs": len(config.jobs), **(jobs if old else {})}
-    events = [Event.of("config_loaded", changes=changes or "no job has changed", **facts)]
+    facts: dict[str, Any] = {"sha256": config.sha256, "jobs": len(config.jobs)}
+    changes = [counted(len(config.jobs), "job")]
+    if old:
+        before, after = old.jobs, config.jobs
+        jobs = {
+            "added": [name for name in after if name not in before],
+            "removed": [name for name in before if name not in after],
+            "changed": [n for n, job in after.items() if n in before and before[n] != job],
+        }
+        facts |= jobs
+        changes = [
+            f"{kind} {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
+            for kind, names in jobs.items()
+            if names
+        ]
+    events = [Event.of("config_loaded", changes="; ".join(changes) or "no job changed", **facts)]
     warnings = [*engine.loaded.warnings]
-    if engine.http.rules.unreadable:
-        left_out = ", ".join(map(quoted, engine.http.rules.unreadable))
-        warnings.append(f"$NO_PROXY has entries that are neither host nor network: {left_out}")
+    if unreadable := ", ".join(map(quoted, engine.http.rules.unreadable)):
+        warnings.append(f"$NO_PROXY has entries that are neither host nor network: {unreadable}")
     events += [Event.of("config_warning", warning=warning) for warning in warnings]
     engine.note_config(None, *events)
+
+
+def note_rejected(engine: Engine, error: ConfigError) -> None:
+    """Tell that the config file has problems, and that another one counts."""
+    problems = [str(problem) for problem in error.problems]
+    event = Event.of("config_rejected", problem=problems[0], problems=problems)
+    engine.note_config("\n".join(problems), event)
 
 
 class Reloader:
@@ -5450,40 +5056,35 @@ class Reloader:
         self,
         engine: Engine,
         files: Files,
-        env: Mapping[str, str],
-        redactor: Redactor,
         manager: ServiceManager,
+        redactor: Redactor,
         configure: Callable[[Config], None],
     ) -> None:
-        self.hangup = asyncio.Event()
+        self._configure = configure
         self._engine = engine
-        self._env = env
         self._redactor = redactor
         self._manager = manager
-        self._configure = configure
         self._path = engine.loaded.config.path
         self._seen = dict(files.seen)
-        self._ripening: dict[Path, bytes] = {}  # rewritten in place; it may be half of a file
+        self._ripening: dict[Path, bytes] = {}  # rewritten in place: it may be half of a file
         self._ripe_at = math.inf
+        self._is_hangup = False
         self._happened = asyncio.Event()
 
     async def run(self) -> None:
         """Compare the files on every event, every two seconds, and on SIGHUP, and take them."""
         while True:
             self._happened.clear()
-            force = self.hangup.is_set()
-            self.hangup.clear()
             try:
-                await self.check(force=force)
+                await self.check()
             except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
-                self._engine.note_bug(error, "reload")
-            if not self.hangup.is_set():
-                left_s = self._ripe_at - self._engine.clock.uptime_s()
-                await wait_for_event(self._happened, min(2.0, max(0.05, left_s)))
+                self._engine.note_failure(error, "reload")
+            left_s = self._ripe_at - self._engine.clock.uptime_s()
+            await wait_for_event(self._happened, min(2.0, max(0.05, left_s)))
 
     def on_hangup(self) -> None:
         """Reload, whatever the files say."""
-        self.hangup.set()
+        self._is_hangup = True
         self._happened.set()
 
     async def watch(self) -> None:
@@ -5493,153 +5094,128 @@ class Reloader:
         """
         import watchfiles  # noqa: PLC0415 - it costs the other commands a third of their start
 
-        engine = self._engine
-        ours = engine.store.path.name
-
-        def is_theirs(_: object, path: str) -> bool:
-            name = Path(path).name
-            return not (name.startswith(ours) or name.lstrip(".").startswith(PUBLISHED))
-
+        ours = (self._engine.store.path.name, *PUBLISHED, *(f".{name}" for name in PUBLISHED))
         while True:
             try:
                 async for _ in watchfiles.awatch(
-                    self._path.parent, watch_filter=is_theirs, step=100, recursive=False
+                    self._path.parent,
+                    watch_filter=lambda _, path: not Path(path).name.startswith(ours),
+                    step=100,
+                    recursive=False,
                 ):
                     self._happened.set()
             except (OSError, RuntimeError) as error:  # the comparison sees what this does not
-                engine.log(Event.of("watch_failed", error=one_line(str(error))))
+                self._engine.log(Event.of("watch_failed", error=one_line(str(error))))
             await asyncio.sleep(MINUTE_S)
 
-    async def check(self, *, force: bool = False) -> None:
+    async def check(self) -> None:
         """Take the files if they differ from those last tried, good or bad.
 
         A file that was replaced is whole. One that was rewritten in place counts when it has stayed
         the same for two seconds: half of a config can be valid YAML.
         """
+        force, self._is_hangup = self._is_hangup, False
         files = Files()
         await asyncio.to_thread(lambda: [files.read(path) for path in self._seen])
-        changed = {p: r for p, r in files.seen.items() if r.digest != self._seen[p].digest}
-        if not changed and not force:
-            self._seen, self._ripe_at, self._ripening = dict(files.seen), math.inf, {}
-            return
+        pairs = {path: (self._seen[path], read) for path, read in files.seen.items()}
+        changed = {p: now for p, (was, now) in pairs.items() if now.digest != was.digest}
         in_place = {
             path: read.digest
             for path, read in changed.items()
             if read.inode == self._seen[path].inode and not read.error
         }
-        now = self._engine.clock.uptime_s()
-        if in_place and not force:
-            if in_place != self._ripening:
-                self._ripening, self._ripe_at = in_place, now + 2.0
-            if now < self._ripe_at:
-                return
+        if in_place and in_place != self._ripening and not force:
+            self._ripe_at = self._engine.clock.uptime_s() + 2.0
+        self._ripening = in_place
+        if force or not in_place:
+            self._ripe_at = -math.inf
+        if not force and (not changed or self._engine.clock.uptime_s() < self._ripe_at):
+            self._ripe_at = self._ripe_at if changed else math.inf
+            return
         self._ripening, self._ripe_at = {}, math.inf
         self._manager.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             await self._take(files)
             self._seen = dict(files.seen)
-        except (StorageError, sqlite3.Error) as error:  # tried again at the next comparison
-            self._engine.note_trouble(error)
-        finally:
+        finally:  # what could not be stored is tried again at the next comparison
             self._manager.send("READY=1", f"STATUS={self._engine.summary()}")
 
     async def _take(self, files: Files) -> None:
         """Parse and decrypt all of it; only then, in one step, let it count."""
         engine, old = self._engine, self._engine.loaded.config
         try:
-            loaded = await asyncio.to_thread(
-                load_config, self._path, files, self._env, self._redactor
-            )
+            load = functools.partial(load_config, self._path, files, os.environ, self._redactor)
+            loaded = await asyncio.to_thread(load)
             if old.state_path != loaded.config.state_path:
                 what = f"the running process has {old.state_path} open"
                 cure = "restart it to use another state file"
                 raise ConfigError([Problem(str(self._path), 1, 1, "state", what, cure)])
         except ConfigError as error:
-            problems = [str(problem) for problem in error.problems]
-            event = Event.of("config_rejected", problem=problems[0], problems=problems)
-            engine.note_config("\n".join(problems), event)
-            return
+            return note_rejected(engine, error)
         engine.apply(loaded)
         self._configure(loaded.config)
-        note_loaded(engine, old)
+        return note_loaded(engine, old)
 
 
 # --- webhooks -------------------------------------------------------------------------------------
 
 
 async def send_webhooks(engine: Engine, http: Http, *, once: bool = False) -> None:
-    """Have each webhook told of the events that its rule names; a dead one delays no other.
+    """Have each webhook told of the events that its rules name; a dead one delays no other.
 
     They read the event log: for each there is the number of the last event that it has had.
     """
-    happened = asyncio.Event()
+    happened, sending = asyncio.Event(), dict[str, asyncio.Task[None]]()
     engine.told.append(happened)
-    sending: dict[str, asyncio.Task[None]] = {}
     while True:
         happened.clear()
-        config = engine.loaded.config
-        for name in {name for name, _ in config.notify}:
+        for name, _ in engine.loaded.config.notify:
             if name not in sending or sending[name].done():
-                sending[name] = asyncio.create_task(tell_webhook(engine, http, name))
+                sending[name] = asyncio.ensure_future(tell_webhook(engine, http, name))
         if once:
             await asyncio.gather(*sending.values())
             return
         await wait_for_event(happened, 5.0)
-        await asyncio.sleep(0.05)
 
 
 async def tell_webhook(engine: Engine, http: Http, name: str) -> None:
-    """Tell one webhook what it has not had yet, in order, until one event does not get through."""
+    """Tell one webhook what it has not had yet, in order, until one event does not get through.
+
+    An event that did not for a day is dropped.
+    """
     store, clock = engine.store, engine.clock
+    update = "UPDATE webhooks SET told_up_to = ?, failures = ?, next_at = ? WHERE secret = ?"
     try:
         row = store.db.execute("SELECT * FROM webhooks WHERE secret = ?", (name,)).fetchone()
-        _, told_up_to, failures, next_at = row
-        if next_at > clock.now() and next_at < clock.now() + HOUR_S:
+        told_up_to, failures, next_at = tuple(row)[1:]
+        if clock.now() < next_at < clock.now() + HOUR_S:
             return
         for event in store.events(after=told_up_to):
-            wanted = {
-                word
-                for rule, words in engine.loaded.config.notify
-                if rule == name
-                for word in words
-            }
-            groups = EVENTS[event.name][1].split() if event.name in EVENTS else []
-            if wanted & {event.name, *groups}:
-                address = engine.loaded.secrets.get(name)
-                if address is None:
-                    return
-                failure = await post_event(engine, http, name, address, event)
-                if failure and (clock.now() - event.at < DAY_S or failures < 5):
-                    note_webhook_failure(engine, name, failures + 1, failure)
-                    return
-                if failure:
-                    engine.log(Event.of("notify_dropped", secret=name, count=1, why=str(failure)))
-                failures = 0
-                update = (
-                    "UPDATE webhooks SET told_up_to = ?, failures = 0, next_at = 0 WHERE secret = ?"
-                )
-                store.execute([(update, (event.id, name))])
-    except (StorageError, sqlite3.Error) as error:
-        engine.note_trouble(error)
-    except Exception as error:  # noqa: BLE001 - a bug here is not the runs'
-        engine.note_bug(error, "notify")
+            rules = [words for rule, words in engine.loaded.config.notify if rule == name]
+            groups = EVENTS[event.name][1].split(",") if event.name in EVENTS else []
+            if not any(word in rule for rule in rules for word in (event.name, *groups)):
+                continue
+            failure = await post_event(engine, http, name, event)
+            if failure and (clock.now() - event.at < DAY_S or failures < 5):
+                wait_s = backoff_s(failures + 1, 5, clock.jitter(), failure.retry_after_s)
+                state = (told_up_to, failures + 1, clock.now() + wait_s, name)
+                store.execute([(update, state)])
+                if failures == 0:
+                    engine.log(Event.of("notify_failed", secret=name, error=str(failure)))
+                return
+            told_up_to, failures = event.id, 0
+            store.execute([(update, (told_up_to, 0, 0, name))])
+            if failure:
+                engine.log(Event.of("notify_dropped", secret=name, why=str(failure)))
+    except Exception as error:  # noqa: BLE001 - trouble here is not the runs'
+        engine.note_failure(error, "notify")
 
 
-def note_webhook_failure(engine: Engine, name: str, failures: int, error: ApiError) -> None:
-    """Have a webhook told again later, each time later."""
-    wait_s = backoff_s(failures, 5, engine.clock.jitter(), error.retry_after_s)
-    update = "UPDATE webhooks SET failures = ?, next_at = ? WHERE secret = ?"
-    engine.store.execute([(update, (failures, engine.clock.now() + wait_s, name))])
-    if failures == 1:
-        engine.log(Event.of("notify_failed", secret=name, error=str(error)))
-
-
-async def post_event(
-    engine: Engine, http: Http, name: str, address: Secret, event: Event
-) -> ApiError | None:
+async def post_event(engine: Engine, http: Http, name: str, event: Event) -> ApiError | None:
     """Post one event to a webhook; returns why it was not taken, or None.
 
-    Angle brackets would be commands to some chat programs.
+    Angle brackets would be commands to some chat programs. What it answers may be an echo of its
+    address, which is secret.
     """
     text = one_line(f"TeckoChecker: {event.text}", 1000)
     text = text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}")
@@ -5647,13 +5223,14 @@ async def post_event(
     body = {"text": text, "event": event.name, "job": event.job, "run": event.run}
     body |= {"level": event.level, "at": rfc3339(event.at)}
     headers = {"Content-Type": "application/json"}
+    failure: ApiError | None = None
     try:
-        answer = await http.post(address.reveal(), headers, compact_json(body), 10.0)
+        address = engine.loaded.secrets[name].reveal()
+        answer = await http.post(address, headers, compact_json(body), 10.0)
+        if not answer.is_success:
+            failure = answer.error(f"it answered {answer.status}", retryable=True)
     except ApiError as error:
-        failure: ApiError | None = error
-    else:  # its words may be an echo of the address, which is secret
-        said = f"it answered {answer.status}"
-        failure = None if answer.is_success else answer.error(said, retryable=True)
+        failure = error
     engine.note_request(name, failure, None)
     return failure
 
@@ -5671,22 +5248,20 @@ class Signals:
         self.now = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(
+                number, lambda: (self.now if self.stop.is_set() else self.stop).set()
+            )
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # of log rotation: nothing is to be done
-
-    def _on_signal(self) -> None:
-        (self.now if self.stop.is_set() else self.stop).set()
 
 
 async def keep_alive(engine: Engine, manager: ServiceManager) -> None:
     """Tell the service manager that the loop runs, and how the runs are."""
-    interval_s = min(10.0, (manager.watchdog_s or 60.0) / 3)
     watchdog = ["WATCHDOG=1"] if manager.watchdog_s else []
     manager.send("READY=1")
     while True:
         manager.send(*watchdog, f"STATUS={engine.summary()}")
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(min(10.0, (manager.watchdog_s or 60.0) / 3))
 
 
 async def run_engine(
@@ -5699,8 +5274,8 @@ async def run_engine(
     running = asyncio.ensure_future(engine.run(helpers))
     stopped = asyncio.ensure_future(signals.stop.wait())
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    interrupted = not running.done()
-    if interrupted:
+    is_interrupted = not running.done()
+    if is_interrupted:
         manager.send("STOPPING=1")
         await engine.drain(signals.now)
         running.cancel()
@@ -5709,9 +5284,7 @@ async def run_engine(
         await running
     with contextlib.suppress(StorageError):
         engine.flush(at_once=True)
-    if signals.now.is_set() or (interrupted and engine.once):
-        return 130
-    return 0
+    return 130 if signals.now.is_set() or (is_interrupted and engine.once) else 0
 
 
 # ==================================================================================================
@@ -5723,9 +5296,19 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
     """Return a run as `status --json` shows it."""
     status = status_of(run, job)
     is_over = status in {"completed", "completed_with_failures"}
-    has_trigger = run.phase not in {Phase.POLLING, Phase.REFUSED}
     error = None if is_over else run.error
     is_due = not is_over and status != "paused" and run.phase is not Phase.REFUSED
+    trigger = {
+        "id": run.trigger_id,
+        "state": "sent" if run.phase is Phase.FINISHED else str(run.phase),
+        "keboola_job_id": run.keboola_job_id,
+        "keboola_status": run.keboola_status,
+        "keboola_error": run.keboola_error,
+        "url": run.url,
+        "sent_at": rfc3339(run.sent_at),
+        "finished_at": rfc3339(run.finished_at),
+        "error": error,
+    }
     return {
         "name": run.name,
         "job": run.job,
@@ -5741,24 +5324,11 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
         "last_check_at": rfc3339(run.last_check_at),
         "next_check_at": rfc3339(run.next_at) if is_due else None,
         "completed_at": rfc3339(run.finished_at),
-        "trigger": {
-            "id": run.trigger_id,
-            "state": "sent" if run.phase is Phase.FINISHED else str(run.phase),
-            "keboola_job_id": run.keboola_job_id,
-            "keboola_status": run.keboola_status,
-            "keboola_error": run.keboola_error,
-            "url": run.url,
-            "sent_at": rfc3339(run.sent_at),
-            "finished_at": rfc3339(run.finished_at),
-            "error": error,
-        }
-        if has_trigger
-        else None,
+        "trigger": None if run.phase in {Phase.POLLING, Phase.REFUSED} else trigger,
     }
 
 
 def batch_view(batch: Batch) -> dict[str, Any]:
-    """Return a batch as `status --json` shows it."""
     counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
     return {
         "id": batch.id,
@@ -5772,39 +5342,76 @@ def batch_view(batch: Batch) -> dict[str, Any]:
     }
 
 
-def snapshot(
+def snapshot(  # noqa: PLR0913 - all that is known
     config: Config,
     runs: Iterable[Run],
-    *,
+    stats: Iterable[SecretStats],
     daemon: Mapping[str, Any],
     loaded: Mapping[str, Any],
-    refused: int,
+    *,
     now: float,
 ) -> dict[str, Any]:
     """Return what is known at one moment: the document of `status --json`.
 
-    `loaded` is what the process remembers of the config that it runs with, `refused` how many keys
-    their servers refuse.
+    `daemon` is what `lock_owner` says, `loaded` what the state file has of the config that counts.
     """
     views = [run_view(r, config.jobs.get(r.job), config.trigger_grace, now) for r in runs]
-    names = ("running", "pid", "started_at", "last_loop_at")
-    error = loaded.get("error")
+    of_config = {
+        "path": str(config.path),
+        "sha256": config.sha256,
+        "loaded_at": None,
+        "error": None,
+    }
+    of_config |= loaded
+    refused = sum(secret.refused_since is not None for secret in stats)
     return {
         "version": __version__,
         "generated_at": rfc3339(now),
-        "daemon": {name: daemon.get(name) for name in names},
-        "config": {
-            "path": loaded.get("path", str(config.path)),
-            "sha256": loaded.get("sha256", config.sha256),
-            "loaded_at": loaded.get("loaded_at"),
-            "error": error,
+        "daemon": {
+            key: daemon.get(key) for key in ("running", "pid", "started_at", "last_loop_at")
         },
-        "attention": sum(view["attention"] for view in views) + refused + bool(error),
+        "config": of_config,
+        "attention": sum(v["attention"] for v in views) + refused + bool(of_config["error"]),
         "jobs": views,
     }
 
 
 # --- in words -------------------------------------------------------------------------------------
+
+# The part of the page where the runs of a status stand, in the order in which people want them.
+PART_OF_STATUS: Final = {
+    "failed": "Needs attention",
+    "triggering": "Active",
+    "active": "Active",
+    "running": "Running",
+    "paused": "Paused",
+    "completed_with_failures": "Finished",
+    "completed": "Finished",
+}
+
+
+def in_parts(shot: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the runs of a snapshot: attention first, finished last, of these the newest first."""
+    parts: dict[str, list[Mapping[str, Any]]] = {part: [] for part in PART_OF_STATUS.values()}
+    for view in sorted(shot["jobs"], key=lambda view: view["completed_at"] or "", reverse=True):
+        parts[PART_OF_STATUS["failed" if view["attention"] else view["status"]]].append(view)
+    return parts
+
+
+def counts_in_words(shot: Mapping[str, Any]) -> str:
+    """Return how many runs have which status, in one line."""
+    counts = collections.Counter(view["status"] for view in shot["jobs"])
+    words = [f"{counts[s]} {s.replace('_', ' ')}" for s in PART_OF_STATUS if counts[s]]
+    return ", ".join(words) or "no jobs"
+
+
+def general_troubles(shot: Mapping[str, Any], stats: Iterable[SecretStats]) -> list[str]:
+    """Return what needs attention and is no run: the config file, and secrets that are refused."""
+    error = shot["config"]["error"]
+    what = "The config file has problems; the previous one still counts"
+    texts = [f"{what}:\n{error}"] if error else []
+    refused = [secret for secret in stats if secret.refused_since is not None]
+    return texts + [f"The secret {secret.name} is refused: {secret.error}" for secret in refused]
 
 
 def unix_of(text: str | None) -> float | None:
@@ -5812,439 +5419,315 @@ def unix_of(text: str | None) -> float | None:
     return datetime.fromisoformat(text).timestamp() if text else None
 
 
-def in_words(seconds: float) -> str:
-    """Return a length of time as people say it: `3 min`."""
-    for unit, size in (("day", DAY_S), ("h", HOUR_S), ("min", MINUTE_S)):
-        count = round(seconds / size)
-        if seconds >= size * 0.99:
-            return f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
-    return f"{max(0, round(seconds))} s"
-
-
-def ago(text: str | None, now: float) -> str:
-    """Return how long ago a time of a snapshot was; what is recorded in the future is now."""
-    at = unix_of(text)
+def ago(text: str | None, shot: Mapping[str, Any]) -> str:
+    """Return how long before a snapshot something was; what is recorded in the future is now."""
+    at, now = unix_of(text), unix_of(shot["generated_at"]) or 0.0
     if at is None:
         return "never"
-    return f"{in_words(now - at)} ago" if now - at >= 1 else "just now"
+    return f"{show_duration(now - at)} ago" if now - at >= 1 else "just now"
 
 
-def what_next(view: Mapping[str, Any], now: float) -> str:
+def what_next(view: Mapping[str, Any], shot: Mapping[str, Any]) -> str:
     """Return what happens next to a run, and when; or what has come of it."""
-    trigger = view["trigger"] or {}
-    due = unix_of(view["next_check_at"])
-    when = f"in {in_words(due - now)}" if due is not None and due - now >= 1 else "now"
+    status, trigger = view["status"], view["trigger"] or {}
+    due, now = unix_of(view["next_check_at"]), unix_of(shot["generated_at"]) or 0.0
+    when = f"in {show_duration(due - now)}" if due and due - now >= 1 else "now"
+    ended = trigger.get("keboola_status") or "started"
+    keboola_job = f"Keboola job {trigger.get('keboola_job_id')}"
+    again = f"tries again {when}" if due else "waits for a change of its config"
+    idle = "waits for more batches" if view["group"] else "polls once something runs"
+    words = {
+        "active": f"polls {when}" if due else idle,
+        "paused": "nothing while it is paused",
+        "intent": f"searches Keboola {when}, then starts",
+        "sending": "waits for Keboola's answer",
+        "unknown": f"searches Keboola again {when}",
+        "running": f"{keboola_job} is {ended}; polls {when}",
+        "failed": "`retry --force` starts it all the same",  # its policy refused it
+        "rejected": f"{again}, or `retry`",
+        "sent": "`retry` starts it again",
+    }
+    if not status.startswith("completed"):
+        is_by_trigger = trigger and status in {"triggering", "failed"}
+        return words[trigger["state"] if is_by_trigger else status]
     failed = sum((batch["request_counts"] or {}).get("failed") or 0 for batch in view["batches"])
     lost = f", {counted(failed, 'request')} failed" if failed else ""
-    match view["status"]:
-        case "active" if due is None:
-            return "waits for more batches"
-        case "active":
-            return f"polls {when}"
-        case "paused":
-            return "nothing while it is paused"
-        case "running":
-            said = trigger["keboola_status"] or "started"
-            return f"Keboola job {trigger['keboola_job_id']} is {said}; looks {when}"
-        case "failed" if trigger.get("state") == "rejected" and due is not None:
-            return f"tries again {when}, or `retry`"
-        case "failed":
-            return "waits for a change of its config, or `retry`"
-        case "triggering":
-            return {
-                "sending": "waits for Keboola's answer",
-                "unknown": f"searches Keboola again {when}",
-            }.get(trigger.get("state", ""), f"searches Keboola {when}, then starts")
-    if not trigger:
+    if not trigger.get("keboola_job_id"):
         return "done elsewhere"
-    ended = f"Keboola job {trigger['keboola_job_id']}: {trigger['keboola_status'] or 'started'}"
-    return f"{ended}, {ago(view['completed_at'], now)}{lost}"
+    return f"{keboola_job}: {ended}, {ago(view['completed_at'], shot)}{lost}"
 
 
-def progress_of(view: Mapping[str, Any]) -> float:
-    """Return which share of a run's requests is done, from 0 to 1."""
+def progress_of(view: Mapping[str, Any]) -> tuple[str, int]:
+    """Return how many batches of a run are finished, and how much of its requests, in percent.
+
+    Each batch counts the same, and as a whole once it is finished.
+    """
     shares = []
     for batch in view["batches"]:
         counts = batch["request_counts"] or {}
         done = (counts.get("completed") or 0) + (counts.get("failed") or 0)
         share = done / counts["total"] if counts.get("total") else 0.0
         shares.append(1.0 if STATUS_RANK.get(batch["status"]) == 3 else min(1.0, share))
-    return sum(shares) / len(shares) if shares else 0.0
-
-
-# The order in which a person wants to see runs.
-STATUSES: Final = (
-    "failed",
-    "triggering",
-    "active",
-    "running",
-    "paused",
-    "completed_with_failures",
-    "completed",
-)
-
-
-def in_order_of_need(views: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return runs sorted: what needs attention, what goes on, what is finished, newest first."""
-
-    def key(view: Mapping[str, Any]) -> tuple[object, ...]:
-        ended = -(unix_of(view["completed_at"]) or 0.0)
-        return (not view["attention"], max(1, min(5, STATUSES.index(view["status"]))), ended)
-
-    return sorted(views, key=key)
-
-
-def counts_in_words(views: Iterable[Mapping[str, Any]]) -> str:
-    """Return how many runs have which status, in one line."""
-    counts = collections.Counter(view["status"] for view in views)
-    return ", ".join(f"{counts[s]} {s.replace('_', ' ')}" for s in STATUSES if counts[s])
+    percent = math.floor(100 * sum(shares) / max(1, len(shares)))
+    return f"{view['completed_count'] + view['failed_count']}/{view['batch_count']}", percent
 
 
 # --- as metrics -----------------------------------------------------------------------------------
 
+Sample = tuple[Mapping[str, str], float | None]  # its labels, and its value where it is known
 
-def metrics(shot: Mapping[str, Any], stats: Iterable[SecretStats], ended: Mapping[str, int]) -> str:
+
+def waiting_since(view: Mapping[str, Any]) -> float | None:
+    """Return since when a run waits: for its oldest batch, its start, or its Keboola job's end."""
+    batches, trigger = view["batches"], view["trigger"] or {}
+    times = {
+        "active": [b["created_at"] for b in batches if STATUS_RANK.get(b["status"]) != 3],
+        "triggering": [max((b["completed_at"] or "" for b in batches), default=None)],
+        "running": [trigger.get("sent_at")],
+    }
+    return unix_of(min(filter(None, times[view["status"]]), default=None))
+
+
+def metrics(shot: Mapping[str, Any], stats: Sequence[SecretStats], ended: Mapping[str, int]) -> str:
     """Return a snapshot in Prometheus' text format (version 0.0.4), for its textfile collector.
 
-    `ended` is how many Keboola jobs of all times had which end.
+    `ended` is how many Keboola jobs of all times had which end. What is not known is left out.
     """
-    lines: list[str] = []
+    views, config, now = shot["jobs"], shot["config"], unix_of(shot["generated_at"]) or 0.0
+    jobs = collections.Counter(view["status"] for view in views)
+    batches = collections.Counter(dict.fromkeys((*STATUS_RANK, "not_polled"), 0))
+    batches.update(b["status"] or "not_polled" for view in views for b in view["batches"])
+
+    def by_status(counts: Mapping[str, int]) -> list[Sample]:
+        return [({"status": status}, count) for status, count in counts.items()]
+
+    def by_run(status: str) -> list[Sample]:
+        waits = [(v["name"], waiting_since(v)) for v in views if v["status"] == status]
+        return [({"run": name}, at and max(0.0, now - at)) for name, at in waits]
+
+    def by_secret(field_: str) -> list[Sample]:
+        return [({"account": s.name, "service": s.type}, getattr(s, field_)) for s in stats]
+
+    refused = [(labels, since is not None) for labels, since in by_secret("refused_since")]
+    succeeded, loaded = by_secret("last_success_at"), unix_of(config["loaded_at"])
+    is_good = not config["error"]
+    families: list[tuple[str, str, Sequence[Sample]]] = [
+        ("info", "The program's version.", [({"version": shot["version"]}, 1)]),
+        ("generated_timestamp_seconds", "When this file was made.", [({}, now)]),
+        ("daemon_running", "Whether the daemon ran then.", [({}, shot["daemon"]["running"])]),
+        ("attention", "Runs, keys and configs that need a person.", [({}, shot["attention"])]),
+        ("jobs", "Runs by status.", by_status({s: jobs[s] for s in PART_OF_STATUS})),
+        ("batches", "Batches of these runs by status.", by_status(batches)),
+        ("run_oldest_batch_age_seconds", "Age of its oldest unfinished batch.", by_run("active")),
+        ("run_triggering_seconds", "How long a start has been due.", by_run("triggering")),
+        ("run_running_seconds", "How long its Keboola job has been running.", by_run("running")),
+        ("keboola_jobs", "Keboola jobs by how they ended.", by_status(ended)),
+        ("requests_total", "Requests made with a secret.", by_secret("requests")),
+        ("request_errors_total", "Those of them that failed.", by_secret("errors")),
+        ("last_success_timestamp_seconds", "When one of them last succeeded.", succeeded),
+        ("account_refused", "Whether the server refuses the secret (401).", refused),
+        ("config_last_reload_successful", "Whether the config file is good.", [({}, is_good)]),
+        ("config_last_reload_success_timestamp_seconds", "When it was loaded.", [({}, loaded)]),
+    ]
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
-    def metric(
-        name: str,
-        text: str,
-        samples: Iterable[tuple[Mapping[str, str], float]],
-        kind: str = "gauge",
-    ) -> None:
-        found = list(samples)
-        if found:
-            full = f"teckochecker_{name}"
-            lines.extend((f"# HELP {full} {text}", f"# TYPE {full} {kind}"))
-            for labels, value in found:
-                pairs = ",".join(f'{k}="{v.translate(escapes)}"' for k, v in labels.items())
-                lines.append(f"{full}{f'{{{pairs}}}' if pairs else ''} {value:.15g}")
-
-    def by(
-        label: str, names: Iterable[str], found: Iterable[str]
-    ) -> list[tuple[dict[str, str], int]]:
-        counts = collections.Counter(dict.fromkeys(names, 0))
-        counts.update(found)
-        return [({label: name}, count) for name, count in counts.items()]
-
-    now, views = unix_of(shot["generated_at"]) or 0.0, shot["jobs"]
-    batches = [batch for view in views for batch in view["batches"]]
-    loaded_at = unix_of(shot["config"]["loaded_at"])
-    metric("info", "The program's version.", [({"version": shot["version"]}, 1)])
-    metric("generated_timestamp_seconds", "When this file was made.", [({}, now)])
-    metric("daemon_running", "Whether the daemon ran then.", [({}, shot["daemon"]["running"])])
-    metric("attention", "Runs, keys and configs that need a person.", [({}, shot["attention"])])
-    metric("jobs", "Runs by status.", by("status", STATUSES, (v["status"] for v in views)))
-    statuses = (*STATUS_RANK, "not_polled")
-    seen = (batch["status"] or "not_polled" for batch in batches)
-    metric("batches", "Batches of these runs by status.", by("status", statuses, seen))
-    metric(
-        "run_oldest_batch_age_seconds",
-        "Since the oldest unfinished batch of a run was created.",
-        run_ages(views, now),
-    )
-    for status, since, text in (
-        (
-            "triggering",
-            "batches",
-            "Since the batches of a run that is being started were finished.",
-        ),
-        ("running", "trigger", "Since the Keboola job of a running run was started."),
-    ):
-        ages = [
-            ({"run": v["name"]}, max(0.0, now - at))
-            for v in views
-            if v["status"] == status and (at := last_time(v, since)) is not None
-        ]
-        metric(f"run_{status}_seconds", text, ages)
-    metric(
-        "keboola_jobs",
-        "Keboola jobs by how they ended.",
-        [({"status": s}, n) for s, n in ended.items()],
-    )
-    labels = {use.name: {"account": use.name, "service": use.type} for use in stats}
-    for name, kind, text, value in (
-        ("requests_total", "counter", "Requests made with a secret.", "requests"),
-        ("request_errors_total", "counter", "Requests with a secret that failed.", "errors"),
-        ("last_success_timestamp_seconds", "gauge", "When one last succeeded.", "last_success_at"),
-    ):
-        samples = [(labels[use.name], getattr(use, value)) for use in stats]
-        metric(name, text, [(label, n) for label, n in samples if n is not None], kind)
-    refused = [(labels[use.name], use.refused_since is not None) for use in stats]
-    metric("account_refused", "Whether the server refuses the secret (401).", refused)
-    good = shot["config"]["error"] is None
-    metric("config_last_reload_successful", "Whether the config file is good.", [({}, good)])
-    times = [({}, loaded_at)] if loaded_at else []
-    text = "When the config that counts was loaded."
-    metric("config_last_reload_success_timestamp_seconds", text, times)
+    lines = []
+    for name, text, samples in families:
+        known = [(labels, value) for labels, value in samples if value is not None]
+        kind = "counter" if name.endswith("_total") else "gauge"
+        if known:
+            lines += [f"# HELP teckochecker_{name} {text}", f"# TYPE teckochecker_{name} {kind}"]
+        for labels, value in known:
+            pairs = ",".join(f'{key}="{label.translate(escapes)}"' for key, label in labels.items())
+            lines.append(f"teckochecker_{name}{f'{{{pairs}}}' if pairs else ''} {value:.15g}")
     return "".join(f"{line}\n" for line in lines)
-
-
-def run_ages(
-    views: Iterable[Mapping[str, Any]], now: float
-) -> Iterator[tuple[dict[str, str], float]]:
-    """Yield how old the oldest unfinished batch of each active run is."""
-    for view in views:
-        ages = [
-            now - (unix_of(batch["created_at"]) or now)
-            for batch in view["batches"]
-            if STATUS_RANK.get(batch["status"]) != 3 and batch["created_at"]
-        ]
-        if ages and view["status"] == "active":
-            yield {"run": view["name"]}, max(0.0, *ages)
-
-
-def last_time(view: Mapping[str, Any], since: str) -> float | None:
-    """Return when a run's last batch was finished, or its Keboola job was started."""
-    if since == "trigger":
-        return unix_of(view["trigger"]["sent_at"])
-    return (
-        max((unix_of(batch["completed_at"]) or 0.0 for batch in view["batches"]), default=0) or None
-    )
 
 
 # --- as a page ------------------------------------------------------------------------------------
 
 PAGE_STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1c2024; --dim: #555d66; --paper: #fff; --line: #d5d9de;
-  --link: #0b57c2; --good: #17713a; --run: #2b66c9; --bad: #b3261e; --wait: #8a5a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --dim: #a6adb7; --paper: #16181b;
-  --line: #3a3f46; --link: #8ab8ff; --good: #62d68d; --run: #7fb0ff; --bad: #ff8f86;
-  --wait: #f2bd5c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.1rem; margin: 1.25rem 0 .25rem; }
-p, ul { margin: .25rem 0; }
-a { color: var(--link); }
+:root { color-scheme: light dark; --dim: light-dark(#555d66, #a6adb7);
+  --line: light-dark(#d5d9de, #3a3f46); --link: light-dark(#0b57c2, #8ab8ff);
+  --good: light-dark(#17713a, #62d68d); --bad: light-dark(#b3261e, #ff8f86);
+  --wait: light-dark(#8a5a00, #f2bd5c); }
+body { margin: 0 auto; max-width: 70rem; padding: .75rem; font: 1rem/1.35 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.2rem; margin: .75rem 0 .25rem; }
+p, ul, pre { margin: .25rem 0; white-space: pre-wrap; }
+a, .active, .running { color: var(--link); }
 .dim { color: var(--dim); }
-.alarm { border: 2px solid var(--bad); border-radius: .5rem; padding: .75rem; margin: .75rem 0; }
-.loud { background: #a3170f; border-color: #a3170f; color: #fff; font-size: 1.2rem; }
+.alarm { background: #a3170f; border-radius: .5rem; color: #fff; padding: .75rem; }
+body:not(.old) .stale { display: none; }
 .error, .failed { color: var(--bad); }
 .completed { color: var(--good); }
-.active, .running { color: var(--run); }
 .paused, .triggering, .completed_with_failures { color: var(--wait); }
-.run { border-top: 1px solid var(--line); padding: .3rem 0; }
-.run summary { display: grid; grid-template-columns: 2fr 1fr 7rem 3fr; gap: 0 .75rem; cursor: pointer; }
-.run summary::before { display: none; }
-.run ul { padding-left: 1.2rem; }
-progress { width: 100%; height: .8rem; accent-color: var(--run); }
-pre { white-space: pre-wrap; margin: .25rem 0; }
-#stale { display: none; }
-.stale #stale { display: block; }
-@media (max-width: 40rem) { .run summary { grid-template-columns: 1fr 1fr; } }
+.run { border-top: 1px solid var(--line); padding: .25rem 0; }
+.run summary { display: grid; grid-template-columns: 4fr 4fr 5rem 6fr; gap: 0 .75rem; }
+summary { cursor: pointer; }
+.run summary > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.run[open] summary > * { white-space: normal; }
+.run summary > .error { grid-column: 1 / -1; }
+progress { width: 100%; accent-color: var(--link); }
+@media (max-width: 45rem) { .run summary { grid-template-columns: 2fr 3fr; } }
 """
 
 PAGE_SCRIPT: Final = """
-const made = Number(document.body.dataset.made), alive = document.body.dataset.alive === "1";
+const { made, alive } = document.body.dataset;
+const age_s = () => Math.max(0, Math.round(Date.now() / 1000 - made));
 function tell() {
-  const s = Math.max(0, Math.round(Date.now() / 1000 - made));
-  document.getElementById("age").textContent = s < 90 ? s + " s ago" :
-    s < 5400 ? Math.round(s / 60) + " min ago" : Math.round(s / 3600) + " h ago";
-  document.body.classList.toggle("stale", alive && s > 180);
+  const s = age_s(), words = s < 90 ? s + " s" : s < 5400 ? Math.round(s / 60) + " min" :
+    Math.round(s / 3600) + " h";
+  document.getElementById("age").textContent = "(" + words + " ago)";
+  document.body.classList.toggle("old", alive === "1" && s > 180);
 }
 tell();
 setInterval(tell, 1000);
-setTimeout(() => location.reload(), 30000);
+setInterval(() => {
+  if (age_s() > 120 || !document.querySelector("details[open]")) location.reload();
+}, 30000);
+"""
+
+PAGE: Final = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<title>{attention} - TeckoChecker</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+<body data-made="{made:.0f}" data-alive="{alive:d}">
+<h1>TeckoChecker</h1>
+<p>{attention}. {counts}</p>
+<p class=dim>Made at {at} <span id=age></span></p>
+<main>
+{main}</main>
+<script>{script}</script>
+</html>
 """
 
 
-def page_row(view: Mapping[str, Any], now: float) -> str:
+def page_row(view: Mapping[str, Any], shot: Mapping[str, Any]) -> str:
     """Return one run of the page: a line, and its details folded."""
-    esc, trigger = html.escape, view["trigger"] or {}
-    ended = sum(STATUS_RANK.get(b["status"]) == 3 for b in view["batches"])
-    status = view["status"]
-    lines = [f"<p class=error>{esc(view['error'])}</p>"] if view["error"] else []
+    trigger, (finished, percent) = view["trigger"] or {}, progress_of(view)
+    status, error, esc = view["status"], view["error"], html.escape
+    facts = []
     if trigger.get("url"):
-        text = f"Keboola job {esc(trigger['keboola_job_id'])}"
-        lines.append(f'<p><a href="{esc(trigger["url"])}" rel=noreferrer>{text}</a></p>')
-    times = [
-        (name, view[key])
-        for name, key in (("Last look", "last_check_at"), ("Ended", "completed_at"))
-        if view[key]
-    ]
-    lines += [f"<p class=dim>{name} {at} ({ago(at, now)})</p>" for name, at in times]
-    if view["attention"] or not status.startswith("completed"):
-        items = [
-            f"<li>{esc(b['id'])} {esc(b['status'] or 'not polled')}" for b in view["batches"][:50]
-        ]
-        lines.append(f"<ul>{''.join(items)}</ul>")
-    bar = f"<progress max=100 value={math.floor(100 * progress_of(view))}></progress>"
+        link = f'<a href="{esc(trigger["url"])}" rel=noreferrer>'
+        facts.append(f"{link}Keboola job {esc(trigger['keboola_job_id'])}</a>")
+    for what, at in (("Last poll", view["last_check_at"]), ("Ended", view["completed_at"])):
+        facts += [f"{what} {at} ({ago(at, shot)})"] if at else []
+    facts += [f"Next step {view['next_check_at']}"] if view["next_check_at"] else []
+    others = [b for b in view["batches"] if b["status"] != "completed"]
+    facts += [esc(f"{b['id']} {b['status'] or 'not polled'}") for b in others[:10]]
+    facts += [f"and {len(others) - 10:,} more"] if len(others) > 10 else []
     return (
-        f"<details class=run{' open' if view['attention'] else ''}><summary>"
-        f"<strong>{esc(view['name'])}</strong>"
-        f"<span class={status}>{status.replace('_', ' ')} {ended}/{view['batch_count']}</span>{bar}"
-        f"<span class=dim>{esc(what_next(view, now))}</span></summary>{''.join(lines)}</details>\n"
+        f"<details class=run><summary><strong>{esc(view['name'])}</strong>"
+        f"<span class={status}>{status.replace('_', ' ')} {finished}</span>"
+        f'<progress max=100 value={percent} title="{percent}% of the requests"></progress>'
+        f"<span class=dim>{esc(what_next(view, shot))}</span>"
+        f"{f'<span class=error>{esc(error)}</span>' if error else ''}</summary>"
+        f"{'<br>'.join(facts)}</details>\n"
     )
 
 
-def page(shot: Mapping[str, Any], events: Iterable[Event]) -> str:
+def page(
+    shot: Mapping[str, Any], stats: Iterable[SecretStats], events: Iterable[Event], *, once: bool
+) -> str:
     """Return a snapshot as a page: what needs attention first; the rest folded where it is long.
 
-    The script is allowed by its hash; it says how old the page is, and that the daemon is dead when
-    it is. Without it, the time stands beside the headline.
+    `once`: a pass of --once has made it, and no daemon is missed.
     """
-
-    def digest(text: str) -> str:
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest(PAGE_STYLE)}'; "
-        f"script-src 'sha256-{digest(PAGE_SCRIPT)}'"
+    at, is_alive, needs = shot["generated_at"], shot["daemon"]["running"], shot["attention"]
+    alarms = [("stale", f"This page was made at {at}, and no other one since: the daemon is dead.")]
+    if not is_alive and not once:
+        alarms.append(("", f"The daemon was stopped at {at}: nothing is polled or started."))
+    alarms += [("", text) for text in general_troubles(shot, stats)]
+    esc = html.escape
+    main = [f'<p class="alarm {kind}" role=alert>{esc(text)}</p>\n' for kind, text in alarms]
+    room = 15  # rows that stand unfolded
+    for part, views in in_parts(shot).items():
+        rows = [page_row(view, shot) for view in views]
+        shown, rest = rows[: max(4, room)], rows[max(4, room) :]
+        room -= len(shown)
+        main += [f"<h2>{part} ({len(rows):,})</h2>\n", *shown] if rows else []
+        more = f"<details><summary>{len(rest):,} more</summary>{''.join(rest)}</details>\n"
+        main.append(more if rest else "")
+    lines = "".join(f"<li>{rfc3339(event.at)} {esc(event.text)}\n" for event in events)
+    main.append(f"<h2>Log</h2>\n<details><summary>newest first</summary><ul>{lines}</ul></details>")
+    return PAGE.format(
+        digest=base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode(),
+        attention=f"{needs} need attention" if needs else "Nothing needs attention",
+        style=PAGE_STYLE,
+        script=PAGE_SCRIPT,
+        made=unix_of(at) or 0.0,
+        alive=is_alive,
+        counts=counts_in_words(shot),
+        at=at,
+        main="".join(main),
     )
-    now = unix_of(shot["generated_at"]) or 0.0
-    views = in_order_of_need(shot["jobs"])
-    needs = shot["attention"]
-    kinds = {
-        "Needs attention": [v for v in views if v["attention"]],
-        "Active": [
-            v for v in views if not v["attention"] and v["status"] in {"active", "triggering"}
-        ],
-        "Running": [
-            v for v in views if not v["attention"] and v["status"] in {"running", "failed"}
-        ],
-        "Paused": [v for v in views if not v["attention"] and v["status"] == "paused"],
-        "Finished": [
-            v for v in views if not v["attention"] and v["status"].startswith("completed")
-        ],
-    }
-    parts = []
-    for title, found in kinds.items():
-        rows = [page_row(view, now) for view in found]
-        head, rest = rows[:15], rows[15:]
-        if rows:
-            parts.append(f"<h2>{title} ({len(rows):,})</h2>\n{''.join(head)}")
-        if rest:
-            more = f"<summary>{len(rest):,} more</summary>{''.join(rest)}"
-            parts.append(f"<details>{more}</details>\n")
-    told = "".join(f"<li>{rfc3339(e.at)} {html.escape(e.text)}" for e in events)
-    title = f"{needs} need attention - TeckoChecker" if needs else "TeckoChecker"
-    is_alive = int(bool(shot["daemon"]["running"]))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{title}</title>\n"
-        f'<link rel="icon" href="data:,">\n<style>{PAGE_STYLE}</style>\n</head>\n'
-        f"<body data-made={now:.0f} data-alive={is_alive}>\n{page_alarms(shot)}<h1>TeckoChecker</h1>\n"
-        f"<p>{counts_in_words(views) or 'no jobs'}</p>\n"
-        f"<p class=dim>Made at {shot['generated_at']} <span id=age></span></p>\n<main>\n"
-        f"{'' if needs else '<p class=completed>Nothing needs attention.</p>'}{''.join(parts)}"
-        f"<h2>Last events</h2>\n<details><summary>the newest first</summary><ul>{told}</ul></details>\n"
-        f"</main>\n<script>{PAGE_SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def page_alarms(shot: Mapping[str, Any]) -> str:
-    """Return what a reader of the page has to see before anything else."""
-    made = shot["generated_at"]
-    parts = [
-        '<div class="alarm loud" role=alert id=stale><strong>This page is stale.</strong> It was made '
-        f"at {made}, and no other one since: the daemon has died, or cannot write here.</div>\n"
-    ]
-    if shot["daemon"]["running"] is False:
-        parts.append(
-            '<div class="alarm loud" role=alert><strong>The daemon was stopped</strong> at '
-            f"{made}. Nothing is polled and nothing is started.</div>\n"
-        )
-    if shot["config"]["error"]:
-        parts.append(
-            "<div class=alarm role=alert><strong>The config file has problems;</strong> the previous"
-            f" one still counts.<pre>{html.escape(shot['config']['error'])}</pre></div>\n"
-        )
-    return "".join(parts)
 
 
 # --- as files -------------------------------------------------------------------------------------
 
 
-def put_file(directory: Path, name: str, text: str) -> None:
+def put_file(path: Path, text: str) -> None:
     """Write a file that everyone may read, as a whole or not at all. Raises OSError."""
-    new = directory / f".{name}.new"
+    new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - a descriptor
-            os.fchmod(fd, 0o644)
+        with new.open("x", encoding="utf-8", errors="replace") as file:
+            os.fchmod(file.fileno(), 0o644)
             file.write(text)
-        new.replace(directory / name)
+        new.replace(path)
     finally:
         new.unlink(missing_ok=True)  # a full disk is not to stay full for its sake
 
 
-class Publisher:
-    """Writes page, document and metrics whenever something has changed, and once a minute."""
+async def publish(engine: Engine, *, is_running: bool, trouble: str = "") -> str:
+    """Write page, document and metrics, if the config has a place for them.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._trouble = ""
-        self._took_s = 0.0
+    Returns what is in the way, or ""; it is told where it differs from `trouble`, that of before.
+    """
+    config, path, stats = engine.loaded.config, engine.store.path, list(engine.stats.values())
+    daemon = lock_owner(path) if is_running else {"running": False}
+    loaded, now = engine.store.meta("config") or {}, engine.clock.now()
+    known = (config, engine.shown(), stats, daemon, loaded)
 
-    async def run(self) -> None:
-        """Publish while the process runs."""
-        happened = asyncio.Event()
-        self._engine.told.append(happened)
-        while True:
-            happened.clear()
-            await self.publish(is_running=True)
-            pause_s = min(50.0, max(1.0, 30 * self._took_s))  # a thirtieth of the time
-            await asyncio.sleep(pause_s)
-            await wait_for_event(happened, 50.0 - pause_s)
+    def write(directory: Path) -> None:
+        shot = snapshot(*known, now=now)
+        with Store.reading(path) as store:
+            events = store.events(most=50)[::-1] if store else []
+            query = "SELECT keboola_status, count(*) FROM runs WHERE phase = 'finished' GROUP BY 1"
+            ended = dict(store.db.execute(query).fetchall()) if store else {}
+        ended.pop(None, None)  # started before its status was known
+        directory.mkdir(exist_ok=True)
+        put_file(directory / "status.json", f"{json.dumps(shot)}\n")
+        put_file(directory / "metrics.prom", metrics(shot, stats, ended))
+        put_file(directory / "status.html", page(shot, stats, events, once=engine.once))
 
-    async def publish(self, *, is_running: bool | None) -> None:
-        """Write the files, if the config has a place for them; trouble is told once.
-
-        `is_running` is None where a pass of --once makes them.
-        """
-        engine = self._engine
-        directory = engine.loaded.config.publish_path
-        if directory is None:
-            return
-        shown, stats = engine.shown(), list(engine.stats.values())
-        daemon = lock_owner(engine.store.path) | {"running": is_running}
-        loaded = (engine.store.meta("config") or {}) | {"error": engine.config_error}
-        config, now, trouble = engine.loaded.config, engine.clock.now(), ""
-
-        def write() -> None:
-            started = time.monotonic()
-            refused = sum(use.refused_since is not None for use in stats)
-            shot = snapshot(config, shown, daemon=daemon, loaded=loaded, refused=refused, now=now)
-            events, ended = [], {}
-            with Store.reading(engine.store.path) as store:
-                if store:
-                    events, ended = store.events(most=50)[::-1], ends_of(store)
-            directory.mkdir(exist_ok=True)
-            put_file(directory, "status.json", f"{json.dumps(shot)}\n")
-            put_file(directory, "metrics.prom", metrics(shot, stats, ended))
-            put_file(directory, "status.html", page(shot, events))
-            self._took_s = time.monotonic() - started
-
+    before, trouble = trouble, ""
+    if config.publish_path:
         try:
-            await asyncio.to_thread(write)
-        except (OSError, TeckoError, sqlite3.Error) as error:
-            trouble = one_line(str(error))
-        except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+            await asyncio.to_thread(write, config.publish_path)
+        except Exception as error:  # noqa: BLE001 - nothing here may end what starts jobs
             trouble = one_line(f"{type(error).__name__}: {error}")
-        if trouble and trouble != self._trouble:
-            engine.log(Event.of("publish_failed", directory=str(directory), error=trouble))
-        elif self._trouble and not trouble:
-            engine.log(Event.of("publish_recovered"))
-        self._trouble = trouble
+    if trouble != before:
+        name = "publish_failed" if trouble else "publish_recovered"
+        engine.log(Event.of(name, directory=str(config.publish_path), error=trouble))
+    return trouble
 
 
-def ends_of(store: Store) -> dict[str, int]:
-    """Return how many Keboola jobs had which end."""
-    query = (
-        "SELECT keboola_status, count(*) FROM runs WHERE phase = 'finished'"
-        " AND keboola_status IS NOT NULL GROUP BY 1"
-    )
-    return {row[0]: row[1] for row in store.db.execute(query)}
+async def keep_published(engine: Engine) -> None:
+    """Publish whenever something has changed, and at least once a minute."""
+    happened, trouble = asyncio.Event(), ""
+    engine.told.append(happened)
+    while True:
+        happened.clear()
+        started = time.monotonic()
+        trouble = await publish(engine, is_running=True, trouble=trouble)
+        rest_s = min(50.0, max(1.0, 30 * (time.monotonic() - started)))  # to cost little CPU
+        await asyncio.sleep(rest_s)
+        await wait_for_event(happened, 50.0 - rest_s)
 
 
 # ==================================================================================================
@@ -6261,19 +5744,13 @@ def config_path(args: argparse.Namespace) -> Path:
 # --- the daemon and --once ------------------------------------------------------------------------
 
 
-async def was_cut_short(work: Awaitable[None], by: asyncio.Event) -> bool:
-    """Do something for at most PATIENCE_S, unless an event is or becomes set; returns if it was."""
-    doing, waiting = asyncio.ensure_future(work), asyncio.ensure_future(by.wait())
-    try:
-        if not by.is_set():
-            await asyncio.wait(
-                {doing, waiting}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED
-            )
-    finally:
-        for task in (doing, waiting):
-            task.cancel()
-        await asyncio.gather(doing, waiting, return_exceptions=True)
-    return by.is_set()
+async def at_most(seconds: float, work: Awaitable[object], hurry: asyncio.Event) -> None:
+    """Do something for so long at most, or until an event is set."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hurry.wait())]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def load_at_start(
@@ -6287,15 +5764,13 @@ def load_at_start(
     try:
         return load_config(path, files, os.environ, redactor), None
     except ConfigError as error:
+        good = None
         state_path = read_config_file(path, files)[0].state_path
-        text = None
-        if not once:
-            with contextlib.suppress(TeckoError), Store.reading(state_path) as store:
-                good = (store and store.meta("good_config")) or {}
-                text = good.get("text") if good.get("path") == str(path.absolute()) else None
-        if text is None:
+        with contextlib.suppress(TeckoError), Store.reading(state_path) as store:
+            good = store and store.meta("good_config")
+        if once or not good or good["path"] != str(path.absolute()):
             raise
-        return load_config(path, files, os.environ, redactor, text), error
+        return load_config(path, files, os.environ, redactor, good["text"]), error
 
 
 async def serve(path: Path, *, once: bool) -> int:
@@ -6303,35 +5778,36 @@ async def serve(path: Path, *, once: bool) -> int:
 
     Raises ConfigError, LockedError and StateError before anything was asked of a server.
     """
-    asyncio.get_running_loop().set_default_executor(DaemonThreads())
-    redactor, files, env, writer = Redactor(), Files(), os.environ, LogWriter()
+    loop, redactor, files, writer = asyncio.get_running_loop(), Redactor(), Files(), LogWriter()
+    loop.set_default_executor(DaemonThreads())
     loaded, rejected = load_at_start(path, files, redactor, once=once)
-    config, clock, manager = loaded.config, Clock(), ServiceManager(env)
+    config, clock, manager = loaded.config, Clock(), ServiceManager(os.environ)
     configure = functools.partial(configure_logging, redactor=redactor, writer=writer)
     configure(config)
     lock = StateLock(config.state_path, "--once" if once else "daemon", clock.now())
     store = Store.open(config.state_path)
     http = Http(config, redactor)
-    engine = Engine(loaded, store, lock, http, clock, redactor, once=once)
     webhooks = Http(replace(config, max_concurrency=10, request_timeout=10), redactor)
-    publisher, signals = Publisher(engine), Signals()
+    engine, signals = Engine(loaded, store, lock, http, clock, redactor, once=once), Signals()
     helpers: list[Callable[[], Awaitable[None]]] = []
     if not once:
-        reloader = Reloader(engine, files, env, redactor, manager, configure)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.on_hangup)
+        reloader = Reloader(engine, files, manager, redactor, configure)
+        loop.add_signal_handler(signal.SIGHUP, reloader.on_hangup)
         alive = functools.partial(keep_alive, engine, manager)
         tell = functools.partial(send_webhooks, engine, webhooks)
-        helpers = [alive, reloader.run, reloader.watch, publisher.run, tell]
+        show = functools.partial(keep_published, engine)
+        helpers = [alive, reloader.run, reloader.watch, show, tell]
     try:
         note_start(engine, rejected)
         code = await run_engine(engine, signals, helpers, manager)
         if once and code == 0:
             code = end_of_pass(engine)
             telling = send_webhooks(engine, webhooks, once=True)
-            code = 130 if await was_cut_short(telling, signals.stop) else code
+            await at_most(PATIENCE_S, telling, signals.stop)
+            code = 130 if signals.stop.is_set() else code
         elif not once:
             engine.log(Event.of("daemon_stopped"))
-        await was_cut_short(publisher.publish(is_running=False), signals.now)
+        await at_most(PATIENCE_S, publish(engine, is_running=False), signals.now)
     finally:
         await http.close()
         await webhooks.close()
@@ -6345,44 +5821,39 @@ def note_start(engine: Engine, rejected: ConfigError | None) -> None:
     """Tell what runs, and with which config."""
     config = engine.loaded.config
     if not engine.once:
-        batches = sum(len(job.batch_ids) for job in config.jobs.values())
-        facts = {"jobs": counted(len(config.jobs), "job"), "batches": counted(batches, "batch")}
-        about = {"version": __version__, "pid": os.getpid(), "config": str(config.path)}
-        engine.log(Event.of("daemon_started", **about, **facts))
-    if rejected:
-        problems = [str(problem) for problem in rejected.problems]
-        event = Event.of("config_rejected", problem=problems[0], problems=problems)
-        engine.note_config("\n".join(problems), event)
-    else:
-        note_loaded(engine, None)
+        batches = counted(sum(len(job.batch_ids) for job in config.jobs.values()), "batch")
+        facts = {"jobs": counted(len(config.jobs), "job"), "batches": batches}
+        facts |= {"version": __version__, "pid": str(os.getpid()), "config": str(config.path)}
+        engine.log(Event.of("daemon_started", None, **facts))
+    if rejected is None:
+        return note_loaded(engine, None)
+    problems = str(rejected).splitlines()
+    event = Event.of("config_rejected", problem=problems[0], problems=problems)
+    return engine.note_config("\n".join(problems), event)
 
 
 def end_of_pass(engine: Engine) -> int:
-    """Tell what still needs attention, when that is new and then once a day; returns the exit code."""
+    """Tell what needs attention, when that is new and then once a day; returns the exit code."""
     engine.sweep()
-    runs = [run for run in engine.shown() if run.attention]
-    keys = [name for name, use in engine.stats.items() if use.refused_since]
-    names = [run.name for run in runs] + keys
+    needs = {r.name: r.error or r.attention for r in engine.shown() if r.attention}
+    needs |= {name: use.error or "" for name, use in engine.stats.items() if use.refused_since}
+    names, now = list(needs), engine.clock.now()
     told = engine.store.meta("attention_told") or {}
-    now = engine.clock.now()
-    if names and (told.get("names") != names or not 0 <= now - told.get("at", 0) < DAY_S):
-        reasons = [f"{run.name} ({run.error or run.attention})" for run in runs]
-        facts = {"count": len(names), "runs": "; ".join([*reasons, *keys]), "names": names}
+    if needs and (told.get("names") != names or not 0 <= now - told["at"] < DAY_S):
+        runs = "; ".join(f"{name} ({why})" for name, why in needs.items())
+        event = Event.of("jobs_need_attention", count=len(names), runs=runs, names=names)
         remember = Store.meta_statement("attention_told", {"names": names, "at": now})
-        engine.commit([], [Event.of("jobs_need_attention", **facts)], [remember])
-    return 1 if names or engine.has_failed else 0
+        engine.commit([], [event], [remember])
+    return 1 if needs or engine.has_failed else 0
 
 
 def run_daemon(args: argparse.Namespace) -> int:
-    """Run the daemon, or one pass with --once."""
-    try:
-        return asyncio.run(serve(config_path(args), once=args.once))
-    except LockedError:
-        # From cron, a pass that takes long is no reason for mail: it does the work.
-        owner = lock_owner(read_config_file(config_path(args), Files())[0].state_path)
-        if args.once and owner["once"]:
-            return LockedError.exit_code
-        raise
+    """Start a Keboola job, once, when OpenAI has finished a team's batches.
+
+    Without a command: run as the daemon, in the foreground, until SIGTERM; the config is read again
+    whenever it changes, and on SIGHUP.
+    """
+    return asyncio.run(serve(config_path(args), once=args.once))
 
 
 # --- what commands share --------------------------------------------------------------------------
@@ -6411,182 +5882,782 @@ def painted(text: str, colour: str) -> str:
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def fitted(text: str, width: int) -> str:
-    """Return a line, cut to a number of columns."""
-    return text if len(text) <= width else f"{text[: max(0, width - 1)]}…"
+    cells = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 # --- check, init ----------------------------------------------------------------------------------
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Validate the config just as the start does, without asking any server."""
+    """Validate the config offline, just as the start does.
+
+    YAML, every key, the Fernet key and every secret. Each problem is one line with its place and
+    its cure. No server is asked.
+    """
     path = config_path(args)
     loaded = load_config(path, Files(), os.environ, Redactor())
     for warning in loaded.warnings:
         print(f"{path}: warning: {warning}", file=sys.stderr)
     jobs = loaded.config.jobs.values()
-    batches = sum(len(job.batch_ids) for job in jobs)
-    counts = ((len(jobs), "job"), (batches, "batch"), (len(loaded.secrets), "secret"))
-    print(f"{path}: fine: {', '.join(counted(n, noun) for n, noun in counts)}")
+    batches = counted(sum(len(job.batch_ids) for job in jobs), "batch")
+    counts = f"{counted(len(jobs), 'job')}, {batches}, {counted(len(loaded.secrets), 'secret')}"
+    print(f"{path}: fine: {counts}")
     return 0
 
 
 EXAMPLE_CONFIG: Final = """\
-# A first config for TeckoChecker. Replace what is in CAPITALS, then run `teckochecker encrypt` and
-# `teckochecker check`. What is commented out is optional; a key with a value there shows its
-# default, unless the line says "for example".
+# A first config for TeckoChecker: replace what is in CAPITALS, then `teckochecker encrypt`, then
+# `teckochecker check`. What is commented out is optional, and shows its default unless it says
+# "e.g.". Durations: 30s, 2m, 1h30m, 7d.
 
-# state: teckochecker.db            # the SQLite file; relative paths are relative to this file
-# key_file: teckochecker.key        # encrypts the values under `secrets`; mode 0600
-# publish: www                      # for example; a directory for a status page and metrics
-
+# state: teckochecker.db             # SQLite file; relative paths are relative to this file
+# key_file: teckochecker.key         # Fernet key, mode 0600: opens what `encrypt` has encrypted
+# publish: www                       # e.g.; a directory for status.html, status.json, metrics.prom
 # log:
-#   level: info                     # debug | info | warning | error
-#   format: auto                    # auto (console on a terminal, else JSON lines) | console | json
-#   retention: 30d                  # how long the state file keeps its log
+#   level: info                      # debug | info | warning | error
+#   format: auto                     # auto (console on a terminal, else json) | console | json
+#   retention: 30d                   # how long events are kept: 1h to 3650d
 # limits:
-#   max_concurrency: 10             # requests in flight, all servers together: 1 to 100
-#   request_timeout: 30s            # for one request as a whole: 1s to 60s
-#   trigger_grace: 60s              # how long Keboola's search may not show a new job: 30s to 24h
+#   max_concurrency: 10              # requests at a time, to all servers together: 1 to 100
+#   request_timeout: 30s             # for a request as a whole: 1s to 60s
+#   trigger_grace: 60s               # how long Keboola's search may miss a new job: 30s to 24h
+#   follow_interval: 30s             # the least time between two polls of a Keboola job: 5s to 1h
 
-secrets:
+secrets:                             # each has one of value, env (a variable), file (a path)
   openai-prod:
     type: openai
-    value: YOUR-OPENAI-KEY          # in plain only until `teckochecker encrypt` has run
-    # env: OPENAI_API_KEY           # or, instead of value: the name of an environment variable
-    # file: /run/secrets/openai     # or a file with nothing but the key
-    # base_url: https://api.openai.com/v1    # or another server with the same batch API
-    # organization: org-abc         # for example; header OpenAI-Organization
-    # project: proj_abc             # for example; header OpenAI-Project
+    value: YOUR-OPENAI-KEY           # in plain only until `teckochecker encrypt`
+    # base_url: https://api.openai.com/v1   # any OpenAI-compatible batch endpoint
+    # organization: org-abc          # e.g.; header OpenAI-Organization
+    # project: proj_abc              # e.g.; header OpenAI-Project
+    # auth_header: Authorization     # Authorization | api-key (Azure)
+    # api_version: 2025-04-01-preview   # e.g., for Azure; sent as ?api-version=
   keboola-prod:
     type: keboola
-    value: YOUR-KEBOOLA-TOKEN       # env: and file: work here too
-    stack_url: https://connection.keboola.com    # the address in your browser, up to the first /
-  # alerts:                         # for example; a webhook, which `notify` below makes use of
+    value: YOUR-KEBOOLA-TOKEN
+    stack_url: https://connection.keboola.com   # the address in your browser, up to the first /
+  # alerts:                          # e.g.; a webhook, for `notify`
   #   type: webhook
-  #   value: https://hooks.slack.com/services/T0/B0/XYZ    # the address is a secret: encrypt it
+  #   value: https://hooks.slack.com/services/T0/B0/XYZ   # the address is a secret: encrypt it
 
-# notify:                           # for example; without events: all of them
-#   - {secret: alerts, events: [job_failed, trigger_unknown, account_failing, config_rejected]}
+# notify:                            # e.g.; events: the groups attention (default) and finished,
+#   - {secret: alerts, events: [attention, finished]}   # or names from `teckochecker logs --help`
 
-# Any key of a job may stand here; the job's own value wins.
-defaults:
+defaults:                            # any key of a job; the job's own value wins
   openai_secret: openai-prod
   keboola_secret: keboola-prod
-  component_id: kds-team.app-custom-python
-  # poll_interval: 30s              # 1s to 24h
+  component_id: kds-team.app-custom-python   # keboola.orchestrator or keboola.flow starts a Flow
+  # poll_interval: 30s               # 1s to 24h
 
 jobs:
-  my-first-job:                     # any name; with the batch ids it is what a job is known by
-    batch_ids: [batch_YOUR_ID]      # 1 to 10; the Keboola job starts when all of them have ended
-    config_id: "123456"             # the Keboola configuration to start
-    # branch_id: "789"              # for example; a Keboola development branch
-    # config_row_ids: ["1", "2"]    # for example; only these rows of the configuration
-    # mode: run                     # run | forceRun | debug
-    # variables: {dataset: products}    # for example; more variables for the Keboola job
-    # paused: false                 # true: no looks at the batches, no Keboola job
-    # done: false                   # true: something else has started it; nothing is to be done
+  my-first-job:                      # any name without a /
+    batch_ids: [batch_YOUR_ID]       # 1 to 10; all of them finished start the Keboola job, once
+    config_id: "123456"              # the Keboola configuration to start
+    # branch_id: "789"               # e.g.; a development branch
+    # config_row_ids: ["1", "2"]     # e.g.; only these rows of the configuration
+    # mode: run                      # run | forceRun | debug
+    # variables: {dataset: products}   # e.g.; more variables for the Keboola job, as text
+    # trigger_on: all_terminal       # all_terminal | all_completed | any_output; else it has failed
+    # deadline: 26h                  # e.g.; after the creation of the oldest batch
+    # on_deadline: alert             # with deadline: alert | start (with what is finished)
+    # follow: true                   # follow the Keboola job to its end
+    # retry_on_error: 0              # start again after a Keboola job's error: 0 to 5 times
+    # paused: false                  # true: nothing is polled or started
+    # done: false                    # true: it was started elsewhere, and nothing is to be done
+  # found-by-metadata:               # e.g.; batches are found by their metadata, as they come
+  #   match: {pipeline: nightly}     # every pair must be equal; instead of batch_ids
+  #   since: 2026-11-25              # with match: the earliest creation: a date (UTC) or RFC 3339
+  #   group_by: run_date             # batches with the same value are one run; without it each is
+  #   settle: 15m                    # with group_by: whole when no new batch has come for so long
+  #   # group_size: 5                # or instead: when so many came; a number, or metadata.KEY
+  #   config_id: "123457"
 """
 
 
-def write_new(path: Path, text: str) -> bool:
-    """Write a file that only its owner can read; returns False if there is one already."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another DIR") from None
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
-        file.write(text)
-        file.flush()
-        os.fsync(fd)
-    return True
-
-
 def run_init(args: argparse.Namespace) -> int:
-    """Write a first config and a new key; the one that is there stays as it is."""
-    directory = Path(args.directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        hint = "choose another DIR"
-        raise UsageError(f"cannot make {directory}: {error.strerror}", hint) from None
+    """Write a commented config.yaml and a new key file.
+
+    Both only for your eyes (mode 0600). What is there already is never overwritten.
+    """
+    directory, made = Path(args.directory), []
     config, key = directory / "config.yaml", directory / "teckochecker.key"
-    made = [
-        p
-        for p, text in ((key, f"{Fernet.generate_key().decode()}\n"), (config, EXAMPLE_CONFIG))
-        if write_new(p, text)
-    ]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path, text in ((config, EXAMPLE_CONFIG), (key, f"{Fernet.generate_key().decode()}\n")):
+        with contextlib.suppress(FileExistsError):
+            opener = functools.partial(os.open, mode=0o600)
+            with open(path, "x", encoding="utf-8", opener=opener) as file:
+                made.append(path)
+                file.write(text)
     if not made:
         raise UsageError(f"{config} and {key} are there already", "nothing is overwritten")
-    shown = shlex.quote(str(config))
-    print(f"wrote {' and '.join(map(str, sorted(made)))}, which only you can read. Next:")
+    command = f"teckochecker --config {shlex.quote(str(config))}"
+    print(f"wrote {' and '.join(map(str, made))}, which only you can read. Next:")
     print(f"  1. edit {config}: stack, batch ids, config_id, and the tokens, in plain for now")
-    print(f"  2. teckochecker --config {shown} encrypt")
-    print(f"  3. teckochecker --config {shown} doctor, then without a command: the daemon")
+    print(f"  2. {command} encrypt")
+    print(f"  3. {command} doctor, then without a command: the daemon")
     return 0
 
 
-def run_encrypt(args):
+# --- editing the config ---------------------------------------------------------------------------
+
+QUOTED_KEYS: Final = ("config_id", "branch_id", "config_row_ids")  # a bare 0123 would be a number
+
+
+def yaml_text(value: object, *, quote: bool = False) -> str:
+    """Return a value in YAML's flow style, in quotes where text would be read as another type.
+
+    Raises UsageError for what no YAML file can hold.
+    """
+    if isinstance(value, Mapping):
+        items = ((k, yaml_text(v, quote=k in QUOTED_KEYS)) for k, v in value.items())
+        return f"{{{', '.join(f'{yaml_text(key)}: {text}' for key, text in items)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(yaml_text(item, quote=quote) for item in value)}]"
+    if not isinstance(value, str):
+        return str(value).lower()  # a number, true, false
+    if re.search("[\ud800-\udfff]", value):
+        raise UsageError(f"{quoted(value)} is not UTF-8 text", "nothing is changed")
+    # Bare: a letter or digit first, then nothing that YAML could take for punctuation.
+    is_bare = not quote and re.fullmatch(r"\w(?:[\w ./+=@-]|:(?=[\w/]))*(?<! )", value)
+    node: Any = yaml.compose(value, Loader=_LOADER) if is_bare else None
+    if node and node.tag == f"{_TAG}str":
+        return value
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+
+
+class ConfigEditor:
+    """A config's text, changed at the marks of its YAML nodes; all else keeps every byte.
+
+    A path is a tuple of keys: ("jobs", "nightly", "paused"). A change that would not read back as
+    it is meant raises TeckoError, and the text stays.
+    """
+
+    def __init__(self, text: str, path: Path = Path("config.yaml")) -> None:
+        self.path = path
+        self._byte_order_mark = "\ufeff" if text.startswith("\ufeff") else ""
+        self._read(text.removeprefix("\ufeff"))
+
+    @property
+    def text(self) -> str:
+        return self._byte_order_mark + self._text
+
+    def find(self, path: tuple[str, ...]) -> Any:  # noqa: ANN401 - a node, or None
+        """Return what stands at a path, by keys of its own (`<<` brings others)."""
+        node: Any = self.tree.node
+        for name in path:
+            place = self._place(node, name)
+            if place is None:
+                return None
+            node = node.value[place][1]
+        return node
+
+    def set(self, path: tuple[str, ...], value: object, after: str = "") -> None:
+        """Replace a value, or add it behind the key `after` or as the last one."""
+        parent = self.find(path[:-1])
+        place = self._place(parent, path[-1])
+        if place is None:
+            return self.add(path, value, after)
+        start, end = self._span(parent, place)
+        source = yaml_text(value, quote=path[-1] in QUOTED_KEYS)
+        new = self._respelled(self._text[start:end], source)
+        return self._apply([(start, end, new)], self._meant(path, value))
+
+    def replace(self, values: Iterable[tuple[yaml.Node, str]]) -> None:
+        """Replace the text of scalars, also for those that read them through an alias."""
+        splices, texts = [], {}
+        for node, text in values:
+            start, end = node.start_mark.index, node.end_mark.index
+            splices.append((start, end, self._respelled(self._text[start:end], yaml_text(text))))
+            texts[id(node)] = text
+        self._apply(splices, self._plain(self.tree.node, texts))
+
+    def add(self, path: tuple[str, ...], value: object, after: str = "") -> None:
+        """Add a key with its value in the style of those beside it; makes a missing section."""
+        parent = self.find(path[:-1])
+        if parent is None:
+            return self.add(path[:-1], {path[-1]: value})
+        pair = yaml_text({path[-1]: value})[1:-1]
+        if not isinstance(parent, yaml.MappingNode) and parent.tag != f"{_TAG}null":
+            raise UsageError(f"{'.'.join(path[:-1])} is not a mapping", "write keys and values")
+        if not isinstance(parent, yaml.MappingNode) or not parent.value:
+            return self._apply(self._first(path, value, pair), self._meant(path, value))
+        place = self._place(parent, after)
+        place = len(parent.value) - 1 if place is None else place
+        key, (_, end) = parent.value[place][0].start_mark, self._span(parent, place)
+        if parent.flow_style:
+            is_alone = self._begins_line(key.index) and not self._matched(r"[^\r\n]*#", end)
+            space = f"{self._line_end(end)}{' ' * key.column}" if is_alone else " "
+            splice = (end, end, f",{space}{pair}")
+        else:
+            is_apart = place and len(path) < 3 and self._is_apart(key.index)
+            gap = [""] if is_apart and self._text[end - 1] not in "\r\n" else []
+            splice = self._below(end, key.column, gap + self._lines(path, value, key.column))
+        return self._apply([splice], self._meant(path, value))
+
+    def remove(self, path: tuple[str, ...]) -> None:
+        """Remove a key with its value and the comments inside; an emptied section becomes {}."""
+        parent, text = self.find(path[:-1]), self._text
+        place = self._place(parent, path[-1])
+        if place is None:
+            raise UsageError(f"{self.path} has no {'.'.join(path)}", "nothing is changed")
+        key, (_, end) = parent.value[place][0].start_mark, self._span(parent, place)
+        start = key.index
+        if parent.flow_style:
+            comma, before = self._matched(r"\s*,[ \t]*", end), text[:start].rstrip()
+            start = len(before) - 1 if before.endswith(",") and not comma else start
+            end += len(comma)
+        below = self._below(end, key.column, [])[0]
+        ends_line = below == len(text) or re.search(r"[\r\n]", text[below - 1 : below + 1])
+        if self._begins_line(start) and ends_line:
+            start = len(text[:start].rstrip(" \t"))
+            end = below + len(self._matched(r"\r\n?|\n", below))
+            blank = re.search(
+                r"(?>\r\n?|\n)([ \t]*(?>\r\n?|\n))\Z", text[max(0, start - 99) : start]
+            )
+            if blank and re.match(r"[ \t]*(?:[\r\n]|\Z)", text[end:]):
+                start -= len(blank[1])  # of the blank lines around it, one is enough
+        splices = [(start, end, "")]
+        outer = self.find(path[:-2])
+        if outer and len(parent.value) == 1 and not parent.flow_style:
+            colon = outer.value[self._place(outer, path[-2])][0].end_mark.index
+            colon += len(self._matched(r"\s*:(?:[ \t]+[&!]\S+)*", colon))
+            splices.append((colon, colon, " {}"))
+        return self._apply(splices, self._meant(path, None))
+
+    # --- the text and what it means ---
+
+    def _read(self, text: str) -> None:
+        problems: list[Problem] = []
+        tree = compose(text, self.path, problems)
+        if tree is None:
+            raise ConfigError(problems)
+        self._text, self.tree = text, tree
+        self._ends = []  # of scalars, aliases and braces: a block ends where the last of them does
+        event: Any
+        for event in yaml.parse(text, Loader=_LOADER):
+            start, end = event.start_mark.index, event.end_mark.index
+            source = text[start:end]
+            if isinstance(event, yaml.ScalarEvent | yaml.AliasEvent) or source in {"]", "}"}:
+                is_block = getattr(event, "style", None) in {"|", ">"}
+                if is_block and not re.match(r"[^\r\n#]*\+", source):
+                    end = start + len(source.rstrip(" \t\r\n"))
+                self._ends.append(end)
+
+    def _apply(self, splices: Iterable[tuple[int, int, str]], meant: object) -> None:
+        """Change the text, if it then reads as `meant`."""
+        before = text = self._text
+        for start, end, new in sorted(splices, reverse=True):
+            text = text[:start] + new + text[end:]
+        with contextlib.suppress(ConfigError):
+            self._read(text)
+            if self._plain(self.tree.node, {}) == meant:
+                return
+        self._read(before)
+        what = "an anchor, an alias or an unusual layout is in the way"
+        raise TeckoError(f"cannot change {self.path}: {what}", "change it by hand, in an editor")
+
+    def _plain(self, node: Any, texts: Mapping[int, str]) -> Any:  # noqa: ANN401 - a tree
+        """Return a tree as dicts, lists and tags with values; `texts` take the place of some."""
+        if isinstance(node, yaml.MappingNode):
+            merge = f"{_TAG}merge"
+            return {(k.tag == merge, str(k.value)): self._plain(v, texts) for k, v in node.value}
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, texts) for item in node.value]
+        return (f"{_TAG}str", texts[id(node)]) if id(node) in texts else (node.tag, node.value)
+
+    def _meant(self, path: tuple[str, ...], value: object) -> object:
+        """Return the tree with a value at a path, or (None) without what is there."""
+        meant = inner = self._plain(self.tree.node, {})
+        for name in path[:-1]:
+            if not isinstance(inner.get((False, name)), dict):
+                inner[False, name] = {}
+            inner = inner[False, name]
+        if value is None:
+            del inner[False, path[-1]]
+        else:
+            node = yaml.compose(yaml_text(value), Loader=_LOADER)
+            inner[False, path[-1]] = self._plain(node, {})
+        return meant
+
+    def _place(self, node: object, name: str) -> int | None:
+        """Return which entry of a mapping has this key. Raises UsageError for two of them."""
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        keys = [key.value if key.tag != f"{_TAG}merge" else None for key, _ in pairs]
+        if keys.count(name) > 1:
+            raise UsageError(f"{self.path} has the key {quoted(name)} twice", "keep one of them")
+        return keys.index(name) if name in keys else None
+
+    def _span(self, parent: yaml.MappingNode, place: int) -> tuple[int, int]:
+        """Return where an entry's value begins and ends."""
+        key, value = parent.value[place]
+        after: Any = parent.end_mark
+        limit = after.index - bool(parent.flow_style)
+        if place + 1 < len(parent.value):
+            limit = parent.value[place + 1][0].start_mark.index
+        end = max(end for end in self._ends if end <= limit)
+        start = value.start_mark.index
+        if start < key.end_mark.index:  # an alias: its node stands where the anchor is
+            start = self._text.rindex("*", key.end_mark.index, end)
+        return start, end
+
+    # --- how it is written ---
+
+    def _matched(self, pattern: str, at: int) -> str:
+        match = re.compile(pattern).match(self._text, at)
+        return match[0] if match else ""
+
+    def _line_end(self, at: int) -> str:
+        ends = re.compile(r"\r\n?|\n")
+        found = ends.search(self._text, at) or ends.search(self._text)
+        return found[0] if found else "\n"
+
+    def _begins_line(self, at: int) -> bool:
+        return not self._text[:at].rstrip(" \t").rpartition("\n")[2].rpartition("\r")[2]
+
+    def _is_apart(self, start: int) -> bool:
+        """Return whether a blank line stands before an entry and the comments above it."""
+        above = f"{self._text[:start]}.".splitlines()[:-1]
+        while above and above[-1].lstrip().startswith("#"):
+            above.pop()
+        return bool(above) and not above[-1].strip()
+
+    @staticmethod
+    def _respelled(old: str, new: str) -> str:
+        """Return a value's source with another value in it.
+
+        An anchor or tag before it stays, a comment behind a block's `|`, and what ends the block.
+        """
+        if not old:
+            return f" {new}"
+        before = re.match(r"(?:[&!]\S*\s+|#[^\r\n]*\s+)*", old)
+        prefix = before[0] if before else ""
+        block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)", old[len(prefix) :])
+        comment = f"  {block[1].rstrip()}" if block else ""
+        return f"{prefix}{new}{comment}{old[len(old.rstrip()) :]}"
+
+    def _lines(self, path: tuple[str, ...], value: object, column: int) -> list[str]:
+        """Return a key and its value in block style; inside an entry, what is short in one line."""
+        quote = path[-1] in QUOTED_KEYS
+        head = f"{' ' * column}{yaml_text(path[-1])}:"
+        line = f"{head} {yaml_text(value, quote=quote)}"
+        column += self._step(path[0])
+        if value and isinstance(value, Mapping) and (len(path) < 3 or len(line) > 100):
+            inner = [self._lines((*path, key), item, column) for key, item in value.items()]
+            return [head, *itertools.chain.from_iterable(inner)]
+        if isinstance(value, list) and len(line) > 100:
+            return [head, *(f"{' ' * column}- {yaml_text(item, quote=quote)}" for item in value)]
+        return [line]
+
+    def _step(self, section: str) -> int:
+        """Return by how much this section indents, or else another one."""
+        for key, value in sorted(self.tree.node.value, key=lambda pair: pair[0].value != section):
+            if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
+                step = int(value.value[0][0].start_mark.column - key.start_mark.column)
+                if step > 0:  # else it is an alias
+                    return step
+        return 2
+
+    def _below(self, end: int, column: int, lines: Sequence[str]) -> tuple[int, int, str]:
+        """Return the splice that puts lines below a value and the comments that belong to it.
+
+        Those are the one behind it, and those below that are indented deeper than `column`.
+        """
+        new_line = self._line_end(end)
+        if self._text[:end].endswith(("\r", "\n")):  # a block that keeps its line ends, `|+`
+            return end, end, new_line.join([*lines, ""])
+        deeper = rf"(?:(?:\r\n?|\n)[ \t]{{{column + 1},}}#[^\r\n]*)*"
+        place = end + len(self._matched(rf"[ \t]*(?:#[^\r\n]*)?{deeper}", end))
+        return place, place, "".join(f"{new_line}{line}" for line in lines)
+
+    def _first(self, path: tuple[str, ...], value: object, pair: str) -> list[tuple[int, int, str]]:
+        """Return the splices that put the first key into what is empty: `{}`, or null."""
+        root: Any = self.tree.node
+        end = root.end_mark.index
+        if len(path) == 1:  # the whole file is {}
+            return [(end - 1, end - 1, pair)]
+        outer = [self.find(path[:length]) for length in range(len(path) - 1)]
+        place = self._place(outer[-1], path[-2]) or 0
+        key, (start, end) = outer[-1].value[place][0].start_mark, self._span(outer[-1], place)
+        old = self._text[start:end]
+        in_braces = any(node.flow_style for node in outer)
+        if old.endswith("}") and (in_braces or "#" in old):
+            return [(end - 1, end - 1, pair)]
+        if in_braces:
+            return [(start, end, self._respelled(old, f"{{{pair}}}"))]
+        lines = self._lines(path, value, key.column + self._step(path[0]))
+        anchor = "".join(re.findall(r"^(?:[&!]\S+\s*)*", old)).rstrip()
+        start = len(self._text[:start].rstrip(" \t"))
+        return [(start, end, anchor and f" {anchor}"), self._below(end, key.column, lines)]
+
+
+# --- the config file ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def editors_lock(path: Path) -> Iterator[None]:
+    """Keep other editors out of a config's directory. Raises TeckoError after ten seconds.
+
+    Where there are no locks, `replace_file` still notices what another one has changed.
+    """
+    patience = time.monotonic() + 10
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: links in a circle
+            fd = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > patience:
+                        what = f"another command has been changing {path} for ten seconds"
+                        raise TeckoError(what, "run this one again") from None
+                    time.sleep(0.02)
+        yield
+
+
+def replace_file(path: Path, old: bytes, new: bytes) -> None:
+    """Replace a file's content as a whole or not at all; mode, owner and links to it stay.
+
+    Raises TeckoError if someone else has written it meanwhile, or it cannot be done.
+    """
+    real = path.resolve()
+    with contextlib.ExitStack() as stack:
+        try:
+            fd, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name[:40]}.")
+            stack.callback(Path(temporary).unlink, missing_ok=True)
+            with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
+                before = real.stat()
+                file.write(new)
+                file.flush()
+                if (os.fstat(fd).st_uid, os.fstat(fd).st_gid) != (before.st_uid, before.st_gid):
+                    os.fchown(fd, before.st_uid, before.st_gid)
+                os.fchmod(fd, stat.S_IMODE(before.st_mode))
+                os.fsync(fd)
+            if real.read_bytes() != old:
+                raise TeckoError(f"{path} was changed meanwhile", "run the command again")
+            Path(temporary).replace(real)
+        except OSError as error:
+            hint = "run this as the file's owner, with room on the disk"
+            if error.errno == errno.EBUSY and any(mount_warning(path)):
+                hint = "it is a mount of its own: mount its directory instead"
+            raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
+
+
+def edit_config(
+    path: Path, change: Callable[[ConfigEditor, Config], str], *, dry_run: bool = False
+) -> str:
+    """Change the config file; returns what `change` says that it did.
+
+    Problems that are there already do not matter. Raises UsageError for the first new one, and
+    TeckoError if the file cannot be replaced: then it stays as it is. `dry_run` writes nothing.
+    """
+
+    def problems_in(text: str) -> list[tuple[str, Problem]]:
+        try:
+            load_config(path, files, os.environ, Redactor(), text)
+        except ConfigError as error:
+            return [(re.sub("line [0-9]+", "", f"{p.path}: {p.what}"), p) for p in error.problems]
+        return []
+
+    with editors_lock(path):
+        files = Files()
+        config, problems, text = read_config_file(path, files)
+        if not config.sha256:
+            raise ConfigError(problems)
+        editor = ConfigEditor(text, path)
+        done = change(editor, config)
+        if editor.text != text:
+            known = collections.Counter(key for key, _ in problems_in(text))
+            for key, problem in problems_in(editor.text):
+                known[key] -= 1
+                if known[key] < 0:
+                    what = f"{problem.path}: {problem.what}" if problem.path else problem.what
+                    raise UsageError(one_line(what, 1000), problem.cure)
+            if not dry_run:
+                replace_file(path, files.read(path).data, editor.text.encode())
+    return done
+
+
+# --- encrypt, secret ------------------------------------------------------------------------------
+
+
+def encrypted(
+    config: Config, text: str, kind: str, *, rotate: bool = False
+) -> str | tuple[str, str]:
+    """Return a secret's value as a token, or what is wrong with it and the cure.
+
+    Raises ConfigError where there is no key.
+    """
+    opener = SecretOpener(config, Files(), os.environ)
+    keys = opener.fernet()
+    if keys is None:
+        raise ConfigError(opener.problems)
+    opened = decrypted(keys, text)
+    if opened is None and looks_encrypted(text):
+        return "is encrypted with another key", "add that key after the first one"
+    problem = token_problem(text if opened is None else opened, kind)
+    if problem:
+        return problem
+    if opened is None:
+        return keys.encrypt(text.encode()).decode()
+    return keys.rotate(text.encode()).decode() if rotate else text
+
+
+def section(tree: YamlNode, name: str) -> dict[str, YamlNode]:
+    """Return the entries of a section; what is wrong there is no business of an editor."""
+    found = tree.entries("").get(name)
+    return found.entries("") if found else {}
+
+
+def encrypt_values(editor: ConfigEditor, config: Config, *, rotate: bool) -> str:
+    """Encrypt all plain values; that of an alias and of its anchor stays one."""
+    tokens: dict[int, tuple[yaml.Node, str]] = {}
+    names, problems = [], []
+    for name, entry in section(editor.tree, "secrets").items():
+        own = entry.entries("")
+        at = own.get("value")
+        text = at.text("") if at and not at.is_null else None
+        if at is None or text is None:
+            continue
+        if id(at.node) not in tokens:
+            kind = own["type"].text("") if "type" in own else None
+            token = encrypted(config, text, kind or "", rotate=rotate)
+            if isinstance(token, tuple):
+                at.bad(*token)
+                problems.append(at.problems[-1])
+                continue
+            tokens[id(at.node)] = (at.node, token)
+        if tokens[id(at.node)][1] != text:
+            names.append(name)
+    if problems:
+        raise ConfigError(problems)
+    editor.replace((node, token) for node, token in tokens.values() if token != node.value)
+    return f"encrypted: {', '.join(names)}" if names else "nothing to do: no value is in plain"
+
+
+def run_encrypt(args: argparse.Namespace) -> int:
+    """Encrypt the plain values of the config, in place; or a new value for one secret."""
+    if args.set is not None:
+        return set_secret(config_path(args), args.set, None, {})
+    print(edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate)))
     return 0
 
 
-def run_secret(args):
+def typed_text(name: str) -> str:
+    """Return what a person types, unseen, or what comes over standard input."""
+    if sys.stdin is None:  # closed by whoever started us
+        return ""
+    if sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            return getpass.getpass(f"{name}: ").strip()
+        return ""
+    return sys.stdin.buffer.read(70_000).decode("utf-8", "replace").strip()
+
+
+def set_secret(path: Path, name: str, kind: str | None, urls: Mapping[str, str | None]) -> int:
+    """Ask for a secret's value and put it into the config; makes the entry if it is missing."""
+    types = " or ".join(SECRET_KEYS)
+
+    def change(editor: ConfigEditor, config: Config, typed: str) -> str:
+        entry = section(editor.tree, "secrets").get(name)
+        own = entry.entries("") if entry else {}
+        old_kind = own["type"].text("") if "type" in own else None
+        wanted = kind or old_kind or ""
+        for source in own.keys() & {"env", "file"}:
+            cure = f"remove {source}: from the config first"
+            raise UsageError(f"the secret {name} comes from {source}:", cure)
+        if not wanted:
+            raise UsageError(
+                f"{path} has no secret {quoted(name)} with a type", f"add --type {types}"
+            )
+        if old_kind not in {None, wanted}:
+            cure = "leave --type out, or remove the secret first"
+            raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
+        if wanted not in SECRET_KEYS:
+            raise UsageError(f"{quoted(wanted)} is not a type of secret", f"write {types}")
+        token = encrypted(config, typed, wanted)
+        if isinstance(token, tuple):
+            what, cure = token
+            raise UsageError(f"what was given for {name} {what}", f"nothing is changed: {cure}")
+        values = {"type": wanted, "value": token, **given(urls)}
+        if entry is None:
+            editor.add(("secrets", name), values)
+            return f"encrypted: {name}"
+        for key, value in values.items():
+            if key not in own or key != "type":
+                editor.set(("secrets", name, key), value, after="type")
+        return f"encrypted: {name}"
+
+    # All else is checked before a person is asked, with what could be a value of any type.
+    trial = functools.partial(change, typed="https://example.com/a")
+    edit_config(path, trial, dry_run=True)
+    print(edit_config(path, functools.partial(change, typed=typed_text(name))))
     return 0
 
 
-def run_job(args):
+def secret_users(tree: YamlNode) -> dict[str, list[str]]:
+    """Return who uses each secret: jobs (also unfinished ones), `defaults` and `notify`."""
+    defaults, rules = section(tree, "defaults"), tree.entries("").get("notify")
+    uses = [("defaults", defaults)]
+    uses += [(name, defaults | job.entries("")) for name, job in section(tree, "jobs").items()]
+    uses += [("notify", rule.entries("")) for rule in (rules.items("") if rules else ())]
+    users: dict[str, list[str]] = {}
+    for user, keys in uses:
+        for key in keys.keys() & {"openai_secret", "keboola_secret", "secret"}:
+            names = users.setdefault(keys[key].text("") or "", [])
+            names += [] if user in names else [user]
+    return users
+
+
+def secret_lines(editor: ConfigEditor, config: Config) -> list[str]:
+    """Return a table of the secrets, without any value, and without what may be one by mistake."""
+    users = secret_users(editor.tree)
+    rows = [("SECRET", "TYPE", "FROM", "USED BY")]
+    for name in section(editor.tree, "secrets"):
+        secret, using = config.secrets.get(name), users.get(name, ["nobody"])
+        kind, source, text = "?", "not readable: run `check`", ""
+        if secret:
+            kind, source, text = secret.type, secret.source, secret.text.reveal()
+        if source == "value" and not looks_encrypted(text):
+            source = "value, NOT ENCRYPTED: run `encrypt`"
+        elif source == "file":
+            source = f"file {one_line(text, 200)}"
+        elif source == "env":
+            is_name = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text)
+            source = f"env {text}" if is_name else "env, but not a variable's name"
+        more = f" and {len(using) - 5} more" if len(using) > 5 else ""
+        rows.append((one_line(name), kind, source, one_line(", ".join(using[:5])) + more))
+    return table(rows) if len(rows) > 1 else ["no secrets"]
+
+
+def run_secret(args: argparse.Namespace) -> int:
+    """List, set or remove secrets in the config."""
+    path = config_path(args)
+
+    def remove(editor: ConfigEditor, _: Config) -> str:
+        users = secret_users(editor.tree).get(args.name)
+        if editor.find(("secrets", args.name)) is None:
+            cure = "`teckochecker secret list` lists them all"
+            raise UsageError(f"there is no secret {quoted(args.name)}", cure)
+        if users:
+            using = one_line(", ".join(users))
+            raise UsageError(f"the secret {args.name} is used by {using}", "change that first")
+        editor.remove(("secrets", args.name))
+        return f"removed: {args.name}"
+
+    if args.action == "set":
+        urls = {"stack_url": args.stack_url, "base_url": args.base_url}
+        return set_secret(path, args.name, args.type, urls)
+    if args.action == "remove":
+        print(edit_config(path, remove))
+        return 0
+    config, problems, text = read_config_file(path, Files())
+    if not config.sha256:
+        raise ConfigError(problems)
+    print("\n".join(secret_lines(ConfigEditor(text, path), config)))
     return 0
 
 
-def add_job_options(parser):
-    pass
+# --- job ------------------------------------------------------------------------------------------
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each key that a job can have."""
+    for key, reader in JOB_KEYS.items():
+        option, how = f"--{key.replace('_', '-')}", {"metavar": "TEXT"}
+        if reader is YamlNode.boolean:
+            parser.add_argument(option, dest=key, action=argparse.BooleanOptionalAction)
+            continue
+        if key in {"match", "variables"} or key.endswith("_ids"):
+            metavar = "ID" if key.endswith("_ids") else "KEY=VALUE"
+            how = {"metavar": metavar, "action": "append", "help": "can be repeated"}
+            option = option.removesuffix("s")
+        parser.add_argument(option, dest=key, **how)  # type: ignore[arg-type]
+
+
+def job_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of a job that the command line gives. Raises UsageError."""
+    values = {key: getattr(args, key) for key in JOB_KEYS if getattr(args, key) is not None}
+    for key in values.keys() & {"match", "variables"}:
+        pairs = [text.partition("=") for text in values[key]]
+        for name, equals, _ in pairs:
+            if not (name and equals):
+                raise UsageError(f"{quoted(name)} is not KEY=VALUE", "nothing is changed")
+        values[key] = {name: value for name, _, value in pairs}
+        if len(values[key]) < len(pairs):
+            raise UsageError(f"a key of {key} is given twice", "keep one of them")
+    numbers = {"group_size", "settle", "poll_interval", "deadline", "retry_on_error"}
+    for key in values.keys() & numbers:
+        if re.fullmatch("0|[1-9][0-9]{0,8}", values[key]):
+            values[key] = int(values[key])  # it needs no quotes
+    return values
+
+
+def run_job(args: argparse.Namespace) -> int:
+    """Add, pause, resume or remove a job in the config."""
+    name, path = args.name, ("jobs", args.name)
+
+    def change(editor: ConfigEditor, config: Config) -> str:
+        is_there = editor.find(path) is not None
+        if args.action == "add" and is_there:
+            raise UsageError(f"there is a job {quoted(name)} already", "choose another name")
+        if args.action != "add" and not is_there:
+            cure = "`teckochecker status` lists them all"
+            raise UsageError(f"there is no job {quoted(name)}", cure)
+        if args.action == "add":
+            editor.add(path, job_values(args))
+            return f"added: {name}"
+        if args.action == "remove":
+            editor.remove(path)
+            return f"removed: {name}"
+        job, paused = config.jobs.get(name), args.action == "pause"
+        if job and job.paused == paused:
+            return f"nothing to do: {name} is {'paused already' if paused else 'not paused'}"
+        editor.set((*path, "paused"), paused)
+        return f"{'paused' if paused else 'resumed'}: {name}"
+
+    print(edit_config(config_path(args), change))
+    return 0
 
 
 # --- doctor ---------------------------------------------------------------------------------------
 
 DOCTOR_PATIENCE_S: Final = 45  # for all requests with one secret; the secrets go side by side
-LEAST_FREE_BYTES: Final = 100 * 1024 * 1024
-FLOWS: Final = ("keboola.orchestrator", "keboola.flow")  # they hand variables on to their tasks
 
-Finding = tuple[str, str, str]  # a mark (✓ is right, ! could be better, ✗ is wrong), what, the cure
+OWNER_CURE: Final = "run this as the daemon's user, or chown it to that user"
+
+Verdict = tuple[str, str, str]  # ✓ (right), ! (could be better) or ✗ (wrong); what; the cure
 
 
 class Doctor:
-    """Tries everything that has to be right; each check adds its findings to a list."""
+    """Tries everything that has to be right, and prints a line about each."""
 
     def __init__(self, config: Config, secrets: Mapping[str, Secret], redactor: Redactor) -> None:
         self.config = config
-        self.counts: collections.Counter[str] = collections.Counter()  # of findings, by mark
+        self.counts: collections.Counter[str] = collections.Counter()  # of verdicts, by mark
         self._secrets = secrets
         self._redactor = redactor
-        # The batches that are still polled, by job; a job whose run is finished is not here.
-        self._open = {name: list(j.batch_ids) for name, j in config.jobs.items() if not j.done}
+        # The batches that are polled, by job. What `done` or a finished run is about may be gone.
+        self._polled = {name: [*job.batch_ids] for name, job in config.jobs.items() if not job.done}
         self._skews: dict[str, float] = {}  # how far our clock is ahead of a secret's server
 
-    def tell(self, found: Iterable[Finding]) -> None:
-        """Print findings, a line each, and count them."""
-        words = {"✓": "ok", "!": "!", "✗": "WRONG"}
-        colours = {"✓": GREEN, "!": "", "✗": RED}
+    def tell(self, found: Iterable[Verdict]) -> None:
+        """Print verdicts, and count them."""
+        words = {} if can_show("✓✗") else {"✓": "ok", "✗": "WRONG"}
         for mark, what, cure in found:
             self.counts[mark] += 1
-            text = one_line(self._redactor.text(f"{what}; {cure}" if cure else what), 1000)
-            print(painted(mark if can_show("✓✗") else words[mark], colours[mark]), text, flush=True)
+            shown = painted(words.get(mark, mark), {"✓": GREEN, "✗": RED}.get(mark, ""))
+            text = self._redactor.text(f"{what}; {cure}" if cure else what)
+            print(shown, one_line(text, 1000), flush=True)
 
     # --- this machine ---
 
-    def check_files(self) -> Iterator[Finding]:
-        """Check directories, the state file and its neighbours, and who runs."""
-        state = self.config.state_path
-        publish = self.config.publish_path
+    def check_files(self) -> Iterator[Verdict]:
+        """Check directories, the state file and what lies beside it, and who runs."""
+        state, publish = self.config.state_path, self.config.publish_path
         yield self._check_directory(state.parent, "the state file")
         if publish:
             place = publish if os.path.lexists(publish) else publish.parent
@@ -6595,72 +6666,66 @@ class Doctor:
             with Store.reading(state) as store:
                 if store:
                     check_undamaged(store.db, state)
-                    self._skip_what_is_over(store)
+                    self._leave_out_finished(store)
             there = "is whole" if store else "is not there yet: the first start makes it"
             yield "✓", f"the state file {state} {there}", ""
-            yield from self._check_rights(state)
+            yield from self._check_owners(state)
         except TeckoError as error:
             yield "✗", str(error), ""
         owner = lock_owner(state)
-        if owner["running"] or owner["once"]:
-            kind = "the daemon" if owner["running"] else "a pass of --once"
-            yield "✓", f"running now: {kind} (pid {owner['pid']})", ""
-        elif owner["pid"]:
-            what = f"pid {owner['pid']} has not run its loop since {owner['last_loop_at']}"
-            yield "!", what, "it hangs or was killed: see its log, and start it again"
+        kind = "the daemon" if owner["running"] else "a pass of --once" if owner["once"] else ""
+        if owner["pid"] and not kind:
+            what = f"pid {owner['pid']} was killed, or hangs, since {owner['last_loop_at']}"
+            yield "!", what, "see its log, and start it again"
         else:
-            yield "✓", "nothing runs now", ""
+            yield "✓", f"{kind} runs, pid {owner['pid']}" if kind else "nothing runs now", ""
 
     @staticmethod
-    def _check_directory(directory: Path, what: str) -> Finding:
+    def _check_directory(directory: Path, what: str) -> Verdict:
         """Check that files can be made in a directory, and that its disk has room."""
+        text = f"{directory}, for {what},"
         try:
-            free = shutil.disk_usage(directory).free
+            free_mib = shutil.disk_usage(directory).free >> 20
         except OSError as error:
-            cure = "create it (under systemd, the unit does)"
-            return "✗", f"{directory}, for {what}: {error.strerror}", cure
+            return "✗", f"{text} cannot be used: {error.strerror}", "create it, as the unit does"
         if not os.access(directory, os.W_OK | os.X_OK):
-            cure = "chown it to the daemon's user, or run this as that user"
-            return "✗", f"{directory}, for {what}, cannot be written by this user", cure
-        if free < LEAST_FREE_BYTES:
-            text = f"{directory}, for {what}, has {free >> 20} MiB left"
-            return "✗", text, "make room on the disk"
-        return "✓", f"{directory}, for {what}: {free >> 20:,} MiB free", ""
+            return "✗", f"{text} cannot be written by this user", OWNER_CURE
+        if free_mib < 100:
+            return "✗", f"{text} has only {free_mib} MiB left", "make room on that disk"
+        return "✓", f"{text} has {free_mib:,} MiB left", ""
 
     @staticmethod
-    def _check_rights(state: Path) -> Iterator[Finding]:
-        """Check that the files belong to one user, the directory's, and can be written.
+    def _check_owners(state: Path) -> Iterator[Verdict]:
+        """Check that the files belong to the directory's owner, and can be written.
 
         In a directory of root's the daemon may be anybody: then the lock file tells who it is.
         """
-        names = ("", ".lock", "-wal", "-shm")
-        paths = [
-            path for name in names if (path := state.with_name(f"{state.name}{name}")).exists()
-        ]
-        places = [state.parent, state.with_name(f"{state.name}.lock")]
-        model = next((p for p in places if p.exists() and p.stat().st_uid != 0), state.parent)
-        user = model.stat()
+        lock, *beside = (state.with_name(state.name + end) for end in (".lock", "-wal", "-shm"))
+        paths = [path for path in (state, lock, *beside) if path.exists()]
+        model = state.parent
+        if lock in paths and model.stat().st_uid == 0:
+            model = lock
         for path in paths:
+            user = model.stat()
             if path.stat().st_uid != user.st_uid:
                 what = f"{path} belongs to {owner_of(path)}, but {model} to {owner_of(model)}"
                 yield "✗", what, f"run: chown {user.st_uid}:{user.st_gid} {shlex.quote(str(path))}"
             elif not os.access(path, os.R_OK | os.W_OK):
-                cure = "run this as the daemon's user, or chown it to that user"
-                yield "✗", f"{path} cannot be written by this user", cure
+                yield "✗", f"{path} cannot be written by this user", OWNER_CURE
 
-    def _skip_what_is_over(self, store: Store) -> None:
-        """Leave out finished runs and batches, which may be gone by now; add those of groups."""
-        config = self.config
-        runs = store.runs_for(config.jobs, recent=False)
-        targets = {name: config.target(job) for name, job in config.jobs.items()}
-        for name, run in assign(config.jobs, targets, [r for r in runs if not r.group]).items():
+    def _leave_out_finished(self, store: Store) -> None:
+        """Leave out the jobs and batches that are finished, and add the batches of groups."""
+        jobs = self.config.jobs
+        targets = {name: self.config.target(job) for name, job in jobs.items()}
+        runs = store.runs_for(jobs, recent=False)
+        for name, run in assign(jobs, targets, [r for r in runs if not r.group]).items():
             if run.phase is Phase.FINISHED:
-                self._open.pop(name, None)
-            elif name in self._open:
-                self._open[name] = [batch.id for batch in run.batches if not batch.is_final]
+                self._polled.pop(name, None)
+            elif name in self._polled:
+                self._polled[name] = [batch.id for batch in run.batches if not batch.is_final]
         for run in runs:
-            if run.group and run.phase is Phase.POLLING and run.job in self._open:
-                self._open[run.job] += [b.id for b in run.batches if not b.is_final]
+            if run.group and run.phase is Phase.POLLING and run.job in self._polled:
+                self._polled[run.job] += [b.id for b in run.batches if not b.is_final]
 
     # --- the servers ---
 
@@ -6669,60 +6734,48 @@ class Doctor:
         asyncio.get_running_loop().set_default_executor(DaemonThreads())
         timeout_s = min(8, self.config.request_timeout)
         http = Http(replace(self.config, request_timeout=timeout_s), self._redactor)
-        if http.rules.unreadable:
-            entries = ", ".join(map(quoted, http.rules.unreadable))
-            what = f"$NO_PROXY has entries that are neither host nor network: {entries}"
-            self.tell([("!", what, "remove them: they are ignored")])
-        names = [
-            name
-            for kind in ("openai", "keboola")
-            for name in self.config.of_type(kind)
-            if name in self._secrets
-        ]
-        checks = [asyncio.create_task(self._check_secret(name, http)) for name in names]
+        for entry in http.rules.unreadable:
+            what = f"$NO_PROXY has {quoted(entry)}, which is neither host nor network"
+            self.tell([("!", what, "it is ignored: correct or remove it")])
+        names = [*self.config.of_type("openai"), *self.config.of_type("keboola")]
+        opened = [name for name in names if name in self._secrets]
+        checks = [asyncio.create_task(self._check_secret(name, http)) for name in opened]
         try:
             for check in checks:
                 self.tell(await check)
         finally:
             await http.close()
-        off = {name: skew for name, skew in self._skews.items() if abs(skew) > MINUTE_S}
-        for name, skew in off.items():
-            side = "ahead of" if skew > 0 else "behind"
-            what = f"the clock is {in_words(abs(skew))} {side} that of {name}'s server"
-            self.tell([("!", what, "let NTP set it (systemd-timesyncd, chrony)")])
-        if self._skews and not off:
-            most = max(map(abs, self._skews.values()))
-            self.tell([("✓", f"the clock agrees with the servers' to {most:.0f} s", "")])
+        for name, skew_s in self._skews.items():
+            if abs(skew_s) > MINUTE_S:
+                side = "ahead of" if skew_s > 0 else "behind"
+                what = f"the clock is {show_duration(abs(skew_s))} {side} that of {name}'s server"
+                self.tell([("!", what, "let NTP set it (systemd-timesyncd, chrony)")])
 
-    async def _check_secret(self, name: str, http: Http) -> list[Finding]:
+    async def _check_secret(self, name: str, http: Http) -> list[Verdict]:
         """Return what is found with one secret, as far as the time allows."""
-        found: list[Finding] = []
+        found: list[Verdict] = []
         check = {"openai": self._check_openai, "keboola": self._check_keboola}
         try:
             async with asyncio.timeout(DOCTOR_PATIENCE_S):
                 await check[self.config.secrets[name].type](name, http, found)
         except TimeoutError:
-            text = f"{name}: not everything was answered within {DOCTOR_PATIENCE_S} s"
+            what = f"{name}: not everything was answered within {DOCTOR_PATIENCE_S} s"
             cure = "see why its server is slow; for very many jobs, raise max_concurrency"
-            found.append(("✗", text, cure))
+            found.append(("✗", what, cure))
         return found
 
-    def _note_for(self, name: str) -> Note:
-        """Return what remembers how far the clock is from that of a secret's server."""
-
-        def note(_: ApiError | None, date: float | None) -> None:
-            if date is not None:
-                self._skews[name] = time.time() - date
-
-        return note
+    def _note(self, name: str, _: ApiError | None, date: float | None) -> None:
+        """Remember what a server's clock says."""
+        if date is not None:
+            self._skews[name] = time.time() - date
 
     def _new_token(self, name: str) -> str:
         """Return where a new token for a secret belongs."""
         entry = self.config.secrets[name]
-        if entry.source == "value":
-            config = shlex.quote(str(self.config.path))
-            return f"make a new one, then run: teckochecker --config {config} secret set {name}"
-        return f"make a new one, and put it into {entry.source} {entry.text.reveal()}"
+        if entry.source != "value":
+            return f"make a new one, and put it into {entry.source} {entry.text.reveal()}"
+        config = shlex.quote(str(self.config.path))
+        return f"make a new one, then run: teckochecker --config {config} secret set {name}"
 
     def _cure(self, name: str, error: ApiError) -> str:
         """Return what to do where a server does not answer as it should."""
@@ -6736,125 +6789,77 @@ class Doctor:
 
     # --- OpenAI ---
 
-    async def _ask_openai(
-        self, http: Http, name: str, path: str, read: Callable[[Any], Any], cursor: str = ""
-    ) -> Any:  # noqa: ANN401 - what `read` returns
-        """Return what `read` makes of an answer's JSON. Raises ApiError after the retries."""
-        entry, key = self.config.secrets[name], self._secrets[name].reveal()
-        is_bearer = entry.auth_header == "Authorization"
-        headers = {
-            entry.auth_header: f"Bearer {key}" if is_bearer else key,
-            "OpenAI-Organization": entry.organization or "",
-            "OpenAI-Project": entry.project or "",
-        }
-        headers = {header: value for header, value in headers.items() if value}
-        params = {"limit": "" if path else "100", "after": cursor}
-        params["api-version"] = entry.api_version or ""
-        params = {param: value for param, value in params.items() if value}
-        url = f"{entry.base_url}/batches{path}"
-
-        async def attempt(left_s: float) -> Any:  # noqa: ANN401
-            got = http.get(url, headers, params, left_s)
-            answer = await noted(got, "OpenAI", self._note_for(name))
-            try:
-                return read(answer.json())
-            except ValueError as error:
-                message = f"OpenAI's answer is not what was asked for: it {error}"
-                message += server_words(answer)
-                raise answer.error(message, retryable=True) from None
-
-        return await with_retries(attempt)
-
-    async def _check_openai(self, name: str, http: Http, found: list[Finding]) -> None:
+    async def _check_openai(self, name: str, http: Http, found: list[Verdict]) -> None:
         """Check an OpenAI key, and whether it reads the batches that are polled with it."""
-        url = self.config.secrets[name].base_url
-        jobs = [self.config.jobs[n] for n in self._open]
+        url, note = self.config.secrets[name].base_url, functools.partial(self._note, name)
+        openai = OpenAI(self.config.secrets[name], self._secrets[name], http, Clock(), note)
+        jobs = [self.config.jobs[job_name] for job_name in self._polled]
         jobs = [job for job in jobs if job.openai_secret == name]
-        polled = dict.fromkeys(batch_id for job in jobs for batch_id in self._open[job.name])
-        seen: set[str] = set()
+        left = polled = {batch_id for job in jobs for batch_id in self._polled[job.name]}
         try:
-            await self._read_list(http, name, polled, seen)
+            left = await self._unlisted(openai, polled)
             found.append(("✓", f"{name}: {url} takes the key", ""))
         except ApiError as error:
-            if error.status not in {404, 405, 429, 501}:
+            if error.status not in {404, 405, 429, 501}:  # these are the list's alone
                 found.append(("✗", f"{name}: {url}: {error}", self._cure(name, error)))
                 return
+            what = f"{name}: the list of batches cannot be read: {error}"
             finders = [job.name for job in jobs if job.match]
-            if finders:
-                what = f"job {finders[0]}: new batches cannot be found: {url} has no list of them"
-                found.append(("✗", f"{what}: {error}", "write batch_ids instead of match"))
-            elif not polled:
-                what = f"{name}: {url} has no list of batches, and no job a batch"
-                found.append(("✓", f"{what}: the key is not tried", ""))
-        failures: dict[str, ApiError] = {}
-
-        async def ask(batch_id: str) -> None:
-            read = functools.partial(parse_batch, batch_id=batch_id)
-            try:
-                await self._ask_openai(http, name, f"/{batch_id}", read)
-            except ApiError as error:
-                failures[batch_id] = error
-
-        await asyncio.gather(*(ask(batch_id) for batch_id in polled if batch_id not in seen))
+            cure = f"job {finders[0]} needs it: write batch_ids there" if finders else ""
+            found.append(("✗" if finders else "✓", what, cure))
+        ids = sorted(left)
+        came = await asyncio.gather(*map(openai.ask, ids), return_exceptions=True)
+        failures = {k: e for k, e in zip(ids, came, strict=True) if isinstance(e, ApiError)}
         for job in jobs:
-            for batch_id in self._open[job.name]:
-                if failure := failures.get(batch_id):
-                    cure = self._cure(name, failure)
-                    if failure.status == 404:
-                        cure = "it was deleted, or belongs to another OpenAI project: correct "
-                        cure += "batch_ids, openai_secret, or that secret's base_url"
-                    found.append(("✗", f"job {job.name}: {batch_id}: {failure}", cure))
+            for batch_id in (key for key in self._polled[job.name] if key in failures):
+                what = f"job {job.name}: {batch_id}: {failures[batch_id]}"
+                cure = self._cure(name, failures[batch_id])
+                if failures[batch_id].status == 404:
+                    cure = "correct the id, the secret or its base_url"
+                found.append(("✗", what, cure))
         if len(failures) < len(polled):
-            what = f"{name}: reads {len(polled) - len(failures)} of {counted(len(polled), 'batch')}"
-            found.append(("✓", what, ""))
+            count = f"{len(polled) - len(failures):,} of {counted(len(polled), 'batch')}"
+            found.append(("✓", f"{name}: reads {count}", ""))
 
-    async def _read_list(
-        self, http: Http, name: str, polled: Collection[str], seen: set[str]
-    ) -> None:
-        """Note which batches the account's list shows, page after page while they show many."""
-
-        def read(data: object) -> tuple[list[str], bool]:
-            rows = data.get("data") if isinstance(data, dict) else None
-            if not isinstance(data, dict) or not isinstance(rows, list):
-                raise ValueError("has no list of batches")
-            ids = [str(row.get("id")) for row in rows if isinstance(row, dict)]
-            return ids, bool(ids) and data.get("has_more") is not False
-
-        cursor, shown, has_more = "", 10, True
-        while has_more and shown >= 10:
-            ids, has_more = await self._ask_openai(http, name, "", read, cursor)
-            shown = len({*ids} & {*polled} - seen)
-            seen |= {*ids} & {*polled}
-            has_more = has_more and len(seen) < len(polled)
-            cursor = ids[-1] if ids else ""
+    async def _unlisted(self, openai: OpenAI, polled: Collection[str]) -> set[str]:
+        """Return which batches the account's list does not show on pages that pay."""
+        left, after, has_more = {*polled}, None, True
+        while has_more:
+            rows, has_more = await openai.page(after)
+            shown = left & {row["id"] for row in rows}
+            left -= shown
+            if not left or len(shown) < 10:
+                break
+            after = rows[-1]["id"]
+        return left
 
     # --- Keboola ---
 
-    async def _check_keboola(self, name: str, http: Http, found: list[Finding]) -> None:
+    async def _check_keboola(self, name: str, http: Http, found: list[Verdict]) -> None:
         """Check a Keboola token, its queue, and every configuration that is started with it."""
-        entry = self.config.secrets[name]
-        keboola = Keboola(entry, self._secrets[name], http, Clock(), self._note_for(name))
-        try:
-            found += self._check_token(name, await keboola.verify())
-        except ApiError as error:
-            found.append(("✗", f"{name}: {entry.stack_url}: {error}", self._cure(name, error)))
-            return
+        entry, note = self.config.secrets[name], functools.partial(self._note, name)
+        keboola = Keboola(entry, self._secrets[name], http, Clock(), note)
         jobs: dict[Target, list[Job]] = {}
-        for job in (self.config.jobs[job_name] for job_name in self._open):
+        for job in (self.config.jobs[job_name] for job_name in self._polled):
             if job.keboola_secret == name:
                 jobs.setdefault(self.config.target(job), []).append(job)
+        what = entry.stack_url
         try:
+            found += self._check_token(name, await keboola.verify())
+            what = "the queue"
             url = await keboola.queue_url()
-            if jobs:
-                await keboola.search(next(iter(jobs)), time.time() - MINUTE_S, "-")
+            for target in [*jobs][:1]:
+                await keboola.search(target, time.time() - MINUTE_S, "-")
             found.append(("✓", f"{name}: the queue is {url}", ""))
         except ApiError as error:
-            found.append(("✗", f"{name}: the queue: {error}", self._cure(name, error)))
-        checks = [check_target(keboola, target, own) for target, own in jobs.items()]
+            found.append(("✗", f"{name}: {what}: {error}", self._cure(name, error)))
+            if what == entry.stack_url:
+                return
+        checks = [self._check_target(keboola, target, own) for target, own in jobs.items()]
         for findings in await asyncio.gather(*checks):
             found += findings
 
-    def _check_token(self, name: str, said: Mapping[str, Any]) -> Iterator[Finding]:
+    def _check_token(self, name: str, said: Mapping[str, Any]) -> Iterator[Verdict]:
         """Check what Keboola says of a token: its project, its end, its rights."""
         owner = said.get("owner")
         project = text_or_none(owner.get("name")) if isinstance(owner, dict) else None
@@ -6866,49 +6871,52 @@ class Doctor:
         with contextlib.suppress(ValueError, OverflowError):
             expires = datetime.fromisoformat(str(said.get("expires")))
             left_s = expires.replace(tzinfo=expires.tzinfo or UTC).timestamp() - time.time()
-            when = f", expires in {in_words(left_s)}" if left_s > 0 else ", has expired"
+            end = f"expires in {counted(int(left_s // DAY_S), 'day')}"
+            when = f", {end}" if left_s > 0 else ", has expired"
         mark = "✓" if left_s > 14 * DAY_S else "!" if left_s > 0 else "✗"
         cure = "" if mark == "✓" else self._new_token(name)
         yield mark, f"{name}: the token is one of project {quoted(project)}{when}", cure
         if said.get("canCreateJobs") is False:
-            cure = f"give it that right (canCreateJobs), or {self._new_token(name)}"
-            yield "✗", f"{name}: the token may not start jobs", cure
+            cure = f"give it that right, or {self._new_token(name)}"
+            yield "✗", f"{name}: the token may not start jobs (canCreateJobs is false)", cure
 
-
-async def check_target(keboola: Keboola, target: Target, jobs: Sequence[Job]) -> list[Finding]:
-    """Return whether a configuration is there, and fits each of the jobs that start it."""
-    others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-    text = f"job {jobs[0].name}{others}: {target}"
-    try:
-        said = await keboola.configuration(target)
-        declared = await declared_variables(keboola, target, said)
-    except ApiError as error:
-        cure = "see the server's own words, and its status page"
-        if error.status in {400, 401, 403, 404}:
+    async def _check_target(
+        self, keboola: Keboola, target: Target, jobs: Sequence[Job]
+    ) -> list[Verdict]:
+        """Check that a configuration is there, and fits each of the jobs that start it."""
+        more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
+        text = f"job {jobs[0].name}{more}: {target}"
+        try:
+            said = await keboola.configuration(target)
+            declared = await declared_variables(keboola, target, said)
+        except ApiError as error:
+            is_about_it = error.status in {400, 401, 403, 404}
             cure = "correct component_id, config_id, branch_id or the token's rights"
-        return [("✗", f"{text}: {error}", cure)]
-    if said.get("isDisabled") is True and any(job.mode != "forceRun" for job in jobs):
-        return [("✗", f"{text} is disabled", "enable it in Keboola")]
-    found: list[Finding] = []
-    rows = said.get("rows")
-    for job in jobs:
-        there = {str(row.get("id")) for row in rows or () if isinstance(row, dict)}
-        gone = [row for row in job.config_row_ids if isinstance(rows, list) and row not in there]
-        if gone:
-            what = f"job {job.name}: {target} has no rows {', '.join(gone)}"
-            found.append(("✗", what, "correct config_row_ids"))
-        sent = {*OWN_VARIABLES, *dict(job.variables)} - ({"teckochecker_group"} - {*job.match})
-        missing = [variable for variable in declared or () if variable not in sent]
-        if missing:
-            what = f"job {job.name}: {target} needs the variables {', '.join(missing)}"
-            cure = "add them to the job's variables: what is sent replaces the defaults"
-            found.append(("✗", what, cure))
-    if declared is None and target.component_id not in FLOWS:
-        what = f"{text} has no variables_id, so that its Keboola job gets no batch ids"
-        cure = "connect a variables configuration to it, as in README under What Keboola gets"
-        return [*found, ("!", what, cure)]
-    takes = "hands its variables to its tasks" if declared is None else "gets its variables"
-    return found or [("✓", f"{text} is there, and {takes}", "")]
+            cure = cure if is_about_it else self._cure(keboola.name, error)
+            return [("✗", f"{text}: {error}", cure)]
+        found: list[Verdict] = []
+        if said.get("isDisabled") is True and any(job.mode != "forceRun" for job in jobs):
+            found.append(("✗", f"{text} is disabled", "enable it in Keboola"))
+        rows = said.get("rows")
+        for job in jobs:
+            there = [str(row.get("id")) for row in rows or () if isinstance(row, dict)]
+            gone = [row for row in job.config_row_ids if rows is not None and row not in there]
+            if gone:
+                what = f"job {job.name}: {target} has no rows {', '.join(gone)}"
+                found.append(("✗", what, "correct config_row_ids"))
+            sent = keboola_variables(Run(0, job.name, target, "a" if job.match else ""), job)
+            missing = [variable for variable in declared or () if variable not in sent]
+            if missing:
+                what = f"job {job.name}: {target} needs the variables {', '.join(missing)}"
+                cure = "add them to the job's variables: what is sent replaces the defaults"
+                found.append(("✗", what, cure))
+        is_flow = target.component_id in {"keboola.orchestrator", "keboola.flow"}
+        if declared is None and not is_flow:
+            what = f"{text} has no variables_id: its Keboola job gets no batch ids"
+            cure = "connect a variables configuration to it (README, What Keboola gets)"
+            found.append(("!", what, cure))
+        takes = "its tasks get the variables" if is_flow else "it gets its variables"
+        return found or [("✓", f"{text} is there, and {takes}", "")]
 
 
 async def declared_variables(
@@ -6926,18 +6934,23 @@ async def declared_variables(
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Try everything that has to be right."""
+    """Try everything that has to be right.
+
+    Config, key, owners, disk, state file, clock, every OpenAI key and polled batch, every Keboola
+    token, queue and configuration: a line each, with the cure. Nothing is started or changed, and
+    it works beside the daemon. Exits 1 if anything is wrong.
+    """
     path, files, redactor = config_path(args), Files(), Redactor()
     config, problems, _ = read_config_file(path, files)
     opener = SecretOpener(config, files, os.environ)
     secrets = opener.open_all()
     redactor.learn(opener.all_known(secrets))
-    problems = sorted([*problems, *opener.problems], key=lambda p: (p.line, p.column))
     doctor = Doctor(config, secrets, redactor)
+    problems = sorted([*problems, *opener.problems], key=lambda p: (p.line, p.column))
+    doctor.tell(("✗", str(problem), "") for problem in problems)
     if not problems:
         words = f"{counted(len(config.jobs), 'job')}, {counted(len(secrets), 'secret')}"
         doctor.tell([("✓", f"{path}: {words}, and every secret opens", "")])
-    doctor.tell(("✗", str(problem), "") for problem in problems)
     doctor.tell(("!", warning, "") for warning in [*opener.warnings, *mount_warning(path)])
     if config.sha256:
         doctor.tell(doctor.check_files())
@@ -6947,25 +6960,242 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+# --- import ---------------------------------------------------------------------------------------
+
+OLD_JOBS: Final = """
+SELECT id, name, openai_secret_id, keboola_secret_id, keboola_stack_url, keboola_component_id,
+       keboola_configuration_id, poll_interval_seconds, status
+FROM polling_jobs ORDER BY id"""
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Return a name, with a number behind it where it is taken."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n not in taken)
+
+
+class Importer:
+    """Makes a config of TeckoChecker 0.9's database; `notes` tell what a person has to see."""
+
+    def __init__(self, db: sqlite3.Connection, old: Fernet, new: MultiFernet) -> None:
+        db.row_factory = sqlite3.Row
+        self.notes: list[str] = []
+        self._db = db
+        self._old = old
+        self._new = new
+        rows = db.execute("SELECT id, name, type, value FROM secrets ORDER BY id")
+        self._rows = {row["id"]: row for row in rows}
+        self._names: dict[tuple[int, str], str] = {}  # of secrets, by old id and stack
+        self._secrets: dict[str, dict[str, str]] = {}
+        self._started: set[int] = set()  # the old ids of jobs
+        self._failed: set[int] = set()
+        self._read_log()
+
+    def config(self) -> dict[str, Any]:
+        """Return the config as plain data. Raises UsageError where a secret does not open."""
+        jobs: dict[str, dict[str, Any]] = {}
+        for row in self._db.execute(OLD_JOBS).fetchall():
+            name = free_name(one_line(str(row["name"]).replace("/", "-"), 190) or "job", jobs)
+            if name != row["name"]:
+                self.notes.append(f"the job {quoted(str(row['name']))} is called {name} now")
+            query = "SELECT batch_id, status FROM job_batches WHERE job_id = ? ORDER BY id"
+            found = self._db.execute(query, (row["id"],))
+            batches = {str(b): Batch(str(b), str(status).lower()) for b, status in found}
+            try:
+                jobs[name] = self._job(row, [*batches])
+                jobs[name] |= self._rest(name, row, batches.values())
+            except ValueError as error:
+                self.notes.append(f"the job {name} is left out: {error}")
+        used = {old_id for old_id, _ in self._names}
+        for name in (str(row["name"]) for old_id, row in self._rows.items() if old_id not in used):
+            self.notes.append(f"the secret {quoted(name)} is left out: no job here uses it")
+        defaults: dict[str, str] = {}  # without config_id: a new job must name its own
+        for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval"):
+            for value, n in collections.Counter(job[key] for job in jobs.values()).items():
+                if n > len(jobs) / 2:
+                    defaults[key] = value
+        jobs = {
+            name: {key: value for key, value in job.items() if defaults.get(key) != value}
+            for name, job in jobs.items()
+        }
+        return {"secrets": self._secrets, "defaults": defaults, "jobs": jobs}
+
+    def _read_log(self) -> None:
+        """Note for which jobs the log has a start of Keboola, and for which a failed one."""
+        tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE '%log%'"
+        for (table,) in self._db.execute(tables).fetchall():
+            name = table.replace('"', '""')
+            for row in self._db.execute(f'SELECT * FROM "{name}"'):
+                if "job_id" not in row.keys():  # noqa: SIM118 - a row contains values
+                    break
+                text = " ".join(value for value in row if isinstance(value, str)).lower()
+                if "keboola_triggered" in text:
+                    self._started.add(row["job_id"])
+                elif "trigger" in text and re.search("fail|error", text):
+                    self._failed.add(row["job_id"])
+
+    def _job(self, row: sqlite3.Row, batch_ids: list[str]) -> dict[str, Any]:
+        """Return a job as the config has it, without its status. Raises ValueError with why not."""
+        url = str(row["keboola_stack_url"] or "").strip().rstrip("/")
+        url = url if "://" in url else f"https://{url}"
+        if not 1 <= len(batch_ids) <= 10:
+            batches = counted(len(batch_ids), "batch")
+            raise ValueError(f"it has {batches}, and 1 to 10 are possible")
+        if url_problem(url):
+            raise ValueError("its stack's address is none")
+        if not {row["openai_secret_id"], row["keboola_secret_id"]} <= self._rows.keys():
+            raise ValueError("one of its secrets is not there")
+        if not (row["keboola_component_id"] and row["keboola_configuration_id"]):
+            raise ValueError("it has no component or no configuration")
+        parts = urllib.parse.urlsplit(url)
+        if (parts.hostname or "").startswith("connection."):  # the page of a project, perhaps
+            url = f"{parts.scheme}://{parts.netloc}"
+        interval_s = min(DAY_S, max(1, count_or_none(row["poll_interval_seconds"]) or 120))
+        return {
+            "batch_ids": batch_ids,
+            "config_id": str(row["keboola_configuration_id"]),
+            "openai_secret": self._secret(row["openai_secret_id"], ""),
+            "keboola_secret": self._secret(row["keboola_secret_id"], url),
+            "component_id": str(row["keboola_component_id"]),
+            "poll_interval": f"{interval_s}s",
+        }
+
+    def _rest(self, name: str, row: sqlite3.Row, batches: Iterable[Batch]) -> dict[str, bool]:
+        """Return what keeps a job from being started twice; what is not certain gets a note."""
+        status = str(row["status"]).lower()
+        is_over = status in {"completed", "completed_with_failures"}
+        started, failed = row["id"] in self._started, row["id"] in self._failed
+        if status == "paused":
+            return {"paused": True}
+        if is_over and (started or not failed):
+            return {"done": True}
+        if status == "active" and started:
+            self.notes.append(f"the job {name} was active, but has started Keboola: it is done now")
+            return {"done": True}
+        if status == "active" and not all(batch.is_terminal for batch in batches):
+            return {}
+        why = f"was {one_line(status)}"
+        if is_over:
+            why += ", but could not start Keboola"
+        elif status == "active":
+            why += ", and all its batches are finished, but its log has no start of Keboola"
+        cure = "remove paused: to start it, or write done: true"
+        self.notes.append(f"the job {name} {why}; it is paused now: {cure}")
+        return {"paused": True}
+
+    def _secret(self, old_id: int, stack_url: str) -> str:
+        """Return the name of a secret in the config; a token used with two stacks becomes two."""
+        if (old_id, stack_url) in self._names:
+            return self._names[old_id, stack_url]
+        row = self._rows[old_id]
+        text = str(row["name"])
+        if any(key[0] == old_id for key in self._names):
+            host = urllib.parse.urlsplit(stack_url).hostname or "other"
+            text += f"-{host.removeprefix('connection.').removesuffix('.keboola.com')}"
+        text = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80] or "secret"
+        name = self._names[old_id, stack_url] = free_name(text, self._secrets)
+        kind = "keboola" if stack_url else "openai"
+        secret = self._secrets[name] = {"type": kind, "value": self._encrypted(name, kind, row)}
+        base_url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+        if stack_url or base_url:
+            secret["stack_url" if stack_url else "base_url"] = stack_url or base_url
+        return name
+
+    def _encrypted(self, name: str, kind: str, row: sqlite3.Row) -> str:
+        """Return a secret's value, encrypted with our key."""
+        value = row["value"]
+        try:
+            token = value if isinstance(value, bytes) else str(value).encode()
+            text = self._old.decrypt(token.strip()).decode().strip()
+        except (InvalidToken, ValueError):
+            message = f"$SECRET_KEY does not open the secret {quoted(str(row['name']))}"
+            raise UsageError(message, "set $SECRET_KEY as the old program had it") from None
+        problem = token_problem(text, kind)
+        if problem:
+            cure = f"run: teckochecker secret set {name}"
+            self.notes.append(f"the secret {name} {problem[0]}; {problem[1]}, and {cure}")
+        return self._new.encrypt(text.encode()).decode()
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Print a config made of a database of TeckoChecker 0.9.
+
+    The old secrets are opened with $SECRET_KEY and encrypted with our key. Exits 1 if something is
+    left out, or a person has to decide about it, which is told on standard error.
+    """
+    old, old_key = Path(args.old), os.environ.get("SECRET_KEY", "")
+    addresses = (args.old, os.environ.get("DATABASE_URL", ""))
+    is_postgres = any(re.match(r"postgres\w*(\+\w+)?:", address) for address in addresses)
+    copy_it = "copy the tables of PostgreSQL, with the log, into a SQLite file, and name that"
+    if not old.is_file():  # an address is not echoed: there is a password in it
+        if is_postgres:
+            raise UsageError("the old database is PostgreSQL, which is not read here", copy_it)
+        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
+    if not old_key:
+        cure = "set it as the old program had it: it opens the secrets"
+        raise UsageError("$SECRET_KEY is not set", cure)
+    path, files = config_path(args), Files()
+    opener = SecretOpener(read_config_file(path, files)[0], files, os.environ)
+    keys = opener.fernet()
+    if keys is None:
+        raise ConfigError(opener.problems)
+    digest = hashlib.sha256(old_key.encode(errors="surrogateescape")).digest()
+    uri = f"{old.absolute().as_uri()}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            importer = Importer(db, Fernet(base64.urlsafe_b64encode(digest)), keys)
+            config = importer.config()
+    except sqlite3.Error as error:
+        cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            cure = f"{cure}, or {copy_it}"
+        raise UsageError(f"cannot import {old}: {error}", cure) from None
+    if is_postgres:
+        importer.notes.append(f"$DATABASE_URL is PostgreSQL's: make sure that {old} has all of it")
+    layout: Any = {"sort_keys": False, "allow_unicode": can_show("ěš🌙"), "width": 1000}
+    text = (
+        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml, then run `check`.\n"
+    )
+    text += yaml.safe_dump({k: config[k] for k in ("secrets", "defaults")}, **layout)
+    text += yaml.safe_dump({"jobs": config["jobs"]}, default_flow_style=None, **layout)
+    problems = parse_config(text, Path("<imported>"))[1]
+    for note in (*importer.notes, *map(str, problems)):
+        print(f"teckochecker: {note}", file=sys.stderr)
+    print(text, end="")
+    return 1 if importer.notes or problems else 0
+
+
 # --- status ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a command knows: the config that counts, its runs, and the snapshot of them."""
+    """What a command knows: the config that counts, its runs, and the snapshot of these."""
 
     config: Config
     runs: Sequence[Run]
-    shot: Mapping[str, Any]
+    shot: dict[str, Any]
+    stats: Sequence[SecretStats]  # of the secrets that the config has
+    store: Store | None  # None: nothing has run yet
+
+    def chosen(self, name: str) -> list[tuple[Run, dict[str, Any]]]:
+        """Return the runs that a name means: one run, or those of a job. Raises UsageError."""
+        pairs = zip(self.runs, self.shot["jobs"], strict=True)
+        found = [(run, shown) for run, shown in pairs if name in {run.name, run.job}]
+        if not found and name not in self.config.jobs:
+            raise UsageError(
+                f"there is no job {quoted(name)}", "`teckochecker status` lists them all"
+            )
+        return found
 
 
 @contextlib.contextmanager
-def viewing(args: argparse.Namespace) -> Iterator[tuple[View, Store | None]]:
+def viewing(args: argparse.Namespace) -> Iterator[View]:
     """Return what the state file knows, beside a running daemon too.
 
     Where the file has problems, the last good config counts, as it does for the daemon. Where
-    nothing has run yet, the runs are those that the first start would make. Raises ConfigError where
-    the file does not even tell where the state file is.
+    nothing has run yet, the runs are those that the first start would make. Raises ConfigError
+    where the file does not even tell where the state file is.
     """
     path, files, redactor = config_path(args), Files(), Redactor()
     config, problems, _ = read_config_file(path, files)
@@ -6978,137 +7208,121 @@ def viewing(args: argparse.Namespace) -> Iterator[tuple[View, Store | None]]:
     with Store.reading(config.state_path) as store:
         loaded = (store and store.meta("config")) or {}
         good = (store and store.meta("good_config")) or {}
-        if problems and good.get("path") == str(path.absolute()):
-            config, _ = parse_config(good["text"], path)
-        runs = known_runs(config, store)
-        on_disk = "\n".join(map(str, ConfigError(problems).problems)) if problems else None
-        stats = store.stats().values() if store else ()
-        shot = snapshot(
-            config,
-            runs,
-            daemon=lock_owner(config.state_path),
-            loaded=dict(loaded) | {"error": on_disk or loaded.get("error")},
-            refused=sum(s.refused_since is not None and s.name in config.secrets for s in stats),
-            now=time.time(),
-        )
-        yield View(config, runs, shot), store
+        if problems:
+            loaded["error"] = str(ConfigError(problems))
+            if good.get("path") == str(path.absolute()):
+                config, _ = parse_config(good["text"], path)
+        runs = known_runs(config, store, args.job or "")
+        stats = [s for s in store.stats().values() if s.name in config.secrets] if store else []
+        daemon = lock_owner(config.state_path)
+        shot = snapshot(config, runs, stats, daemon, loaded, now=time.time())
+        yield View(config, runs, shot, stats, store)
 
 
-def known_runs(config: Config, store: Store | None) -> list[Run]:
-    """Return the runs of a config's jobs, in its order, as the state file has them or will."""
-    stored = store.runs_for(config.jobs) if store else []
+def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
+    """Return the runs of a config's jobs, in its order, as the state file has them or will.
+
+    Of a match job these are the recent ones, and the one whose name is `wanted`.
+    """
+    stored = {run.id: run for run in store.runs_for(config.jobs)} if store else {}
+    job_name, _, group = wanted.partition("/")
+    if store and group:
+        stored |= {run.id: run for run in store.groups(job_name, [group]).values()}
     targets = {name: config.target(job) for name, job in config.jobs.items()}
-    assigned = assign(config.jobs, targets, [run for run in stored if not run.group])
+    assigned = assign(config.jobs, targets, [run for run in stored.values() if not run.group])
     runs = []
     for name, job in config.jobs.items():
-        batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-        run = assigned.get(name) or Run(0, name, targets[name], batches=batches, next_at=math.inf)
         if not job.match:
+            batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
+            new = Run(0, name, targets[name], batches=batches, next_at=math.inf)
+            run = assigned.get(name, new)
+            stored.pop(run.id, None)
             runs.append(replace(run, job=name, batches=in_order(run, job, run.batches)))
-        others = [r for r in stored if r.job == name and (not runs or r.id != runs[-1].id)]
+        others = [run for run in stored.values() if run.job == name]
         runs += [r for r in others if (job.match and r.group) or r.may_be_at_keboola]
     return runs
 
 
-def chosen(view: View, name: str) -> list[int]:
-    """Return the places of the runs that a name means: of one run, or of a job. Raises UsageError."""
-    found = [i for i, run in enumerate(view.runs) if name in {run.name, run.job}]
-    if not found and name not in view.config.jobs:
-        raise UsageError(f"there is no job {quoted(name)}", "`teckochecker status` lists them all")
-    return found
-
-
-def status_table(view: View) -> list[str]:
-    """Return the runs as lines, those first that need attention, each with what happens next.
+def status_table(shot: Mapping[str, Any], head: str) -> list[str]:
+    """Return the runs as lines below a head: attention first, each with what happens next.
 
     On a terminal nothing is wider than it, and of very many only the first are shown.
     """
-    shot = view.shot
-    now = unix_of(shot["generated_at"]) or 0.0
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else 10_000
-    views = in_order_of_need(shot["jobs"])
+    views = [shown for part in in_parts(shot).values() for shown in part]
     shown = views[:60] if is_terminal else views
-    rows = [
-        (
-            fitted(run["name"], max(12, width // 3)),
-            run["status"].replace("_", " "),
-            f"{sum(STATUS_RANK.get(b['status']) == 3 for b in run['batches'])}/{run['batch_count']}"
-            f" {math.floor(100 * progress_of(run)):>3}%",
-            ago(run["last_check_at"], now),
-        )
-        for run in shown
-    ]
-    lines = []
-    head, *body = table([("RUN", "STATUS", "BATCHES", "LAST POLL"), *rows])
+    rows = [("RUN", "STATUS", "BATCHES", "LAST POLL")]
+    for run in shown:
+        finished, percent = progress_of(run)
+        name, status = one_line(run["name"], max(12, width - 54)), run["status"].replace("_", " ")
+        rows.append((name, status, f"{finished} {percent:>3}%", ago(run["last_check_at"], shot)))
+    titles, *body = table(rows)
+    lines = [*textwrap.wrap(head, width), "", titles]
     for run, line in zip(shown, body, strict=True):
-        is_over = run["status"] in {"completed", "paused"}
-        colour = RED if run["attention"] else DIM if is_over else ""
-        lines.append(painted(fitted(line, width), colour))
-        lines.append(painted(fitted(f"    {what_next(run, now)}", width), DIM))
-        error = textwrap.wrap(run["error"] or "", max(20, width - 4), break_on_hyphens=False)
-        lines += [painted(f"    {text}", RED) for text in error[:4]]
+        is_quiet = run["status"] in {"completed", "paused"}
+        lines.append(painted(line, RED if run["attention"] else DIM if is_quiet else ""))
+        for text, colour in ((what_next(run, shot), DIM), (run["error"] or "", RED)):
+            wrapped = textwrap.wrap(text, width - 4, max_lines=4, placeholder=" …")
+            lines += [painted(f"    {part}", colour) for part in wrapped]
     if len(views) > len(shown):
-        lines.append(f"... and {counted(len(views) - len(shown), 'run')} more; see --json")
-    return [head, *lines] if views else ["no jobs"]
+        lines.append(f"… and {counted(len(views) - len(shown), 'run')} more; see --json")
+    return lines
 
 
-def job_story(view: View, place: int, store: Store | None) -> list[str]:
+def job_story(view: View, run: Run, shown: Mapping[str, Any]) -> str:
     """Return everything about one run: its batches, what Keboola got, and its whole story."""
-    run, shown = view.runs[place], view.shot["jobs"][place]
-    now = unix_of(view.shot["generated_at"]) or 0.0
-    trigger = shown["trigger"] or {}
-    facts = [
-        ("run", run.name),
-        ("status", shown["status"].replace("_", " ")),
-        ("error", shown["error"]),
-        ("next", what_next(shown, now)),
-        ("target", str(run.target)),
-        ("last poll", f"{shown['last_check_at']} ({ago(shown['last_check_at'], now)})"),
-        ("trigger", f"{trigger['state']} {trigger['id']}" if trigger else None),
-        ("Keboola job", trigger.get("url") or trigger.get("keboola_job_id")),
-    ]
-    lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
+    trigger, polled_at = shown["trigger"] or {}, shown["last_check_at"]
+    facts = {
+        "run": run.name,
+        "status": shown["status"].replace("_", " "),
+        "error": shown["error"],
+        "next": what_next(shown, view.shot),
+        "target": str(run.target),
+        "last poll": f"{polled_at} ({ago(polled_at, view.shot)})" if polled_at else "never",
+        "trigger": f"{trigger['state']} {trigger['id']}" if trigger else None,
+        "Keboola job": trigger.get("url") or trigger.get("keboola_job_id"),
+    }
+    lines = [f"{name:<12} {value}" for name, value in facts.items() if value is not None]
     rows = [("BATCH", "STATUS", "REQUESTS", "EXPIRES", "OUTPUT", "NOTE")]
     for b in run.batches:
         requests = f"{b.completed or 0}/{b.total}" if b.total is not None else ""
-        status = b.status or ("not polled" if not run.last_check_at else "no answer yet")
         expires = "" if b.is_terminal else rfc3339(b.expires_at) or ""
+        status = b.status or ("no answer yet" if run.last_check_at else "not polled")
         rows.append((b.id, status, requests, expires, b.output_file_id or "", b.error or ""))
     lines += ["", *table(rows)]
     if run.payload:
         values = json.loads(run.payload)["variableValuesData"]["values"]
         lines += ["", "What Keboola gets:", *(f"  {v['name']} = {v['value']}" for v in values)]
-    events = store.events(name=run.name) if store else []
-    return [*lines, *([""] if events else []), *(f"{rfc3339(e.at)} {e.text}" for e in events)]
+    events = view.store.events(name=run.name) if view.store else []
+    return "\n".join([*lines, "", *(f"{rfc3339(e.at)} {e.text}" for e in events)])
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Show what is known of the runs."""
-    with viewing(args) as (view, store):
-        shot = dict(view.shot)
-        lines = []
-        if shot["config"]["error"]:
-            lines.append("The config file has problems; the previous one still counts:")
-            lines += [painted(line, RED) for line in shot["config"]["error"].splitlines()]
+    """Show the runs, or one job with its whole story.
+
+    It reads the state file, whether the daemon runs or not, and says which. What needs attention
+    comes first. BATCHES: finished/all, and how much of their requests is done.
+    """
+    with viewing(args) as view:
+        shot, troubles = dict(view.shot), general_troubles(view.shot, view.stats)
+        lines = [painted(line, RED) for text in troubles for line in text.splitlines()]
         if args.job is not None:
-            places = chosen(view, args.job)
-            shot["jobs"] = [shot["jobs"][place] for place in places]
-            stories = [job_story(view, place, store) for place in places]
-            lines += [line for story in stories for line in (*story, "")][:-1]
+            pairs = view.chosen(args.job)
+            shot["jobs"] = [shown for _, shown in pairs]
+            lines.append("\n\n".join(job_story(view, run, shown) for run, shown in pairs))
         else:
-            owner, runs = lock_owner(view.config.state_path), counts_in_words(shot["jobs"])
-            who = "Nothing runs: start the daemon, or --once."
-            if store is None:
-                who = "Nothing has run here yet: start the daemon, or --once."
-            elif owner["running"] or owner["once"]:
-                who = "The daemon runs." if owner["running"] else "A pass of --once is being made."
-            lines += [f"{who} {runs or 'No jobs.'}", "", *status_table(view)]
+            owner = lock_owner(view.config.state_path)
+            nothing = "Nothing runs" if view.store else "Nothing has run here yet"
+            who = "A pass of --once is being made." if owner["once"] else "The daemon runs."
+            if not owner["running"] and not owner["once"]:
+                who = f"{nothing}: start the daemon, or --once."
+            lines += status_table(shot, f"{who} {counts_in_words(shot)}")
         print(json.dumps(shot, indent=2) if args.json else "\n".join(lines))
-        if args.alive and (why := why_not_alive(view)):
+        why = why_not_alive(view) if args.alive else ""
+        if why:
             print(f"teckochecker: {why}", file=sys.stderr)
-            return 1
-        return 1 if args.check and view.shot["attention"] else 0
+        return 1 if why or (args.check and view.shot["attention"]) else 0
 
 
 def why_not_alive(view: View) -> str:
@@ -7118,9 +7332,9 @@ def why_not_alive(view: View) -> str:
         return "no daemon runs"
     for run in view.runs:
         job = view.config.jobs[run.job]
-        since = max(run.last_check_at or 0.0, unix_of(daemon["started_at"]) or 0.0)
-        is_due = run.phase is Phase.POLLING and not job.rests and math.isfinite(run.next_at)
-        if is_due and max(since, run.next_at) < now - 2 * job.poll_interval - MINUTE_S:
+        due_at = max(run.next_at, run.last_check_at or 0.0, unix_of(daemon["started_at"]) or 0.0)
+        is_polled = run.phase is Phase.POLLING and not job.rests
+        if is_polled and due_at < now - 2 * job.poll_interval - MINUTE_S:
             return f"the polls of {run.name} are overdue"
     return ""
 
@@ -7129,17 +7343,23 @@ def why_not_alive(view: View) -> str:
 
 
 def run_logs(args: argparse.Namespace) -> int:
-    """Print the events that the state file keeps, and with --follow what comes."""
-    with viewing(args) as (view, _):
+    """Show what has happened, of all jobs or of one.
+
+    It reads the events that the state file keeps, also while the daemon runs.
+    """
+    if args.n < 0:
+        raise UsageError("-n is a number of lines", "write -n 20")
+    with viewing(args) as view:
         state_path = view.config.state_path
-        if args.job is not None:
-            chosen(view, args.job)
-    last, most = None, args.n
+        has_any = view.store and view.store.events(name=args.job, most=1)
+        if args.job is not None and not has_any:
+            view.chosen(args.job)
+    last, most = 0, args.n
     while True:
         with Store.reading(state_path) as store:
-            after = 0 if last is None else last
-            events = store.events(after=after, name=args.job, most=most) if store else []
-            last = store.last_event_id() if store else 0
+            newest = store.last_event_id() if store else 0
+            events = store.events(after=last, name=args.job, most=most) if store else []
+        last = max([newest, *(event.id for event in events)])
         for event in events:
             mark = "" if event.level == "info" else f"{event.level}: "
             line = f"{rfc3339(event.at)} {mark}{event.text}"
@@ -7152,7 +7372,7 @@ def run_logs(args: argparse.Namespace) -> int:
 
 
 def run_schema(_: argparse.Namespace) -> int:
-    """Print the SQL of the state file."""
+    """Print the SQL of the state file, for whoever reads it with other programs."""
     print(f"PRAGMA user_version = {SCHEMA_VERSION};")
     for statement in SCHEMA:
         print(f"{textwrap.dedent(statement).strip()};")
@@ -7160,30 +7380,29 @@ def run_schema(_: argparse.Namespace) -> int:
 
 
 def run_retry(args: argparse.Namespace) -> int:
-    """Ask for runs to be tried again, through the state file."""
-    with viewing(args) as (view, store):
-        if store is None:
-            hint = "start the daemon or --once first"
-            raise UsageError(f"there is no state file {view.config.state_path}", hint)
-        path, places = view.config.state_path, chosen(view, args.job)
-        exact = [view.runs[i] for i in places if view.runs[i].name == args.job]
-        runs = exact or [r for i in places if (r := view.runs[i]).phase is not Phase.FINISHED]
-        asked, refused = [], ["it has no unfinished runs"] if not runs else []
-        for run in runs:
+    """Try a run again now, or all unfinished ones of a job.
+
+    Polls, searches, or starts again what Keboola rejected or what failed there. A running daemon
+    does it within two seconds, otherwise the next start or --once.
+    """
+    with viewing(args) as view:
+        path, found = view.config.state_path, [run for run, _ in view.chosen(args.job)]
+        if view.store is None:
+            raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
+        unfinished = [run for run in found if run.phase is not Phase.FINISHED]
+        asked, why = [], "it has no unfinished runs"
+        for run in [run for run in found if run.name == args.job] or unfinished:
             request = RetryRequest(0, run.id, args.force, run.rerun, run.phase)
-            why = after_retry(run, view.config.jobs[run.job], request, time.time())
-            if isinstance(why, str):
-                refused.append(why)
+            after = after_retry(run, view.config.jobs[run.job], request, time.time())
+            if isinstance(after, str):
+                why = after
             else:
                 asked.append((run.id, args.force, run.rerun, str(run.phase)))
         owner = lock_owner(path)
     if not asked:
-        raise TeckoError(f"{args.job}: {refused[0]}")
+        raise TeckoError(f"{args.job}: {why}")
     insert = "INSERT INTO requests (run_id, force, rerun, phase) VALUES (?, ?, ?, ?)"
-    uri = f"{path.absolute().as_uri()}?mode=rw"
-    with contextlib.closing(
-        sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)
-    ) as db:
+    with contextlib.closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as db:
         Store(db, path).execute([(insert, row) for row in asked])
     is_acting = owner["running"] or owner["once"]
     when = "the running daemon does it within two seconds"
@@ -7199,169 +7418,88 @@ EXIT_CODES: Final = """\
 exit codes: 0 fine; 1 something needs attention, or the command could not do it; 2 usage or config
 error; 75 another instance holds the state file; 130 interrupted"""
 
-# Each command: what does it, its help in a line, more of it, an example.
-COMMANDS: Final[Mapping[str, tuple[Callable[[argparse.Namespace], int], str, str, str]]] = {
-    "init": (
-        run_init,
-        "write a commented config.yaml and a new key file",
-        "Both only for your eyes (mode 0600). What is there already is never overwritten.",
-        "init /srv/teckochecker",
-    ),
-    "check": (
-        run_check,
-        "validate the config offline",
-        "It goes the daemon's own way: YAML, every key, the Fernet key, every secret. Each\n"
-        "problem is one line with its place and its cure. No server is asked.",
-        "check --config config.yaml",
-    ),
-    "doctor": (
-        run_doctor,
-        "try everything that has to be right",
-        "Config, key, permissions, disk, state file, clock, every OpenAI key and watched batch,\n"
-        "every Keboola token, queue and configuration: a line each, with the cure. Nothing is\n"
-        "started, nothing is changed; it works beside the daemon. Exits 1 if anything is wrong.",
-        "doctor --config /etc/teckochecker/config.yaml",
-    ),
-    "encrypt": (
-        run_encrypt,
-        "encrypt every plain value under secrets, in place",
-        "Comments and layout stay, and so do the file's mode and owner; the file is replaced as\n"
-        "a whole. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key\n"
-        "or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts.",
-        "encrypt --rotate",
-    ),
+# Each command: what does it, whose docstring is its help, and an example of its arguments.
+COMMANDS: Final[Mapping[str, tuple[Callable[[argparse.Namespace], int], str]]] = {
+    "init": (run_init, "/srv/teckochecker"),
+    "check": (run_check, "--config config.yaml"),
+    "doctor": (run_doctor, "--config /etc/teckochecker/config.yaml"),
+    "encrypt": (run_encrypt, "--rotate"),
     "secret": (
         run_secret,
-        "list, set or remove secrets in the config",
-        "`list` shows names, types and users, never values. `set` asks for the value (hidden; over\n"
-        "standard input otherwise), encrypts it, and makes the entry if it is missing.",
-        "secret set keboola-prod --type keboola --stack-url https://connection.keboola.com",
+        "set keboola-prod --type keboola --stack-url https://connection.keboola.com",
     ),
-    "job": (
-        run_job,
-        "add, pause, resume or remove jobs in the config",
-        "The file is edited in place, as by a careful person; a running daemon takes it.",
-        "job add nightly --batch-id batch_abc123 --config-id 123456",
-    ),
-    "status": (
-        run_status,
-        "show the runs, or one job with its whole story",
-        "It reads the state file, whether the daemon runs or not, and says which. What needs\n"
-        "attention comes first. BATCHES: finished/all, and how much of their requests is done.",
-        "status nightly-embeddings",
-    ),
-    "logs": (
-        run_logs,
-        "show what has happened, of all jobs or of one",
-        "It reads the events that the state file keeps, also while the daemon runs.\n\nevents:\n"
-        + textwrap.fill(", ".join(EVENTS), 88),
-        "logs nightly-embeddings -n 20 --follow",
-    ),
-    "retry": (
-        run_retry,
-        "try a run again now, or all unfinished ones of a job",
-        "Polls, searches, or starts again what Keboola rejected or what failed there. A running\n"
-        "daemon does it within two seconds, otherwise the next start or --once.",
-        "retry nightly-embeddings --force",
-    ),
-    "import": (
-        run_import,
-        "print a config made of a database of TeckoChecker 0.9",
-        "The old secrets are opened with $SECRET_KEY and encrypted with our key. Exits 1 if\n"
-        "something is left out, or has to be looked at, which is told on standard error.",
-        "import old/teckochecker.db > imported.yaml",
-    ),
-    "schema": (
-        run_schema,
-        "print the SQL of the state file",
-        "For whoever wants to read it with other programs. It needs no config.",
-        "schema",
-    ),
+    "job": (run_job, "add nightly --batch-id batch_abc123 --config-id 123456"),
+    "status": (run_status, "nightly-embeddings"),
+    "logs": (run_logs, "nightly-embeddings -n 20 --follow"),
+    "retry": (run_retry, "nightly-embeddings --force"),
+    "import": (run_import, "old/teckochecker.db > imported.yaml"),
+    "schema": (run_schema, "> schema.sql"),
 }
 
 
-def line_count(text: str) -> int:
-    """Return a number of lines. Raises argparse.ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of lines")
-    return int(text)
-
-
-def add_options(
-    parsers: Mapping[str, argparse.ArgumentParser], shared: argparse.ArgumentParser
-) -> None:
-    """Add each command's own options."""
+def add_options(parsers: Mapping[str, argparse.ArgumentParser], style: Mapping[str, Any]) -> None:
+    """Add each command's own options; `style` is for the parsers of actions."""
+    parsers["init"].add_argument("directory", nargs="?", metavar="DIR", default=".")
+    parsers["import"].add_argument("old", metavar="OLD.db", help="the old program's database")
     encrypt = parsers["encrypt"].add_mutually_exclusive_group().add_argument
     encrypt("--rotate", action="store_true", help="encrypt under the first key what is already")
     encrypt("--set", metavar="NAME", help="the same as `secret set NAME`")
-    parsers["init"].add_argument("directory", nargs="?", metavar="DIR", default=".")
-    parsers["import"].add_argument("old", metavar="OLD.db", help="the old program's database")
-    status = parsers["status"].add_argument
-    status("job", nargs="?", metavar="JOB", help="only this job or run, with its whole story")
-    status("--json", action="store_true", help="print JSON, for programs")
+    status, logs, retry = (parsers[name].add_argument for name in ("status", "logs", "retry"))
+    for add in (status, logs):
+        add("job", nargs="?", metavar="JOB", help="only this run, or the runs of this job")
+        add("--json", action="store_true", help="print JSON, for programs")
     status("--check", action="store_true", help="exit 1 if anything needs attention")
     status("--alive", action="store_true", help="exit 1 if no daemon runs, or polls are overdue")
-    logs = parsers["logs"].add_argument
-    logs("job", nargs="?", metavar="JOB", help="only what concerns this job or run")
-    logs("-n", type=line_count, metavar="N", default=100, help="the last N lines (default: 100)")
+    logs("-n", type=int, metavar="N", default=100, help="the last N lines (default: 100)")
     logs("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
-    logs("--json", action="store_true", help="print a JSON object a line")
-    retry = parsers["retry"].add_argument
     retry("job", metavar="JOB", help="the name of a run, or of a job")
     force = "decide an unknown start, start what the policy refused, or repeat a success"
     retry("--force", action="store_true", help=force)
-    actions = parsers["secret"].add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("list", parents=[shared], help="names, types and users")
-    setting = actions.add_parser("set", parents=[shared], help="ask for a value, and put it there")
-    for option in ("--type", "--stack-url", "--base-url"):
-        setting.add_argument(option, metavar="TEXT")
-    removing = actions.add_parser("remove", parents=[shared], help="remove one that nobody uses")
-    for parser in (setting, removing):
-        parser.add_argument("name", metavar="NAME")
-    actions = parsers["job"].add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action in ("add", "pause", "resume", "remove"):
-        parser = actions.add_parser(action, parents=[shared], help=f"{action} a job")
-        parser.add_argument("name", metavar="NAME")
-        if action == "add":
-            add_job_options(parser)
+    for command, names in (("secret", "list set remove"), ("job", "add pause resume remove")):
+        actions = parsers[command].add_subparsers(dest="action", metavar="ACTION", required=True)
+        for action in names.split():
+            parser = actions.add_parser(
+                action, help=f"{action} {command}{'s' if action == 'list' else ''}", **style
+            )
+            if action != "list":
+                parser.add_argument("name", metavar="NAME")
+            if action == "set":
+                for option in ("--type", "--stack-url", "--base-url"):
+                    parser.add_argument(option, metavar="TEXT")
+            elif action == "add":
+                add_job_options(parser)
 
 
 def new_parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--config",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help="the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)",
-    )
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(
-        prog="teckochecker",
-        parents=[shared],
-        **style,
-        description="Start a Keboola job, once, when OpenAI has finished a team's batches.\n"
-        "Without a command: run as the daemon, in the foreground, until SIGTERM; the config is\n"
-        "read again whenever it changes, and on SIGHUP.",
-        epilog=f"example: teckochecker --config /etc/teckochecker/config.yaml\n\n{EXIT_CODES}",
-    )
+    text = "the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)"
+    shared.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS, help=text)
+    style: dict[str, Any] = {
+        "parents": [shared],
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+    def told(run: Callable[[argparse.Namespace], int], example: str) -> dict[str, Any]:
+        parts = [textwrap.fill(" ".join(p.split()), 88) for p in str(run.__doc__).split("\n\n")]
+        if run is run_logs:
+            parts.append(textwrap.fill(f"events: {', '.join(EVENTS)}", 88))
+        epilog = f"example: teckochecker {example}\n\n{EXIT_CODES}"
+        return {"description": "\n\n".join(parts), "epilog": epilog}
+
+    example = "--config /etc/teckochecker/config.yaml"
+    parser = argparse.ArgumentParser("teckochecker", **told(run_daemon, example), **style)
+    parser.set_defaults(run=run_daemon)
     parser.add_argument("--version", action="version", version=f"teckochecker {__version__}")
     once = "make one pass over every unfinished run, start what is ready, and exit (for cron)"
     parser.add_argument("--once", action="store_true", help=once)
-    parser.set_defaults(run=run_daemon)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    parsers = {}
-    for name, (run, text, more, example) in COMMANDS.items():
-        parsers[name] = commands.add_parser(
-            name,
-            parents=[shared],
-            help=text,
-            **style,
-            description=f"{text[0].upper()}{text[1:]}.\n{more}",
-            epilog=f"example: teckochecker {example}\n\n{EXIT_CODES}",
-        )
+    commands, parsers = parser.add_subparsers(title="commands", metavar="COMMAND"), {}
+    for name, (run, arguments) in COMMANDS.items():
+        line = str(run.__doc__).splitlines()[0].rstrip(".")
+        about = told(run, f"{name} {arguments}")
+        parsers[name] = commands.add_parser(name, help=line[0].lower() + line[1:], **about, **style)
         parsers[name].set_defaults(run=run)
-    add_options(parsers, shared)
+    add_options(parsers, style)
     return parser
 
 
@@ -7375,56 +7513,44 @@ def open_standard_files() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started us
-            nowhere = io.FileIO(os.open(os.devnull, os.O_WRONLY), "w")
-            setattr(sys, name, io.TextIOWrapper(nowhere))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
         elif isinstance(stream, io.TextIOWrapper):  # what it cannot show is no crash
             stream.reconfigure(errors="backslashreplace")
 
 
-def exit_code(args: argparse.Namespace) -> int:
-    """Run a command; what it raises for a person is told, and becomes its exit code."""
-    try:
-        code = int(args.run(args))
-        sys.stdout.flush()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except TeckoError as error:
-        print(f"teckochecker: {error}", file=sys.stderr)
-        return error.exit_code
-    except sqlite3.Error as error:
-        print(f"teckochecker: cannot use the state file: {error}; {STATE_HINT}", file=sys.stderr)
-        return 1
-    return code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code, and tells what is raised for a person."""
     open_standard_files()
     parser = new_parser()
     args = parser.parse_args(argv)
     if args.once and args.run is not run_daemon:
         parser.error("--once goes without a command")
     try:
-        return exit_code(args)
+        code = int(args.run(args))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "thread" not in str(error):
-            raise
-        # At its end, the interpreter would try once more to write what cannot arrive.
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            return 0
-        with contextlib.suppress(OSError):
-            where = getattr(error, "filename", None)
-            what = f"{getattr(error, 'strerror', None) or error}{f': {where}' if where else ''}"
-            print(f"teckochecker: cannot go on: {what}; see to that first", file=sys.stderr)
-        return 1
+    except BrokenPipeError:  # `| head` has seen enough
+        code, text = 0, ""
+    except TeckoError as error:  # a ConfigError's lines begin with their places
+        who = "" if isinstance(error, ConfigError) else "teckochecker: "
+        code, text = error.exit_code, f"{who}{error}"
+    except sqlite3.Error as error:
+        code, text = 1, f"teckochecker: cannot use the state file: {error}; {STATE_HINT}"
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        what = f"{error.strerror or error}{where}"
+        code, text = 1, f"teckochecker: cannot go on: {what}; see to that first"
+    else:
+        return code
+    with contextlib.suppress(OSError):
+        print(text, end="\n" if text else "", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # at its end, the interpreter would try again to write what cannot arrive
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 if __name__ == "__main__":

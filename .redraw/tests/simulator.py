@@ -1377,10 +1377,21 @@ class Simulator:
         with self.changing():
             self._openai.delete(batch_id)
 
-    def finish_job(self, job_id: str, status: str = "success") -> None:
-        """Ends a Keboola job; the next of the same configuration moves up."""
+    def finish_job(
+        self, job_id: str, status: str = "success", message: str = "", exception_id: str = ""
+    ) -> None:
+        """Ends a Keboola job with its result; the next of the same configuration moves up."""
         with self.changing():
+            if message:
+                error = {"type": "user", "exceptionId": exception_id}
+                result = {"message": message} | ({"error": error} if exception_id else {})
+                self._queue.jobs[job_id].update(result=result)
             self._queue.finish(job_id, status)
+
+    def delete_job(self, job_id: str) -> None:
+        """Makes a Keboola job a 404, although the search may still show it."""
+        with self.changing():
+            del self._queue.jobs[job_id]
 
     @property
     def search_lag(self) -> float:

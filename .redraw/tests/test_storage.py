@@ -110,7 +110,7 @@ def disk(workspace: Workspace, request: pytest.FixtureRequest) -> Iterator[Disk]
 
 def phase(workspace: Workspace, name: str) -> str:
     """How far a job's run has come, as it is committed and another process sees it."""
-    return str(workspace.trigger_row(name)["phase"])
+    return str(workspace.run_row(name)["phase"])
 
 
 # ---- a full disk ----
@@ -466,7 +466,10 @@ def test_restored(workspace: Workspace) -> None:
     shutil.copyfile(copy, workspace.state)
     before = workspace.searches("job")
     done = workspace.once()
-    assert [e["event"] for e in done.events if e.get("job") == "job"][-1] == "trigger_found"
+    assert [e["event"] for e in done.events if e.get("job") == "job"][-2:] == [
+        "trigger_found",
+        "completed",
+    ]
     assert workspace.searches("job") > before
     workspace.assert_one_job("job")
     assert workspace.posts("job") == 1

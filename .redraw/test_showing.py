@@ -1,0 +1,350 @@
+"""What is shown: the snapshot and its renderers as text, in a browser, on a terminal, as files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, Browser
+from harness import PROGRAM, Workspace, clean_environment, wait_until
+
+import teckochecker as tc
+from teckochecker import Batch, Job, Phase, Run, SecretStats, Target
+
+JsonObject = dict[str, Any]
+DATA = Path(__file__).with_name("data")
+NOW = 1_795_426_200.0  # 2026-11-23T09:30:00Z
+TARGET = Target(
+    "https://connection.keboola.com", "kds-team.app-custom-python", "7203114", project="4711"
+)
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&lt;b&gt;"
+STATS = [
+    SecretStats("keboola", "keboola", 96, 14, NOW - 60, error="no"),
+    SecretStats("openai", "openai", 20_417, 3, NOW - 12, refused_since=NOW - 10),
+]
+DAEMON = {"running": True, "pid": 4711, "started_at": "2026-11-23T06:12:40Z", "once": False}
+LOADED = {"path": "c.yaml", "sha256": "5e", "loaded_at": "2026-11-23T06:12:41Z", "error": None}
+
+
+def run(name: str, *statuses: str | None, **more: Any) -> Run:  # noqa: ANN401
+    """A run whose batches were created two hours ago and are half done, or have ended."""
+    half = [Batch(f"b_{n}", s, 100, 50, 0, created_at=NOW - 7200) for n, s in enumerate(statuses)]
+    ended: JsonObject = {"completed": 100, "ended_at": NOW - 600, "output_file_id": "file-1"}
+    batches = [replace(batch, **ended) if batch.is_terminal else batch for batch in half]
+    run = Run(1, name, TARGET, batches=tuple(batches), last_check_at=NOW - 12, next_at=NOW + 120)
+    return replace(run, **more)
+
+
+def started(job_id: str, phase: Phase = Phase.FINISHED, **more: Any) -> JsonObject:  # noqa: ANN401
+    """What a run has once its Keboola job was started, three hours ago."""
+    url = f"{TARGET.stack_url}/admin/projects/4711/queue/{job_id}"
+    status = "success" if phase is Phase.FINISHED else "processing"
+    facts: JsonObject = {"phase": phase, "keboola_job_id": job_id, "trigger_id": "4f" * 32}
+    facts |= {"url": url, "keboola_status": status, "sent_at": NOW - 10_800}
+    return facts | {"finished_at": NOW - 10_000 if status == "success" else None} | more
+
+
+def morning() -> list[Run]:
+    """Runs with something of everything."""
+    error = "Keboola answered 404: Configuration 7203150 not found"
+    unknown: JsonObject = {"error": "the POST's outcome is not known", "error_since": NOW}
+    return [
+        run("done", "completed", "completed", **started("11")),
+        run("partly", "completed", "expired", **started("12", finished_at=NOW - 90)),
+        run("nightly", "completed", "in_progress"),
+        run("rejected", "completed", phase=Phase.REJECTED, trigger_id="b", error=error),
+        run("unknown", "completed", phase=Phase.UNKNOWN, intended_at=NOW - 900, **unknown),
+        run("quiet", "in_progress"),
+        run("follows", "completed", **started("13", Phase.SENT)),
+    ]
+
+
+def shot_of(runs: list[Run], **loaded: str) -> JsonObject:
+    """The snapshot of runs, of which `quiet` is paused, and of STATS."""
+    jobs = {r.job: Job(r.job, "openai", "keboola", "c", "1", paused=r.job == "quiet") for r in runs}
+    config = tc.Config(Path("c.yaml"), "5e", Path("x"), Path("x"), jobs=jobs)
+    return tc.snapshot(config, runs, STATS, DAEMON, LOADED | loaded, now=NOW)
+
+
+def many(count: int) -> list[Run]:
+    """The morning's runs over and over, under names of their own and with ten batches."""
+    batches = tuple(Batch(f"batch_{i:032x}", "in_progress", 100, 50, 0) for i in range(10))
+    runs = itertools.islice(itertools.cycle(morning()), count)
+    return [replace(r, job=f"{r.job}-{n}", batches=batches) for n, r in enumerate(runs)]
+
+
+def test_the_document_and_the_metrics() -> None:
+    """They are what stands in tests/data, to the letter; what is missing there is written anew."""
+    shot = shot_of(morning()) | {"version": "1.0"}
+    metrics = tc.metrics(shot, STATS, {"success": 9, "error": 1})
+    texts = {"showing.json": f"{json.dumps(shot, indent=1)}\n", "showing.prom": metrics}
+    for path, text in ((DATA / name, text) for name, text in texts.items()):
+        if not path.exists():
+            path.write_text(text)
+        assert path.read_text() == text
+
+
+def test_what_happens_next() -> None:
+    """Attention comes first, then what goes on, rests, is finished; with what happens next."""
+    refused = run("refused", "failed", phase=Phase.REFUSED, error="all_completed is not met")
+    ended = run("ended", "completed", **started("14", error="it ended in error"))
+    shot = shot_of([*morning(), refused, ended, run("new", next_at=float("inf"), group="g")])
+    parts = tc.in_parts(shot).items()
+    assert [f"{p}: {v['name']} {tc.what_next(v, shot)}" for p, views in parts for v in views] == [
+        "Needs attention: ended `retry` starts it again",
+        "Needs attention: rejected tries again in 2m, or `retry`",
+        "Needs attention: unknown searches Keboola again in 2m",
+        "Needs attention: refused `retry --force` starts it all the same",
+        "Active: nightly polls in 2m",
+        "Active: new/g waits for more batches",
+        "Running: follows Keboola job 13 is processing; polls in 2m",
+        "Paused: quiet nothing while it is paused",
+        "Finished: partly Keboola job 12: success, 1m30s ago",
+        "Finished: done Keboola job 11: success, 2h46m ago",
+    ]
+
+
+def test_progress() -> None:
+    """What has ended counts as done, well or badly, and nothing is ever done more than once."""
+    views = shot_of([run("a", "expired", "in_progress"), run("b", None), run("c")])["jobs"]
+    views[1]["batches"][0]["request_counts"] = {"total": 10, "completed": 30, "failed": None}
+    assert [tc.progress_of(view) for view in views] == [("1/2", 75), ("0/1", 100), ("0/0", 0)]
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="there is no promtool here")
+@pytest.mark.parametrize("runs", [[], morning(), [run(EVIL + '\\"\n', EVIL)]], ids=len)
+def test_promtool(runs: list[Run]) -> None:
+    """Prometheus' own checker has nothing to say, whatever a name or a status is made of."""
+    text = tc.metrics(shot_of(runs, error=EVIL), STATS if runs else [], {EVIL: 1} if runs else {})
+    command = ["promtool", "check", "metrics"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+EVENTS = [replace(tc.Event.of("poll_failed", error=EVIL), at=NOW)] * 50
+# The worst contrast of any text (WCAG 2: at least 4.5), on an alarm's ground or the browser's own.
+CONTRAST = """
+const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255)
+  .map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], .05);
+const paper = matchMedia("(prefers-color-scheme: dark)").matches ? "18 18 18" : "255 255 255";
+const shown = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility());
+Math.min(...shown.map(e => {
+  const alarm = e.closest(".alarm"), behind = alarm && getComputedStyle(alarm).backgroundColor;
+  const ratio = light(getComputedStyle(e).color) / light(behind || paper);
+  return Math.max(ratio, 1 / ratio);
+}));
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One Chromium for all tests of this file."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here")
+    with tempfile.TemporaryDirectory(prefix="tecko-page-") as name, Browser(Path(name)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("count", [0, 3, 200, 1000])
+def test_the_page_can_be_read(browser: Browser, tmp_path: Path, count: int) -> None:
+    """On a desk and on a phone, by day and by night, it is short, narrow and of good contrast."""
+    text = tc.page(shot_of(many(count), error="c.yaml:1:1: bad"), STATS, EVENTS, once=False)
+    assert len(text) < 1_000_000
+    assert text.count("<details class=run>") == count
+    (tmp_path / "p.html").write_text(text)
+    for width, scheme in itertools.product((1280, 390), ("light", "dark")):
+        with closing(browser.open((tmp_path / "p.html").as_uri(), width)) as page:
+            page.prefer(scheme)
+            assert page.value("document.documentElement.scrollHeight") < 3000
+            assert page.value("document.documentElement.scrollWidth") <= width
+            assert page.value(CONTRAST) >= 4.5
+            assert page.value("document.querySelectorAll('details[open]').length") == 0
+            assert page.complaints() == []
+
+
+def test_nothing_in_the_page_is_a_script(browser: Browser, tmp_path: Path) -> None:
+    """What a config or a server says is text; should a tag get through, the policy stops it."""
+    evil = run(EVIL, EVIL, **started(EVIL, Phase.REJECTED, error=EVIL))
+    text = tc.page(shot_of([evil], error=EVIL), STATS, EVENTS, once=False)
+    (tmp_path / "p.html").write_text(text.replace("<main>", f"<main>{EVIL}"))
+    with closing(browser.open((tmp_path / "p.html").as_uri())) as page:
+        assert page.value("[document.scripts.length, document.images.length]") == [2, 1]
+        assert page.events("Page.javascriptDialogOpening") == []
+        assert "Content Security Policy" in " ".join(page.complaints())
+
+
+OLD = [("runs", "This page was made"), ("stopped", "The daemon was stop"), ("once", "")]
+
+
+@pytest.mark.parametrize(("daemon", "said"), OLD)
+def test_an_old_page(browser: Browser, tmp_path: Path, daemon: str, said: str) -> None:
+    """Opened cold, too, it says how old it is, and that the daemon is dead when it is."""
+    shot = shot_of(morning()) | {"generated_at": tc.rfc3339(time.time() - 400)}
+    shot["daemon"]["running"] = daemon == "runs"
+    (tmp_path / "p.html").write_text(tc.page(shot, [], [], once=daemon == "once"))
+    with closing(browser.open((tmp_path / "p.html").as_uri())) as page:
+        alarms = "[...document.querySelectorAll('.alarm')].filter(e => e.checkVisibility())"
+        assert page.value(f"{alarms}.map(e => e.innerText.slice(0, {len(said)})).join()") == said
+        assert page.value("age.textContent") == "(7 min ago)"
+
+
+@pytest.fixture
+def busy(workspace: Workspace) -> Workspace:
+    """A workspace with a run in every condition; its files are published in `www`."""
+    sim, workspace.config["publish"] = workspace.sim, "www"
+    workspace.add_job("whole", "batch_w1", "batch_w2")
+    workspace.add_job("partly", "batch_e", status="expired")
+    workspace.add_job("quiet", "batch_q", status="in_progress", paused=True)
+    workspace.add_job("half", "batch_1", "batch_2", status="in_progress")
+    sim.finish("batch_1")
+    sim.set_batch("batch_2", request_counts={"total": 100, "completed": 36, "failed": 0})
+    workspace.add_job("a-job-whose-name-is-longer-than-the-room-for-it", "batch_3", done=True)
+    workspace.add_job("refused", "batch_f")
+    sim.fault("queue.create", "status", None, code=400, match='"config":"refused"')
+    workspace.add_job("gone", "batch_g")
+    sim.delete_batch("batch_g")
+    return workspace
+
+
+def shown(workspace: Workspace, no_color: str = "") -> str:
+    """All that `status` shows on a terminal of 80 columns."""
+    terminal = workspace.terminal("status", NO_COLOR=no_color)
+    assert terminal.wait() == 0
+    return terminal.text.replace("\r", "")
+
+
+def test_status_in_80_columns(busy: Workspace) -> None:
+    """Nothing is wider, or cut without an ellipsis; errors wrap; colours only where wanted."""
+    busy.write()
+    assert shown(busy).startswith("Nothing has run here yet: start the daemon, or ")
+    assert busy.once().code == 1
+    text = shown(busy, no_color="1")
+    assert "\x1b[31mrefused  " in shown(busy)
+    assert "\x1b" not in text + busy.run("status").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.startswith("Nothing runs: start the daemon, or --once. 1 failed, 2 active, ")
+    lines = text.partition("\n\n")[2].splitlines()
+    titles, *rows = [re.split("  +", line)[:3] for line in lines if line[0] != " "]
+    assert titles == ["RUN", "STATUS", "BATCHES"]
+    assert rows[:2] == [["refused", "failed", "1/1 100%"], ["half", "active", "1/2"]]
+    assert rows[2:4] == [["gone", "active", "0/1"], ["quiet", "paused", "0/1"]]
+    assert rows[6] == ["a-job-whose-name-is-longe…", "completed", "0/1"]
+    flat = " ".join(text.split())
+    assert " waits for a change of its config, or `retry` Keboola answered 400" in flat
+
+
+def test_one_run_in_full(busy: Workspace) -> None:
+    """What the run is, what Keboola got, and its story: why did it (not) run?"""
+    assert busy.once().code == 1
+    assert_agree(busy)
+    assert "was stopped" not in (busy.directory / "www" / "status.html").read_text()
+    text = busy.run("status", "partly").stdout
+    assert re.search(r"\nstatus +completed with failures\nnext +Keboola job \d+: success, ", text)
+    assert re.search(r"\nbatch_e +expired +50/100 +file-batch_e-output\n", text)
+    assert '  batch_ids_failed = ["batch_e"]\n' in text
+    assert re.search(r"Z partly: started Keboola job \d+ http://", text)
+    hint = 'teckochecker: there is no job "nothing"; `teckochecker status` lists them all\n'
+    assert busy.run("status", "nothing").stderr == hint
+
+
+def test_of_very_many_runs_a_terminal_shows_the_first(workspace: Workspace) -> None:
+    """It says how many are not shown."""
+    for n in range(200):
+        workspace.jobs[f"job-{n}"] = {"batch_ids": [f"batch_{n}"], "config_id": "1"}
+    workspace.write()
+    assert shown(workspace).endswith("… and 140 runs more; see --json\n")
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everyone may read it, planted links lead nowhere, and a full disk keeps the old one."""
+    (tmp_path / "treasure").write_text("gold")
+    for name in ("x", ".x.new"):
+        (tmp_path / name).symlink_to(tmp_path / "treasure")
+    tc.put_file(tmp_path / "x", "page \ud800")
+    assert ((tmp_path / "x").read_text(), (tmp_path / "treasure").read_text()) == ("page ?", "gold")
+    assert (tmp_path / "x").lstat().st_mode & 0o777 == 0o644
+    monkeypatch.setattr(os, "fchmod", lambda *_: os.open("/nowhere/x", os.O_RDONLY))
+    with pytest.raises(OSError, match="No such file"):
+        tc.put_file(tmp_path / "x", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["treasure", "x"]
+
+
+def published(workspace: Workspace) -> JsonObject:
+    """The runs' statuses, as `status.json` has them, by name."""
+    path = workspace.directory / "www" / "status.json"
+    jobs = json.loads(path.read_text())["jobs"] if path.exists() else []
+    return {job["name"]: job["status"] for job in jobs}
+
+
+def assert_agree(workspace: Workspace) -> None:
+    """The three files say what `status --json` says, and nothing else is there."""
+    status, directory = workspace.status(), workspace.directory / "www"
+    assert sorted(path.name for path in directory.iterdir()) == sorted(tc.PUBLISHED)
+    document = json.loads((directory / "status.json").read_text())
+    assert document | {"generated_at": ""} == status | {"generated_at": ""}
+    page = (directory / "status.html").read_text()
+    rows = re.findall(r"<strong>(.*?)</strong><span class=(\w+)>", page)
+    assert dict(rows) == {job["name"]: job["status"] for job in status["jobs"]}
+    samples = (directory / "metrics.prom").read_text()
+    assert 'teckochecker_jobs{status="completed_with_failures"} 1\n' in samples
+    assert f"teckochecker_attention {status['attention']}\n" in samples
+
+
+def test_from_start_to_stop(busy: Workspace) -> None:
+    """What is published follows the daemon and its config, up to its end."""
+    page = busy.directory / "www" / "status.html"
+    page.parent.write_text("in the way")
+    daemon = busy.daemon()
+    assert "File exists" in daemon.wait_for_event("publish_failed")["error"]
+    page.parent.unlink()
+    wait_until(lambda: published(busy).get("refused") == "failed", "a failed run")
+    daemon.wait_for_event("publish_recovered")
+    busy.sim.finish("batch_2")
+    wait_until(lambda: published(busy)["half"] == "completed", "a finished run")
+    busy.write("jobs: {broken: 5}\n")
+    wait_until(lambda: "The config file has problems" in page.read_text(), "the error on the page")
+    busy.reload(daemon)
+    assert daemon.stop() == 0
+    assert "The daemon was stopped at " in page.read_text()
+    assert_agree(busy)
+
+
+FULL = "teckochecker: cannot go on: No space left on device; see to that first\n"
+
+
+@pytest.mark.parametrize("command", ["status", "status --json", "schema"])
+@pytest.mark.parametrize("end", [("| head -n 1", 0, ""), (">&-", 0, ""), (">/dev/full", 1, FULL)])
+def test_outputs_that_end(busy: Workspace, command: str, end: tuple[str, int, str]) -> None:
+    """Who has seen enough gets no traceback; a full disk is told in a line, and is no success."""
+    busy.write()
+    program = shlex.join([sys.executable, str(PROGRAM), "--config", str(busy.path)])
+    bash = ["bash", "-o", "pipefail", "-c", f"{program} {command} {end[0]}"]
+    done = subprocess.run(
+        bash, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == end[1:]
+
+
+@pytest.mark.parametrize("command", tc.COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself, with an example that is one, and the exit codes."""
+    with pytest.raises(SystemExit, match=r"^0$"):
+        tc.new_parser().parse_args([command, "--help"])
+    example = capsys.readouterr().out.partition("\nexample: teckochecker ")[2]
+    tc.new_parser().parse_args(shlex.split(re.split("[>\n]", example)[0]))
+    assert "\n\nexit codes: 0 fine; 1 something needs attention, or " in example
