@@ -9,7 +9,7 @@ follows the Keboola job to its end, and keeps what it did in a SQLite file. It o
                         |
     OpenAI --batches--> Engine: decide (4), commit (5), act (6, 7) <--> state file (SQLite)
                         |                                                    |
-                        +--> Keboola: search, start, follow                  +--> status, logs, page,
+                        +--> Keboola: search, start, follow                 +--> status, logs, page,
                                                                                   webhooks (8, 9)
 Run it:
 
@@ -487,11 +487,11 @@ EVENTS: Final[Mapping[str, tuple[str, str, str]]] = {
     for name, level, groups, sentence in (
         re.split(" +", line, maxsplit=3)
         for line in """
-daemon_started            info    -         teckochecker {version} runs as pid {pid}: {jobs}, {batches}
+daemon_started            info    -         version {version} runs as pid {pid}: {jobs}, {batches}
 daemon_stopped            info    -         teckochecker stopped
 config_loaded             info    -         config loaded: {changes}
 config_warning            warning -         {warning}
-config_rejected           error   attention the config has problems, the previous one counts: {problem}
+config_rejected           error   attention the config has problems, an older one counts: {problem}
 config_rejected_recovered info    attention the config file is good again
 account_failing           error   attention the secret {secret} is refused: {error}
 account_failing_recovered info    attention the secret {secret} works again, or is no longer used
@@ -511,7 +511,7 @@ poll_failing              warning attention polls have failed for over ten minut
 poll_failing_recovered    info    attention polls do not fail any more
 group_size_unclear        warning attention {error}
 group_size_unclear_recovered info attention the size of the group is clear now
-deadline_passed           warning attention the deadline has passed: {pending} of {count} batches left
+deadline_passed           warning attention the deadline has passed: {pending} of {count} unfinished
 deadline_passed_recovered info    attention the batches are finished, after the deadline
 trigger_intended          info    -         will start {target}
 trigger_search_failed     warning -         {error}
@@ -537,7 +537,7 @@ job_failed_recovered      info    attention it is not failed any more
 retry_taken               info    -         a person asked for a retry{how}
 retry_refused             warning -         a person asked for a retry, but {why}
 jobs_need_attention       warning -         {count} need attention: {runs}
-state_is_older            warning -         the state file does not know the last POST, waits {wait_s} s
+state_is_older            warning -         the state file does not know the last POST: {wait_s} s
 state_write_failed        error   attention {error}
 state_write_failed_recovered info attention the state file can be written again
 clock_changed             warning -         the clock was set by {seconds} s, and all waits with it
@@ -566,7 +566,7 @@ class Event:
     id: int = 0
 
     @classmethod
-    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: Any) -> Event:
+    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: object) -> Event:
         """Return an event with its sentence; what a sentence names and `fields_` lack is empty."""
         usual, _, sentence = EVENTS[name]
         words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})

@@ -256,7 +256,7 @@ def read_list(
     return tuple(values)
 
 
-# What a Keboola job gets from us (see `variables` in 4); a job's own may not have these names.
+# What a Keboola job gets from us (`keboola_variables` in 4); a job's own may not have these names.
 OWN_VARIABLES: Final = (
     "batch_ids_(completed|failed|pending)|batch_count_(total|completed|failed)|batch_statuses"
     "|batch_output_file_ids|batch_error_file_ids|batch_request_counts|batch_errors"

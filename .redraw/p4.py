@@ -7,7 +7,7 @@
 #      +--> refused      |  +------ not sent -------+---> rejected --(config, retry)--> intent
 #                        |                          |                                     ^
 #                        +-- retry --force -- unknown --search: found--> sent             |
-#                                                   |                   (rerun: retry, retry_on_error)
+#                                                   |                   (retry, retry_on_error)
 #                                                   +--two empty searches, the last one begun at
 #                                                      least the grace later--> sending
 #
@@ -187,10 +187,11 @@ def policy_refusal(run: Run, job: Job) -> str:
     if job.trigger_on == "all_completed":
         bad = [b for b in run.batches if b.status != "completed" or b.completed == 0]
         if bad:
+            others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             what = "has no successful request" if bad[0].status == "completed" else bad[0].status
             return (
-                f"trigger_on: all_completed, but {bad[0].id} {what or 'is not finished'}"
-                f"{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}; `retry --force` starts it"
+                f"trigger_on: all_completed, but {bad[0].id} {what or 'is not finished'}{others};"
+                " `retry --force` starts it"
             )
     if job.trigger_on == "any_output" and not any(b.output_file_id for b in run.batches):
         return "trigger_on: any_output, but no batch has an output file; `retry --force` starts it"
@@ -218,7 +219,7 @@ def as_rerun(run: Run, now: float, wait_s: float = 0.0, error: str | None = None
     kept = ("attention", "retries", "size", "joined_at", "deadline_told", "last_check_at")
     fresh = replace(fresh, **{name: getattr(run, name) for name in kept})
     after = as_intended(fresh, now + wait_s)
-    return replace(after, error=error, error_since=error and now or None)
+    return replace(after, error=error, error_since=now if error else None)
 
 
 # --- what Keboola gets ----------------------------------------------------------------------------
@@ -516,7 +517,9 @@ class RetryRequest:
     phase: Phase
 
 
-def after_retry(run: Run, job: Job | None, request: RetryRequest, now: float) -> Change | str:
+def after_retry(  # noqa: C901, PLR0911 - a table
+    run: Run, job: Job | None, request: RetryRequest, now: float
+) -> Change | str:
     """Return a run after `retry`, or why nothing could be done."""
     if job is None:
         return "its job is not in the config"
@@ -552,7 +555,7 @@ def after_retry(run: Run, job: Job | None, request: RetryRequest, now: float) ->
 # --- status and attention -------------------------------------------------------------------------
 
 
-def status_of(run: Run, job: Job | None) -> str:
+def status_of(run: Run, job: Job | None) -> str:  # noqa: PLR0911 - a table
     """Return the status of a run, as people see it (design: `status --json`)."""
     if job and job.done and not run.may_be_at_keboola:
         return "completed"
@@ -568,7 +571,9 @@ def status_of(run: Run, job: Job | None) -> str:
     return "running" if run.phase is Phase.SENT else "triggering"
 
 
-def attention_of(run: Run, job: Job | None, grace_s: float, now: float) -> str:
+def attention_of(  # noqa: PLR0911 - a table
+    run: Run, job: Job | None, grace_s: float, now: float
+) -> str:
     """Return the event that says what a person has to do something about, or "".
 
     What settles by itself is none: an error counts once it has lasted, a start once it is overdue.
@@ -721,7 +726,7 @@ def group_batches(
         batches = in_order(run, job, [*run.batches, *(row.batch for row in joined)])
         after = run
         if joined:
-            size = group_size_of(run, job, joined)
+            size = group_size_of(run.size, job, joined)
             after = replace(run, batches=batches, joined_at=now, next_at=now, size=size)
         begins = "batch_joined" if known else "run_found"
         events = [
@@ -734,12 +739,12 @@ def group_batches(
     return changes
 
 
-def group_size_of(run: Run, job: Job, joined: Iterable[Row]) -> str:
+def group_size_of(known: str, job: Job, joined: Iterable[Row]) -> str:
     """Return what the metadata of a group says of its size: a number, or what is wrong with it."""
     if not (job.group_size or "").startswith("metadata."):
         return ""
     key = str(job.group_size).removeprefix("metadata.")
-    sizes = {row.metadata.get(key, "") for row in joined} | ({run.size} if run.size else set())
+    sizes = {row.metadata.get(key, "") for row in joined} | ({known} if known else set())
     if len(sizes) > 1:
         return f"the batches differ in {key}"
     (size,) = sizes

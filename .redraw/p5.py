@@ -11,7 +11,7 @@ Statement = tuple[str, Sequence[object]]
 def columns(cls: type) -> Mapping[str, str]:
     """Return the columns for a dataclass's fields (but for nested ones): name and SQL type."""
     kinds = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL", "Phase": "TEXT"}
-    kinds |= {"BootTime": "TEXT", "Mapping[str, Any]": "TEXT"}  # as JSON
+    kinds["Mapping[str, Any]"] = "TEXT"  # as JSON
     types = {f.name: str(f.type).partition(" | ") for f in fields(cls)}
     return {
         name: kinds[kind] + (" NOT NULL" if not null else "")
@@ -78,6 +78,9 @@ SCHEMA: Final[Sequence[str]] = (
         "id",
         *(Run, Target),
         next_at="REAL /* NULL: nothing is due by itself */",
+        unknown_wall="REAL /* unknown_since */",
+        unknown_boot="TEXT",
+        unknown_uptime_s="REAL",
         batch_key="TEXT NOT NULL /* JSON: its sorted batch ids; empty for a group */",
     ),
     'CREATE INDEX runs_by_job ON runs (job, "group")',
@@ -319,12 +322,11 @@ def state_error(error: sqlite3.Error, path: Path) -> StateError:
 
 def run_row(run: Run) -> dict[str, Any]:
     ids = [] if run.group else sorted(batch.id for batch in run.batches)
-    since = run.unknown_since
     return {
         **as_row(run),
         **as_row(run.target),
         "next_at": run.next_at if math.isfinite(run.next_at) else None,
-        "unknown_since": since and compact_json([since.wall, since.boot, since.uptime_s]),
+        **{f"unknown_{name}": getattr(run.unknown_since, name, None) for name in columns(BootTime)},
         "batch_key": compact_json(ids) if ids else "",
     }
 
@@ -334,8 +336,8 @@ def run_of(row: sqlite3.Row, batches: Iterable[Batch]) -> Run:
     values |= {name: bool(row[name]) for name in ("forced", "deadline_told")}
     values["phase"] = Phase(row["phase"])
     values["next_at"] = math.inf if row["next_at"] is None else row["next_at"]
-    if row["unknown_since"]:
-        values["unknown_since"] = BootTime(*json.loads(row["unknown_since"]))
+    since = [row[f"unknown_{name}"] for name in columns(BootTime)]
+    values["unknown_since"] = None if since[0] is None else BootTime(*since)
     target = Target(*(row[name] for name in columns(Target)))
     return Run(**values, target=target, batches=tuple(batches))
 

@@ -485,6 +485,7 @@ class Keboola:
         self._queue_url = ""
         self._carried: dict[str, str] = {}  # job id -> trigger id, of rows that did not tell
         self._searches: dict[tuple[str, str], SharedSearch] = {}
+        self._shown: dict[tuple[str, str], list[KeboolaJob]] = {}  # by the last searches, ours
 
     def _noted(self, error: ApiError | None, date: float | None) -> None:
         if date is not None:
@@ -581,10 +582,13 @@ class Keboola:
         """Return when a search began, and the jobs that carry a trigger id, the oldest first.
 
         `since` is by our clock. Nothing found is said only after a complete search; an incomplete
-        one raises ApiError. Who waits for the same configuration shares one search.
+        one raises ApiError. Who waits for the same configuration shares one search, and what an
+        earlier one has shown needs no other: only that there is nothing has to be fresh.
         """
         asked = self._clock.boot_time()
         key = (target.component_id, target.config_id)
+        if seen := [job for job in self._shown.get(key, ()) if job.trigger_id == trigger]:
+            return asked, oldest_first(seen)
         shared = self._searches.setdefault(key, SharedSearch())
         shared.wanted.append(since)
         try:
@@ -594,6 +598,10 @@ class Keboola:
                     began = shared.began = self._clock.boot_time()
                     shared.since, shared.jobs = min(shared.wanted), {}
                     shared.failure = await self._read_pages(target, shared)
+                    self._shown.pop(key, None)
+                    self._shown[key] = [job for job in shared.jobs.values() if job.trigger_id]
+                    while len(self._shown) > 20:
+                        del self._shown[next(iter(self._shown))]
                 ours = [j for j in shared.jobs.values() if j.trigger_id == trigger]
                 if not ours and shared.failure:
                     raise shared.failure

@@ -4,8 +4,9 @@
 
 
 class LogWriter:
-    """Writes lines to standard error from a thread of its own: a reader that is slow, full or gone
-    never holds up the loop. What does not fit is dropped and counted.
+    """Writes lines to standard error from a thread of its own; what does not fit is counted.
+
+    So a reader that is slow, full or gone never holds up the loop.
     """
 
     def __init__(self) -> None:
@@ -518,7 +519,7 @@ async def drive_run(engine: Engine, run_id: int) -> None:
             await asyncio.sleep(min(MINUTE_S, backoff_s(failures, first_s, engine.clock.jitter())))
 
 
-async def search_and_start(engine: Engine, run: Run) -> None:
+async def search_and_start(engine: Engine, run: Run) -> None:  # noqa: C901, PLR0912 - see below
     """Search Keboola for a run's job; start it where the search allows that."""
     clock, config, job = engine.clock, engine.loaded.config, engine.job_of(run)
     began, keboola, aimed = clock.boot_time(), None, run
@@ -804,7 +805,7 @@ class Engine:
         return statements
 
     def _assign(self, config: Config, changes: dict[int, Change]) -> set[int]:
-        """Bring the runs of jobs with batch_ids to what the config says, with those that are new."""
+        """Bring the runs of jobs with batch_ids to what the config says; returns their numbers."""
         targets = {name: config.target(job) for name, job in config.jobs.items()}
         runs = [run for run, _ in changes.values() if not run.group]
         assigned, current = assign(config.jobs, targets, runs), set()
@@ -1055,7 +1056,7 @@ class Engine:
         return replace(run, **clean) if clean != texts else run
 
     def note_failure(self, error: Exception, where: str, run: Run | None = None) -> None:
-        """Tell once of trouble with the state file, until it can be written; of a bug with its trace."""
+        """Tell once of trouble with the state file, until it is over; of a bug with its trace."""
         self.has_failed = True
         if not isinstance(error, StorageError | sqlite3.Error):
             trace = "".join(traceback.format_exception(error)).splitlines()
@@ -1234,7 +1235,7 @@ class Reloader:
 
         The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
         """
-        import watchfiles  # noqa: PLC0415 - it costs the other commands a third of their start
+        import watchfiles  # it costs the other commands a third of their start
 
         ours = (self._engine.store.path.name, *PUBLISHED, *(f".{name}" for name in PUBLISHED))
         while True:
@@ -1390,11 +1391,12 @@ class Signals:
         self.now = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(
-                number, lambda: (self.now if self.stop.is_set() else self.stop).set()
-            )
+            loop.add_signal_handler(number, self._on_signal)
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # of log rotation: nothing is to be done
+
+    def _on_signal(self) -> None:
+        (self.now if self.stop.is_set() else self.stop).set()
 
 
 async def keep_alive(engine: Engine, manager: ServiceManager) -> None:

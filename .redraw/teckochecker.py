@@ -9,7 +9,7 @@ follows the Keboola job to its end, and keeps what it did in a SQLite file. It o
                         |
     OpenAI --batches--> Engine: decide (4), commit (5), act (6, 7) <--> state file (SQLite)
                         |                                                    |
-                        +--> Keboola: search, start, follow                  +--> status, logs, page,
+                        +--> Keboola: search, start, follow                 +--> status, logs, page,
                                                                                   webhooks (8, 9)
 Run it:
 
@@ -487,11 +487,11 @@ EVENTS: Final[Mapping[str, tuple[str, str, str]]] = {
     for name, level, groups, sentence in (
         re.split(" +", line, maxsplit=3)
         for line in """
-daemon_started            info    -         teckochecker {version} runs as pid {pid}: {jobs}, {batches}
+daemon_started            info    -         version {version} runs as pid {pid}: {jobs}, {batches}
 daemon_stopped            info    -         teckochecker stopped
 config_loaded             info    -         config loaded: {changes}
 config_warning            warning -         {warning}
-config_rejected           error   attention the config has problems, the previous one counts: {problem}
+config_rejected           error   attention the config has problems, an older one counts: {problem}
 config_rejected_recovered info    attention the config file is good again
 account_failing           error   attention the secret {secret} is refused: {error}
 account_failing_recovered info    attention the secret {secret} works again, or is no longer used
@@ -511,7 +511,7 @@ poll_failing              warning attention polls have failed for over ten minut
 poll_failing_recovered    info    attention polls do not fail any more
 group_size_unclear        warning attention {error}
 group_size_unclear_recovered info attention the size of the group is clear now
-deadline_passed           warning attention the deadline has passed: {pending} of {count} batches left
+deadline_passed           warning attention the deadline has passed: {pending} of {count} unfinished
 deadline_passed_recovered info    attention the batches are finished, after the deadline
 trigger_intended          info    -         will start {target}
 trigger_search_failed     warning -         {error}
@@ -537,7 +537,7 @@ job_failed_recovered      info    attention it is not failed any more
 retry_taken               info    -         a person asked for a retry{how}
 retry_refused             warning -         a person asked for a retry, but {why}
 jobs_need_attention       warning -         {count} need attention: {runs}
-state_is_older            warning -         the state file does not know the last POST, waits {wait_s} s
+state_is_older            warning -         the state file does not know the last POST: {wait_s} s
 state_write_failed        error   attention {error}
 state_write_failed_recovered info attention the state file can be written again
 clock_changed             warning -         the clock was set by {seconds} s, and all waits with it
@@ -566,7 +566,7 @@ class Event:
     id: int = 0
 
     @classmethod
-    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: Any) -> Event:
+    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: object) -> Event:
         """Return an event with its sentence; what a sentence names and `fields_` lack is empty."""
         usual, _, sentence = EVENTS[name]
         words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})
@@ -657,42 +657,27 @@ MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
 _TAG: Final = "tag:yaml.org,2002:"
-_TRUTH: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_TAGS: Final = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
 _BAD: Final = object()  # a value that has a problem, which is noted already
 
-Reader = Callable[["YamlNode"], Any]
-
-# What a Keboola job gets from us; a job's own variables may not use these names.
-OWN_VARIABLES: Final = (
-    "batch_ids_completed",
-    "batch_ids_failed",
-    "batch_ids_pending",
-    "batch_count_total",
-    "batch_count_completed",
-    "batch_count_failed",
-    "batch_statuses",
-    "batch_output_file_ids",
-    "batch_error_file_ids",
-    "batch_request_counts",
-    "batch_errors",
-    "teckochecker_job",
-    "teckochecker_group",
-    "teckochecker_trigger_id",
-)
+# What makes a value of a node: a function, or the readers of a mapping's values.
+Reader = Callable[["YamlNode"], Any] | Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class YamlNode:
-    """A node of the YAML tree, the path to it, and the list that its problems go to.
+    """A node of the YAML tree, its key, the path to it, and what all nodes of a file share.
 
-    A method that reads a value returns None where it has noted a problem.
+    Where `text` notes a problem it returns None; what other methods return then does not count.
+    `secrets` are those that were read already; one with a problem is None.
     """
 
     node: yaml.Node
+    key: yaml.Node  # the node itself, where it has none
     path: str
     file: str
     problems: list[Problem]
-    key: yaml.Node | None = None
+    secrets: dict[str, SecretEntry | None] = field(default_factory=dict)
 
     @property
     def is_null(self) -> bool:
@@ -702,112 +687,107 @@ class YamlNode:
     def is_mapping(self) -> bool:
         return isinstance(self.node, yaml.MappingNode)
 
-    def bad(self, what: str, cure: str, mark: Any = None) -> None:  # noqa: ANN401 - of two loaders
-        """Note a problem here, or at a mark; returns None, for `return node.bad(...)`."""
-        mark = mark or self.node.start_mark
-        where = (self.file, mark.line + 1, mark.column + 1, self.path)
-        self.problems.append(Problem(*where, what, cure))
+    def bad(self, what: str, cure: str, at: yaml.Node | None = None) -> None:
+        """Note a problem, here or at another node; returns None, for `return node.bad(...)`."""
+        mark = (at or self.node).start_mark
+        place = (self.file, mark.line + 1, mark.column + 1, self.path)
+        self.problems.append(Problem(*place, what, cure))
 
-    def bad_key(self, what: str, cure: str) -> None:
-        """Note a problem at the node's key: something is missing, or should not be there."""
-        self.bad(what, cure, (self.key or self.node).start_mark)
-
-    def _has_tag(self, tags: Iterable[str], cure: str) -> bool:
-        """Check the node's tag: a custom one asks for what this program does not do."""
-        if self.node.tag.removeprefix(_TAG) not in tags:
-            self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
-            return False
-        return True
-
-    def _child(self, node: yaml.Node, name: str, key: yaml.Node | None = None) -> YamlNode:
-        joint = "." if self.path and key else ""
-        return YamlNode(node, f"{self.path}{joint}{name}", self.file, self.problems, key)
-
-    # --- lists and mappings ---
+    def _is(self, node_type: type[yaml.Node], kind: str, cure: str) -> bool:
+        if not isinstance(self.node, node_type):
+            self.bad(f"is not {kind}", cure)
+        return isinstance(self.node, node_type)
 
     def items(self, cure: str) -> list[YamlNode]:
         """Return a list's elements, or nothing and a problem."""
-        if not isinstance(self.node, yaml.SequenceNode):
-            self.bad("is not a list", cure)
-            return []
-        if not self._has_tag(("seq",), cure):
-            return []
-        return [self._child(node, f"[{i}]") for i, node in enumerate(self.node.value)]
+        nodes = enumerate(self.node.value if self._is(yaml.SequenceNode, "a list", cure) else ())
+        return [replace(self, node=n, key=n, path=f"{self.path}[{i}]") for i, n in nodes]
 
     def entries(self, cure: str) -> dict[str, YamlNode]:
         """Return a mapping's values by key, merge keys (`<<`) resolved; duplicates are problems."""
-        if not isinstance(self.node, yaml.MappingNode):
-            self.bad("is not a mapping", cure)
-            return {}
-        if not self._has_tag(("map",), cure):
-            return {}
         own: dict[str, YamlNode] = {}
         merged: dict[str, YamlNode] = {}
-        for key, value in self.node.value:
+        for key, value in self.node.value if self._is(yaml.MappingNode, "a mapping", cure) else ():
             if key.tag == _TAG + "merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):  # of several, the first one wins
-                    merge = self._child(source, "<<", key)
-                    merged |= merge.entries("merge a mapping or a list of mappings")
+                    at = replace(self, node=source)
+                    merged |= at.entries("write << and a mapping or a list of mappings")
             elif not isinstance(key, yaml.ScalarNode):
-                self.bad("a key is not a single value", cure, key.start_mark)
+                self.bad("a key is not a single value", cure, key)
             elif key.value in own:
-                line = (own[key.value].key or key).start_mark.line + 1
+                line = own[key.value].key.start_mark.line + 1
                 what = f"the key {self._shown(key.value)} stands here and in line {line}"
-                self.bad(what, "keep one of them", key.start_mark)
+                self.bad(what, "keep one of them", key)
             else:
-                own[key.value] = self._child(value, key.value, key)
+                path = f"{self.path}.{key.value}" if self.path else key.value
+                own[key.value] = replace(self, node=value, key=key, path=path)
         return merged | own
 
-    def allow(self, entries: Mapping[str, YamlNode], allowed: Iterable[str]) -> dict[str, YamlNode]:
-        """Return the entries that are allowed here; the others are problems."""
-        names = tuple(allowed)
-        for name in entries.keys() - set(names):
+    def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
+        """Return what the readers make of a mapping's values, in their order; null is None.
+
+        What has a problem is _BAD, but a dict has good and bad values of its own.
+        """
+        for name in nodes.keys() - readers.keys():
             what = f"the key {self._shown(name)} is not known"
-            mark = (entries[name].key or self.node).start_mark
-            self.bad(what, f"allowed here: {', '.join(names)}", mark)
-        return {name: node for name, node in entries.items() if name in names}
+            self.bad(what, f"allowed here: {', '.join(readers)}", nodes[name].key)
+        values: dict[str, Any] = {}
+        for name in [name for name in readers if name in nodes]:
+            noted_before, node, reader = len(self.problems), nodes[name], readers[name]
+            if node.is_null:
+                values[name] = None
+            elif isinstance(reader, Mapping):
+                values[name] = node.read(node.entries("write keys and values"), reader)
+            else:
+                values[name] = reader(node)
+            if len(self.problems) > noted_before and not isinstance(values[name], dict):
+                values[name] = _BAD
+        return values
 
-    def _shown(self, key: str) -> str:
-        """Return a key for a message; among secrets it may be a token that someone pasted."""
-        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", key)
-        return quoted(key) if is_plain else "written here"
-
-    def read(self, readers: Mapping[str, Reader], cure: str) -> dict[str, Any]:
-        """Return what the readers make of a mapping's values, by key; a bad one is _BAD."""
-        return read_values(self.allow(self.entries(cure), readers), readers)
-
-    # --- single values ---
+    def _shown(self, text: str) -> str:
+        """Return what is written, for a message; among secrets it may be a token."""
+        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", text)
+        return quoted(text) if is_plain else '"***"'
 
     def text(self, cure: str) -> str | None:
         """Return a scalar's text just as written (`0123` stays so)."""
         if self.is_null:
             return self.bad("is empty", cure)
-        if not isinstance(self.node, yaml.ScalarNode):
-            return self.bad("is not a single value", cure)
-        if not self._has_tag(("str", "int", "float", "bool", "timestamp", "value", "merge"), cure):
-            return None
-        return str(self.node.value).strip()
+        is_scalar = self._is(yaml.ScalarNode, "a single value", cure)
+        return str(self.node.value).strip() if is_scalar else None
 
     def matching(self, pattern: str, kind: str, cure: str) -> str | None:
         """Return text that matches a pattern as a whole."""
         text = self.text(cure)
         if text is None or re.fullmatch(pattern, text):
             return text
-        return self.bad(f"{quoted(text)} is not {kind}", cure)
+        return self.bad(f"{self._shown(text)} is not {kind}" if text else "is empty", cure)
 
     def keboola_id(self) -> str | None:
-        """Return an id of Keboola's."""
         cure = "copy the id from Keboola: letters, digits, . _ and -"
         return self.matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", "an id of Keboola's", cure)
 
+    def batch_id(self) -> str | None:
+        cure = "copy the batch id: letters, digits, . _ = and -"
+        return self.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
+
+    def file_path(self) -> str | None:
+        return self.matching(r"[^\0]+", "a path", "write a path")
+
     def choice(self, *choices: str) -> str | None:
-        """Return one word out of several."""
-        cure = f"write {', '.join(choices[:-1])} or {choices[-1]}"
-        text = self.text(cure)
-        if text is None or text in choices:
-            return text
-        return self.bad(f"{quoted(text)} is not one of them", cure)
+        words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        return self.matching("|".join(choices), "one of them", f"write {words}")
+
+    def boolean(self) -> bool:
+        pattern = "(?i)true|yes|on|false|no|off"
+        text = self.matching(pattern, "true or false", "write true or false")
+        return str(text).lower() in {"true", "yes", "on"}
+
+    def count(self, least: int, most: int) -> int:
+        numbers = "|".join(map(str, range(least, most + 1)))
+        kind = f"a number from {least} to {most}"
+        return int(self.matching(numbers, kind, "write a whole number") or 0)
 
     def duration(self, least_s: int, most_s: int) -> int | None:
         """Return a duration within limits, in seconds."""
@@ -822,40 +802,20 @@ class YamlNode:
             return self.bad(f"{quoted(text)} is out of range", f"write {limits}")
         return seconds
 
-    def count(self, least: int, most: int) -> int | None:
-        """Return a whole number within limits."""
-        cure = f"write a whole number from {least} to {most}"
-        text = self.text(cure)
-        if text is None:
-            return None
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            return self.bad(f"{quoted(text)} is not a number from {least} to {most}", cure)
-        return int(text)
+    def wait(self, least_s: int, most_s: int) -> int | None:
+        """Return a duration; shorter ones are for tests, with every stack on a loopback address."""
+        stacks = (secret.stack_url for secret in self.secrets.values() if secret)
+        is_test = all(is_loopback(url) for url in stacks if url)
+        return self.duration(0 if is_test else least_s, most_s)
 
-    def boolean(self) -> bool | None:
-        """Return true or false."""
-        text = self.text("write true or false")
-        if text is None:
-            return None
-        if self.node.tag != _TAG + "bool" or text.lower() not in _TRUTH:
-            return self.bad(f"{quoted(text)} is neither true nor false", "write true or false")
-        return _TRUTH[text.lower()]
-
-    def file_path(self) -> str | None:
-        """Return a file's path."""
-        text = self.text("write a path")
-        if text is not None and (not text or "\0" in text):
-            return self.bad("is empty", "write a path")
-        return text
-
-    def url(self) -> str | None:
-        """Return a server's address: https, or http on a loopback address. It is never echoed."""
-        cure = "write https://host (http only on a loopback address)"
-        text = self.text(cure)
-        problem = text is not None and url_problem(text)
-        if text is None or problem:
-            return problem and self.bad(problem, cure) or None
-        return text.rstrip("/")
+    def secret_name(self, kind: str) -> str | None:
+        names = [name for name, secret in self.secrets.items() if secret and secret.type == kind]
+        cure = f"write {' or '.join(names)}" if names else "add one under secrets:"
+        name = self.text(cure)
+        if name is None or name in names or self.secrets.get(name, _BAD) is None:
+            return name
+        # Not echoed: it may be a token that stands in the wrong place.
+        return self.bad(f"is not the name of a secret of type {kind}", cure)
 
     def plain_value(self) -> object:
         """Return a node as a JSON value; what is no JSON number stays the text that was written."""
@@ -865,31 +825,18 @@ class YamlNode:
         if self.is_mapping:
             return {key: item.plain_value() for key, item in self.entries(cure).items()}
         text = None if self.is_null else self.text(cure)
-        if text is None:
-            return None
         if self.node.tag == _TAG + "bool":
-            return _TRUTH.get(text.lower(), text)
-        is_number = self.node.tag in {_TAG + "int", _TAG + "float"}
-        if is_number and re.fullmatch(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?", text):
-            return json.loads(text)
+            return self.boolean()
+        if self.node.tag != _TAG + "str" and re.fullmatch(
+            r"-?(0|[1-9]\d{0,15})(\.\d+)?", str(text)
+        ):
+            return json.loads(str(text))
         return text
-
-
-def read_values(found: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """Return what the readers make of values, by key; a bad one is _BAD, null is None."""
-    values: dict[str, Any] = {}
-    for key, node in found.items():
-        value = None if node.is_null else readers[key](node)
-        values[key] = _BAD if value is None and not node.is_null else value
-    return values
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are there and good; the model has a default for the others."""
     return {key: v for key, v in values.items() if v is not None and v is not _BAD}
-
-
-# --- addresses ------------------------------------------------------------------------------------
 
 
 def is_loopback(url: str) -> bool:
@@ -904,10 +851,10 @@ def url_problem(url: str) -> str | None:
     """Return what is wrong with a server's address, or None."""
     try:
         parts = urllib.parse.urlsplit(url)
-        _ = parts.port
+        is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
     except ValueError:
-        return "is not an address"
-    if re.search(r"[^!-~]", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
+        is_address = False
+    if not is_address or re.search(r"[^!-~]", url):
         return "is not an address"
     if "?" in url or "#" in url or "@" in parts.netloc:
         return "has more than scheme, host, port and path"
@@ -916,107 +863,94 @@ def url_problem(url: str) -> str | None:
     return None
 
 
-def read_stack_url(node: YamlNode) -> str | None:
-    """Read a Keboola stack's address; people paste the address of a page of theirs."""
-    url = node.url()
-    parts = urllib.parse.urlsplit(url or "")
-    if parts.path and (parts.hostname or "").startswith("connection."):
-        return node.bad("has a path", f"write {parts.scheme}://{parts.netloc}")
-    return url
-
-
-def read_base_url(node: YamlNode) -> str | None:
-    """Read an OpenAI-compatible server's address, up to what stands before `/batches`."""
-    url = node.url()
-    parts = urllib.parse.urlsplit(url or "")
+def read_url(node: YamlNode) -> str | None:
+    """Read the address of a Keboola stack, or of a server up to what stands before `/batches`."""
+    cure = "write https://host (http only on a loopback address)"
+    url = node.text(cure)
+    problem = None if url is None else url_problem(url)
+    if url is None or problem:
+        return problem and node.bad(problem, cure)  # not echoed: it may hold a password
+    parts = urllib.parse.urlsplit(url.rstrip("/"))
+    host = parts.hostname or ""
+    if node.path.endswith("stack_url") and host.startswith("connection.") and parts.path:
+        return node.bad("has a path", f"write {parts.scheme}://{parts.netloc}")  # a page's address
     if parts.path.endswith("/batches"):
-        return node.bad("ends with /batches", f"write {str(url).removesuffix('/batches')}")
-    if (parts.hostname or "").endswith("openai.com") and not parts.path:
-        return node.bad("misses /v1", f"write {url}/v1")
-    return url
-
-
-# --- the keys of each part ------------------------------------------------------------------------
-
-
-def read_list(node: YamlNode, what: str, read: Reader, least: int, most: int) -> Any:  # noqa: ANN401
-    """Read a list of different values."""
-    cure = f"write a list of {least} to {most} {what}"
-    items = node.items(cure)
-    values = [read(item) for item in items]
-    if not isinstance(node.node, yaml.SequenceNode):
-        return None
-    if not least <= len(items) <= most:
-        return node.bad(f"has {len(items)} {what}", cure)
-    for i, (item, value) in enumerate(zip(items, values, strict=True)):
-        if value is not None and value in values[:i]:
-            return item.bad(f"{quoted(value)} stands here twice", "keep one of them")
-    return None if None in values else tuple(values)
-
-
-def read_batch_id(node: YamlNode) -> str | None:
-    """Read a batch's id, as its server calls it."""
-    cure = "copy the batch id: letters, digits, . _ = and -"
-    return node.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
-
-
-def read_variables(node: YamlNode) -> tuple[tuple[str, str], ...] | None:
-    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
-    values: dict[str, str | None] = {}
-    for name, item in node.entries("write names and values").items():
-        if name in OWN_VARIABLES:
-            item.bad("the name is taken by teckochecker", "choose another name")
-        elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
-            cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
-            item.bad(f"{quoted(name)} is not a variable's name", cure)
-        elif isinstance(item.node, yaml.ScalarNode):
-            values[name] = item.text("write a value")
-            if values[name] == "":
-                item.bad("is empty", "write a value: Keboola takes no empty ones")
-        else:
-            values[name] = compact_json(item.plain_value())
-    good = node.is_mapping and None not in values.values()
-    return tuple((name, str(value)) for name, value in values.items()) if good else None
-
-
-def read_match(node: YamlNode) -> tuple[tuple[str, str], ...] | None:
-    """Read which metadata a batch must have (OpenAI: keys to 64 characters, values to 512)."""
-    cure = "write KEY: VALUE, as the batch's metadata has it"
-    entries = node.entries(cure)
-    values = {name: item.text(cure) for name, item in entries.items()}
-    if node.is_mapping and not entries:
-        return node.bad("is empty, and every batch would match", cure)
-    if not node.is_mapping or None in values.values():
-        return None
-    return tuple((name, str(value)) for name, value in values.items())
+        return node.bad("ends with /batches", f"write {parts.geturl().removesuffix('/batches')}")
+    if host.endswith("openai.com") and not parts.path:
+        return node.bad("misses /v1", f"write {parts.geturl()}/v1")
+    return parts.geturl()
 
 
 def read_since(node: YamlNode) -> float | None:
     """Read a date (UTC) or an RFC 3339 time as Unix seconds."""
     cure = "write a date, 2026-11-25, or a time, 2026-11-25T06:00:00Z"
     text = node.text(cure)
-    if text is None:
-        return None
     with contextlib.suppress(ValueError, OverflowError):
-        if re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}($|[T ])", text):
-            at = datetime.fromisoformat(text)
-            return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
-    return node.bad(f"{quoted(text)} is not a date", cure)
+        at = datetime.fromisoformat(text or "")
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    return None if text is None else node.bad(f"{quoted(text)} is not a date", cure)
+
+
+def read_list(
+    node: YamlNode, what: str, read: Callable[[YamlNode], Any], least: int, most: int
+) -> Any:  # noqa: ANN401
+    """Read a list of different values."""
+    cure = f"write a list of {least} to {most} {what}"
+    items = node.items(cure)
+    if isinstance(node.node, yaml.SequenceNode) and not least <= len(items) <= most:
+        return node.bad(f"has {len(items)} {what}", cure)
+    values = [read(item) for item in items]
+    for i, (item, value) in enumerate(zip(items, values, strict=True)):
+        if value is not None and value in values[:i]:
+            item.bad(f"{quoted(value)} stands here twice", "keep one of them")
+    return tuple(values)
+
+
+# What a Keboola job gets from us (see `variables` in 4); a job's own may not have these names.
+OWN_VARIABLES: Final = (
+    "batch_ids_(completed|failed|pending)|batch_count_(total|completed|failed)|batch_statuses"
+    "|batch_output_file_ids|batch_error_file_ids|batch_request_counts|batch_errors"
+    "|teckochecker_(job|group|trigger_id)"
+)
+
+
+def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
+    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
+    values: dict[str, str | None] = {}
+    for name, item in node.entries("write names and values").items():
+        if re.fullmatch(OWN_VARIABLES, name):
+            item.bad("the name is taken by teckochecker", "choose another name", item.key)
+        elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
+            cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
+            item.bad(f"{quoted(name)} is not a variable's name", cure, item.key)
+        if isinstance(item.node, yaml.ScalarNode):
+            cure = "write a value: Keboola takes no empty ones"
+            values[name] = item.matching("(?s).+", "a value", cure)
+        else:
+            values[name] = compact_json(item.plain_value())
+    return tuple(values.items())
+
+
+def read_match(node: YamlNode) -> tuple[tuple[str, str | None], ...] | None:
+    """Read which metadata a batch must have."""
+    cure = "write KEY: VALUE, as the batch's metadata has it"
+    pairs = tuple((name, item.text(cure)) for name, item in node.entries(cure).items())
+    if node.is_mapping and not pairs:
+        return node.bad("is empty, and every batch would match", cure)
+    return pairs
 
 
 JOB_KEYS: Final[Mapping[str, Reader]] = {
-    "batch_ids": lambda node: read_list(node, "batch ids", read_batch_id, 1, 10),
+    "batch_ids": lambda node: read_list(node, "batch ids", YamlNode.batch_id, 1, 10),
     "match": read_match,
     "since": read_since,
     "group_by": lambda node: node.matching(".{1,64}", "a metadata key", "name a metadata key"),
     "group_size": lambda node: node.matching(
-        "[1-9][0-9]{0,2}|1000|metadata[.].{1,64}",
-        "a size",
-        "write a number from 1 to 1000, or metadata.KEY",
+        "[1-9][0-9]{0,2}|1000|metadata[.].{1,64}", "a size", "write 1 to 1000, or metadata.KEY"
     ),
     "settle": lambda node: node.duration(0, 7 * DAY_S),
-    "openai_secret": lambda node: node.text("name a secret of type openai"),
-    "keboola_secret": lambda node: node.text("name a secret of type keboola"),
+    "openai_secret": lambda node: node.secret_name("openai"),
+    "keboola_secret": lambda node: node.secret_name("keboola"),
     "component_id": YamlNode.keboola_id,
     "config_id": YamlNode.keboola_id,
     "branch_id": YamlNode.keboola_id,
@@ -1033,321 +967,215 @@ JOB_KEYS: Final[Mapping[str, Reader]] = {
     "done": YamlNode.boolean,
 }
 
+_HEADER_VALUE: Final = ("[!-~]{1,255}", "a header's value", "write printable ASCII without spaces")
+
 # What each type of secret has beside `type` and its value.
 SECRET_KEYS: Final[Mapping[str, Mapping[str, Reader]]] = {
     "openai": {
-        "base_url": read_base_url,
-        **dict.fromkeys(
-            ("organization", "project", "api_version"),
-            lambda node: node.matching(
-                "[!-~]{1,255}", "a header's value", "write printable ASCII without spaces"
-            ),
-        ),
+        "base_url": read_url,
+        "organization": lambda node: node.matching(*_HEADER_VALUE),
+        "project": lambda node: node.matching(*_HEADER_VALUE),
         "auth_header": lambda node: node.choice("Authorization", "api-key"),
+        "api_version": lambda node: node.matching(*_HEADER_VALUE),
     },
-    "keboola": {"stack_url": read_stack_url},
+    "keboola": {"stack_url": read_url},
     "webhook": {},
 }
 
 
-def secret_name_reader(kind: str, kinds: Mapping[str, str | None]) -> Reader:
-    """Return a reader of the name of a secret of one type; `kinds` are those of all secrets.
-
-    A kind of None is one that could not be read, which is a problem of its own already.
-    """
-    names = ", ".join(name for name in kinds if kinds[name] == kind) or "none there yet"
-    cure = f"name a secret of type {kind}: {names}"
-
-    def read(node: YamlNode) -> str | None:
-        name = node.text(cure)
-        if name is None or kinds.get(name, "") in {kind, None}:
-            return name
-        if name in kinds:
-            return node.bad(f"{quoted(name)} is a secret of another type", cure)
-        return node.bad("is not the name of a secret", cure)  # not echoed: it may be a token
-
-    return read
-
-
 def read_secret(name: str, node: YamlNode) -> SecretEntry | None:
     """Read one entry of `secrets`. What stands there is never echoed."""
+    noted_before = len(node.problems)
     entries = node.entries("write type: and what belongs to it, each on its own line")
     if not node.is_mapping:
         return None
-    cure = "write type: openai, type: keboola or type: webhook"
-    if "type" not in entries:
-        return node.bad_key("type is missing", cure)
-    kind = entries["type"].text(cure)
-    if kind is None or kind not in SECRET_KEYS:
-        return None if kind is None else entries["type"].bad("is not a type of secret", cure)
-    noted_before = len(node.problems)
-    readers = SECRET_KEYS[kind]
-    found = node.allow(entries, ("type", "value", "env", "file", *readers))
-    values = read_values({key: found[key] for key in readers if key in found}, readers)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        node.bad_key(f"{quoted(name)} is not a secret's name", "use letters, digits, . _ and -")
-    if kind == "keboola" and values.get("stack_url") is None:
-        node.bad_key("stack_url is missing", "add stack_url: https://connection.keboola.com")
-    source, text = read_source(node, found)
-    if text is None or len(node.problems) > noted_before:
-        return None
-    mark = found[source].node.start_mark
-    place = (mark.line + 1, mark.column + 1)
-    return SecretEntry(name, kind, source, Secret(text), *place, **given(values))
-
-
-def read_source(node: YamlNode, found: Mapping[str, YamlNode]) -> tuple[str, str | None]:
-    """Read where a secret's value comes from, and what stands there."""
-    sources = [source for source in ("value", "env", "file") if source in found]
+    kind = str(entries["type"].node.value) if "type" in entries else ""
+    sources = ("value", "env", "file")
     cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
-    if len(sources) != 1:
-        what = f"has {' and '.join(sources)}" if sources else "has no value"
-        return "", node.bad(what, cure)
-    at = found[sources[0]]
-    text = at.text(cure)
-    if text is not None and (not text or "\0" in text):
-        return "", at.bad("is empty", cure)
-    return sources[0], text
+    readers: dict[str, Reader] = {
+        "type": lambda at: at.choice(*SECRET_KEYS),
+        **dict.fromkeys(sources, lambda at: at.matching(r"[^\0]+", "text", cure)),
+        **SECRET_KEYS.get(kind, dict.fromkeys(entries.keys() - {"type", *sources}, str)),
+    }
+    values = node.read(entries, readers)
+    if values.get("type") is None:
+        node.bad("type is missing", "add type: openai, keboola or webhook", node.key)
+    if kind == "keboola" and values.get("stack_url") is None:
+        node.bad("stack_url is missing", "add stack_url: https://connection.keboola.com", node.key)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        node.bad(f"{quoted(name)} is not a secret's name", "use letters, digits, ._-", node.key)
+    found = [source for source in sources if values.get(source) is not None]
+    if len(found) != 1:
+        node.bad(f"has {' and '.join(found) or 'no value'}", cure)
+    if len(node.problems) > noted_before:
+        return None
+    rest = given({key: values.get(key) for key in SECRET_KEYS[kind]})
+    mark = entries[found[0]].node.start_mark
+    place = (mark.line + 1, mark.column + 1)
+    return SecretEntry(name, kind, found[0], Secret(values[found[0]]), *place, **rest)
 
 
-def read_job(
-    name: str, node: YamlNode, readers: Mapping[str, Reader], defaults: Mapping[str, Any]
-) -> Job | None:
+def check_combinations(entries: Mapping[str, YamlNode], values: dict[str, Any]) -> None:
+    """Note which keys of a job do not go together; one that only `defaults` has is left out."""
+    has = {key for key, value in values.items() if value is not None}
+    has |= {"follow: false"} if values.get("follow") is False else set()
+    for key, how, other in (
+        ("match", "beside", "batch_ids"),
+        ("settle", "beside", "group_size"),
+        ("match", "without", "since"),
+        ("since", "without", "match"),
+        ("group_by", "without", "match"),
+        ("group_size", "without", "group_by"),
+        ("settle", "without", "group_by"),
+        ("on_deadline", "without", "deadline"),
+        ("retry_on_error", "beside", "follow: false"),
+    ):
+        if key not in has or (other in has) != (how == "beside"):
+            continue
+        if key in entries:
+            cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
+            entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
+        else:
+            values[key] = None
+            has.remove(key)
+
+
+def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | None:
     """Read one job; its own values win over `defaults`."""
-    found = node.allow(
-        node.entries("write batch_ids, config_id and so on, each on its own line"), readers
-    )
+    noted_before = len(node.problems)
+    entries = node.entries("write batch_ids, config_id and so on, each on its own line")
     if not node.is_mapping:
         return None
-    noted_before = len(node.problems)
-    values = {**defaults, **read_values(found, readers)}
+    values = {**defaults, **node.read(entries, JOB_KEYS)}
+    if not 0 < len(name) <= 200 or name != name.strip() or not name.isprintable() or "/" in name:
+        cure = "use 1 to 200 printable characters, and no /"
+        node.bad(f"{quoted(name)} is not a job's name", cure, node.key)
     for key in ("openai_secret", "keboola_secret", "component_id", "config_id"):
         if values.get(key) is None:
-            node.bad_key(f"{key} is missing", f"add {key}: here or under defaults")
-    if len(name) > 200 or name != name.strip() or not name or not name.isprintable() or "/" in name:
-        cure = "use 1 to 200 printable characters, and no /"
-        node.bad_key(f"{quoted(name)} is not a job's name", cure)
-    for key, what, cure in wrong_combinations(values):
-        (found.get(key) or node).bad_key(what, cure)
+            node.bad(f"{key} is missing", f"add {key}: here or under defaults", node.key)
+    check_combinations(entries, values)
+    if values.get("batch_ids") is None and values.get("match") is None:
+        node.bad("batch_ids is missing", "add batch_ids: here, or match: and since:", node.key)
     if _BAD in values.values() or len(node.problems) > noted_before:
         return None
-    return Job(name, **given(values))
+    job = Job(name, **given(values))
+    openai, keboola = node.secrets.get(job.openai_secret), node.secrets.get(job.keboola_secret)
+    if openai and urllib.parse.urlsplit(openai.base_url).hostname == "api.openai.com":
+        items = entries["batch_ids"].items("") if "batch_ids" in entries else ()
+        for item, batch_id in zip(items, job.batch_ids, strict=False):
+            if not batch_id.startswith("batch_"):
+                what = f"{quoted(batch_id)} is not a batch id of api.openai.com"
+                item.bad(what, "write batch_ and what follows it")
+    return job if openai and keboola else None
 
 
-def wrong_combinations(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield which keys of a job do not go together: the key, what is wrong, the cure."""
-    has = {key for key, value in values.items() if value is not None}
-    if "batch_ids" not in has and "match" not in has:
-        yield "", "batch_ids is missing", "add batch_ids: here, or match: and since:"
-    if {"batch_ids", "match"} <= has:
-        yield (
-            "match",
-            "stands beside batch_ids",
-            "keep one of them: ids, or metadata to find them by",
-        )
-    if "match" in has and "since" not in has:
-        yield "match", "since is missing", "add since: 2026-11-25; older batches are not looked at"
-    for key in ("since", "group_by"):
-        if key in has and "match" not in has:
-            yield key, f"{key} without match", f"add match:, or remove {key}:"
-    for key in ("group_size", "settle"):
-        if key in has and "group_by" not in has:
-            yield key, f"{key} without group_by", f"add group_by:, or remove {key}:"
-    if {"group_size", "settle"} <= has:
-        yield (
-            "settle",
-            "stands beside group_size",
-            "keep one of them: they answer the same question",
-        )
-    if "on_deadline" in has and "deadline" not in has:
-        yield "on_deadline", "on_deadline without deadline", "add deadline: 26h, or remove it"
-    if values.get("retry_on_error") not in {None, 0, _BAD} and values.get("follow") is False:
-        yield "retry_on_error", "retry_on_error with follow: false", "remove one of them"
-
-
-def read_notify(
-    node: YamlNode, read_secret_name: Reader
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def read_notify(node: YamlNode) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Read which webhook is told of which events; without `events`, of what needs attention."""
-    words = ("attention", "finished", *EVENTS)
-
-    def read_event(item: YamlNode) -> str | None:
-        cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
-        text = item.text(cure)
-        if text is None or text in words:
-            return text
-        return item.bad(f"{quoted(text)} is not an event", cure)
-
-    cure = "write - {secret: NAME, events: [attention]}"
+    names = "|".join(("attention", "finished", *EVENTS))
+    cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
     readers: dict[str, Reader] = {
-        "secret": read_secret_name,
-        "events": lambda events: read_list(events, "events", read_event, 1, 100),
+        "secret": lambda at: at.secret_name("webhook"),
+        "events": lambda at: read_list(
+            at, "events", lambda item: item.matching(names, "an event", cure), 1, 100
+        ),
     }
     rules = []
-    for item in node.items(cure):
-        values = item.read(readers, cure)
+    for item in node.items("write - {secret: NAME, events: [attention]}"):
+        values = item.read(item.entries("write secret: NAME, events: [attention]"), readers)
         if item.is_mapping and values.get("secret") is None:
             item.bad("secret is missing", "name a secret of type webhook")
-        elif item.is_mapping and _BAD not in values.values():
-            rules.append((values["secret"], values.get("events") or ("attention",)))
+        rules.append((values.get("secret", ""), values.get("events") or ("attention",)))
     return tuple(rules)
 
 
-def read_config(root: YamlNode, path: Path, sha256: str) -> Config:
-    """Read the whole tree."""
-    parts = ("state", "key_file", "publish", "log", "limits", "secrets", "notify", "defaults")
-    allowed = root.allow(root.entries("write keys and values"), (*parts, "jobs"))
-    found = {key: node for key, node in allowed.items() if not node.is_null}
-    names = "write names, each with its own keys below it"
-    nodes = found["secrets"].entries(names) if "secrets" in found else {}
-    read = {name: read_secret(name, node) for name, node in nodes.items()}
-    secrets = {name: secret for name, secret in read.items() if secret}
-    kinds = {name: secret and secret.type for name, secret in read.items()}
-    readers = {
-        **JOB_KEYS,
-        "openai_secret": secret_name_reader("openai", kinds),
-        "keboola_secret": secret_name_reader("keboola", kinds),
-    }
-    defaults: dict[str, Any] = {}
-    if "defaults" in found:
-        defaults = found["defaults"].read(readers, "write keys and values")
-    if "jobs" not in allowed:
-        root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
-    nodes = found["jobs"].entries(names) if "jobs" in found else {}
-    jobs = {name: read_job(name, node, readers, defaults) for name, node in nodes.items()}
-    key_mark = (found.get("key_file") or found.get("secrets") or root).node.start_mark
-    own = {key: found[key].file_path() for key in ("state", "key_file", "publish") if key in found}
-    values = read_settings(found, secrets)
-    if "notify" in found:
-        values["notify"] = read_notify(found["notify"], secret_name_reader("webhook", kinds))
-    good = {name: job for name, job in jobs.items() if job and is_complete(job, secrets)}
-    check_batch_ids(nodes, good, secrets)
-    return Config(
-        path,
-        sha256,
-        path.parent / (own.get("state") or "teckochecker.db"),
-        path.parent / (own.get("key_file") or "teckochecker.key"),
-        key_mark.line + 1,
-        key_mark.column + 1,
-        path.parent / publish if (publish := own.get("publish")) else None,
-        secrets=secrets,
-        jobs=good,
-        **values,
-    )
+_NAMES: Final = "write names, each with its own keys below it"
 
-
-def is_complete(job: Job, secrets: Mapping[str, SecretEntry]) -> bool:
-    """Return whether a job's secrets could be read."""
-    return {job.openai_secret, job.keboola_secret} <= secrets.keys()
-
-
-def check_batch_ids(
-    nodes: Mapping[str, YamlNode], jobs: Mapping[str, Job], secrets: Mapping[str, SecretEntry]
-) -> None:
-    """Note ids that OpenAI's own server cannot have made: its ids begin with `batch_`."""
-    for name, job in jobs.items():
-        host = urllib.parse.urlsplit(secrets[job.openai_secret].base_url).hostname
-        bad = [batch_id for batch_id in job.batch_ids if not batch_id.startswith("batch_")]
-        if host == "api.openai.com" and bad:
-            node = nodes[name].entries("").get("batch_ids") or nodes[name]
-            items = node.node.value if isinstance(node.node, yaml.SequenceNode) else []
-            marks = [item.start_mark for item in items if item.value in bad]
-            for place, batch_id in enumerate(bad):
-                what = f"{quoted(batch_id)} is not a batch id of api.openai.com"
-                node.bad(what, "write batch_ and what follows it", (marks[place:] or [None])[0])
-
-
-def read_settings(
-    found: Mapping[str, YamlNode], secrets: Mapping[str, SecretEntry]
-) -> dict[str, Any]:
-    """Read `log` and `limits`; short waits are for tests, with a stack on a loopback address."""
-    is_test = all(is_loopback(s.stack_url) for s in secrets.values() if s.type == "keboola")
-    log: dict[str, Reader] = {
+# Where a part names what is in another one, that one stands above it.
+TOP_KEYS: Final[Mapping[str, Reader]] = {
+    "state": YamlNode.file_path,
+    "key_file": YamlNode.file_path,
+    "publish": YamlNode.file_path,
+    "log": {
         "level": lambda node: node.choice("debug", "info", "warning", "error"),
         "format": lambda node: node.choice("auto", "console", "json"),
         "retention": lambda node: node.duration(HOUR_S, 3650 * DAY_S),
-    }
-    limits: dict[str, Reader] = {
+    },
+    "secrets": lambda node: node.secrets.update(
+        (name, read_secret(name, at)) for name, at in node.entries(_NAMES).items()
+    ),
+    "limits": {
         "max_concurrency": lambda node: node.count(1, 100),
         "request_timeout": lambda node: node.duration(1, 60),
-        "trigger_grace": lambda node: node.duration(0 if is_test else 30, DAY_S),
-        "follow_interval": lambda node: node.duration(0 if is_test else 5, HOUR_S),
-    }
-    values = given(found["log"].read(log, "write keys and values")) if "log" in found else {}
-    for key in ("level", "format"):
-        if key in values:
-            values[f"log_{key}"] = values.pop(key)
-    if "limits" in found:
-        values |= given(found["limits"].read(limits, "write keys and values"))
-    return values
+        "trigger_grace": lambda node: node.wait(30, DAY_S),
+        "follow_interval": lambda node: node.wait(5, HOUR_S),
+    },
+    "notify": read_notify,
+    "defaults": JOB_KEYS,
+    "jobs": lambda node: node.entries(_NAMES),
+}
 
 
 # --- from text to tree ----------------------------------------------------------------------------
 
 
-def refusal_before_composing(text: str) -> tuple[int, int, str, str] | None:
-    """Return line, column, what and cure of what would cost the process its stack or its memory.
+def refuse_harm(text: str) -> None:
+    """Raise YAMLError, its note the cure, for what costs the process its stack or its memory.
 
     The composer recurses, and an alias inside what an anchor names is what a bomb is made of.
     """
-    if not text.strip("\ufeff \t\r\n"):
-        return 0, 0, "the file is empty", "write a config; `teckochecker init` makes a first one"
-    bad = re.search("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text)
-    if bad:
-        before = text[: bad.start()]
-        what = f"has the control character {ord(bad[0]):#04x}"
-        column = len(before) - before.rfind("\n") - 1
-        return before.count("\n"), column, what, "a config is plain text: remove it"
     opened: list[tuple[str | None, int]] = []  # anchors, and the number of nodes before
-    sizes: dict[str, int] = {}
-    nodes = added = 0
+    sizes: dict[str | None, int] = {}
+    nodes = 0
+    event: Any
     for event in yaml.parse(text, Loader=_LOADER):
-        mark = event.start_mark
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, before_it = opened.pop()
-            sizes |= {anchor: nodes - before_it} if anchor else {}
-        nodes += isinstance(event, yaml.NodeEvent)
+        what = ""
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, nodes))
-            if len(opened) > MAX_DEPTH:
-                return mark.line, mark.column, f"nests deeper than {MAX_DEPTH}", "flatten it"
-        if isinstance(event, yaml.AliasEvent):
-            added += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before_it = opened.pop()
+            sizes[anchor] = nodes - before_it
+        elif isinstance(event, yaml.AliasEvent):
+            nodes += sizes.get(event.anchor, 1)
             if any(anchor for anchor, _ in opened):
                 what = "an alias stands inside what an anchor names"
-                return mark.line, mark.column, what, "write out what it stands for"
-        if nodes > 1_000_000 or added > 250_000:  # 10,000 jobs have some 400,000
-            return mark.line, mark.column, "there are too many values from here on", "split it up"
-    return None
+                cure = "write out what it stands for"
+        nodes += isinstance(event, yaml.NodeEvent)
+        tag = getattr(event, "tag", None)  # one that is written there
+        if tag and tag.removeprefix(_TAG) not in _TAGS:
+            what, cure = f"the tag {quoted(tag)} means nothing here", "remove it"
+        if len(opened) > MAX_DEPTH:
+            what, cure = f"nests deeper than {MAX_DEPTH}", "flatten it"
+        if nodes > 1_000_000:  # 10,000 jobs have some 400,000
+            what, cure = "there are too many values from here on", "split it up"
+        if what:
+            raise yaml.MarkedYAMLError(None, None, what, event.start_mark, cure)
 
 
 def compose(text: str, path: Path, problems: list[Problem]) -> YamlNode | None:
     """Return the root of the YAML tree, or None and a problem."""
-
-    def refuse(line: int, column: int, what: str, cure: str) -> None:
-        problems.append(Problem(str(path), line + 1, column + 1, "", what, cure))
-
+    text = text.removeprefix("\ufeff")  # libyaml would not count it in its marks
     try:
-        text = text.removeprefix("\ufeff")  # libyaml would not count it in its marks
-        refusal = refusal_before_composing(text)
-        if refusal:
-            return refuse(*refusal)
+        refuse_harm(text)
         node = yaml.compose(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        place = (mark.line, mark.column) if mark else (0, 0)
-        parts = (getattr(error, "context", ""), getattr(error, "problem", ""))
-        what = " ".join(filter(None, parts)) or "unreadable"
-        if "nesting depth" in what:  # a libyaml with a limit of its own reads ahead
-            return refuse(*place, f"nests deeper than {MAX_DEPTH}", "flatten it")
-        cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
-        return refuse(*place, f"is not YAML: {what}", cure)
-    if not isinstance(node, yaml.MappingNode):
-        mark = node.start_mark if node else None  # None: nothing but comments
-        place = (mark.line, mark.column) if mark else (0, 0)
-        cure = "write secrets:, jobs: and so on; see config.example.yaml"
-        return refuse(*place, "is not a mapping of keys", cure)
-    return YamlNode(node, "", str(path), problems)
+        if isinstance(node, yaml.MappingNode):
+            return YamlNode(node, node, "", str(path), problems)
+        what = "is not a mapping of keys" if node else "is empty"
+        cure = "write secrets:, jobs: and so on; `teckochecker init` makes a first one"
+        raise yaml.MarkedYAMLError(None, None, what, getattr(node, "start_mark", None), cure)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line, mark.column) if mark else (0, 0)
+        what, cure = str(error.problem), error.note or ""
+        if not cure:
+            what = f"is not YAML: {error.context or ''} {what}"
+            cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
+    except yaml.reader.ReaderError as error:  # its position counts bytes
+        before = text.encode()[: error.position].decode(errors="replace").split("\n")
+        line, column = len(before) - 1, len(before[-1])
+        what = f"has the control character {error.character:#04x}"
+        cure = "a config is plain text: remove it"
+    problems.append(Problem(str(path), line + 1, column + 1, "", what, cure))
+    return None
 
 
 def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
@@ -1359,11 +1187,33 @@ def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
     problems: list[Problem] = []
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     root = compose(text, path, problems)
-    if root:
-        return read_config(root, path, sha256), problems
-    state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
-    state_path = path.parent / (state[1].strip() if state else "teckochecker.db")
-    return Config(path, sha256, state_path, path.parent / "teckochecker.key"), problems
+    if root is None:
+        state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
+        state_path = path.parent / (state[1].strip() if state else "teckochecker.db")
+        return Config(path, sha256, state_path, path.parent / "teckochecker.key"), problems
+    entries = root.entries("write keys and values")
+    top = given(root.read(entries, TOP_KEYS))
+    if "jobs" not in entries:
+        root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
+    defaults, nodes = top.get("defaults", {}), top.get("jobs", {})
+    jobs = {name: read_job(name, node, defaults) for name, node in nodes.items()}
+    settings = given(top.get("log", {}) | top.get("limits", {}))
+    settings |= {f"log_{key}": settings.pop(key) for key in settings.keys() & {"level", "format"}}
+    key_mark = (entries.get("key_file") or entries.get("secrets") or root).node.start_mark
+    config = Config(
+        path,
+        sha256,
+        path.parent / top.get("state", "teckochecker.db"),
+        path.parent / top.get("key_file", "teckochecker.key"),
+        key_mark.line + 1,
+        key_mark.column + 1,
+        path.parent / top["publish"] if "publish" in top else None,
+        secrets=given(root.secrets),
+        notify=top.get("notify", ()),
+        jobs=given(jobs),
+        **settings,
+    )
+    return config, problems
 
 
 # ==================================================================================================
@@ -1399,35 +1249,29 @@ class Files:
     def read(self, path: Path) -> FileRead:
         """Return the file, at most MAX_FILE_BYTES and one byte of it."""
         if path not in self.seen:
-            self.seen[path] = self._read(path)
+            try:
+                # Without O_NONBLOCK, a named pipe would hold us until someone writes to it.
+                with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
+                    status = os.fstat(file.fileno())
+                    if not stat.S_ISREG(status.st_mode):
+                        raise OSError(errno.EINVAL, "Not a regular file")
+                    data, inode = file.read(MAX_FILE_BYTES + 1), (status.st_dev, status.st_ino)
+                self.seen[path] = FileRead(data, stat.S_IMODE(status.st_mode), inode)
+            except OSError as error:
+                self.seen[path] = FileRead(error=error)
         return self.seen[path]
-
-    @staticmethod
-    def _read(path: Path) -> FileRead:
-        try:
-            # Without O_NONBLOCK, a named pipe would hold the process until someone writes to it.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-                status = os.fstat(fd)
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError(errno.EINVAL, "Not a regular file")
-                data = file.read(MAX_FILE_BYTES + 1)
-                inode = (status.st_dev, status.st_ino)
-                return FileRead(data, stat.S_IMODE(status.st_mode), inode)
-        except OSError as error:
-            return FileRead(error=error)
 
 
 class Redactor:
     """Replaces every secret value it knows; of each secret it remembers the last twenty."""
 
-    # JSON may write a character as `\u0041`, and `/` as `\/`; others are no part of a token.
-    _ESCAPES: Final = re.compile(rb"\\(?:u00([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
+    # JSON may write a character as `\u0041`, and `/` as `\/`. What would end or begin something in
+    # JSON (quotes, backslashes) stays escaped, and others are no part of a token.
+    _ESCAPES: Final = re.compile(rb"\\(?:u00(?!22|5[Cc]|7[Ff])([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
 
     def __init__(self) -> None:
-        self._known: dict[str, dict[str, None]] = {}
-        self._longest_first: list[str] = []
-        self._pattern = re.compile("(?!)")  # matches nothing
+        self._known: dict[str, list[str]] = {}
+        self.learn(())
 
     def learn(self, secrets: Iterable[tuple[str, Secret]]) -> None:
         """Add values by name, each also in the forms in which JSON, Python and URLs write it.
@@ -1435,17 +1279,13 @@ class Redactor:
         Values of fewer than four characters are no tokens, and would mask half of the log.
         """
         for name, secret in secrets:
-            value = secret.reveal()
-            values = self._known.setdefault(name, {})
-            values.pop(value, None)
-            if len(value) >= 4:
-                values[value] = None
-            while len(values) > 20:
-                del values[next(iter(values))]
+            older = [value for value in self._known.get(name, ()) if value != secret.reveal()]
+            self._known[name] = [*older, secret.reveal()][-20:]
         forms = set()
-        for value in itertools.chain.from_iterable(self._known.values()):
-            forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
-            forms.add(urllib.parse.quote(value, safe=""))
+        for value in itertools.chain(*self._known.values()):
+            if len(value) >= 4:
+                forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
+                forms.add(urllib.parse.quote(value, safe=""))
         self._longest_first = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._longest_first)) or "(?!)")
 
@@ -1458,19 +1298,14 @@ class Redactor:
 
         In data only long ones are looked for: a short one could be part of an honest id.
         """
-        plain = self._ESCAPES.sub(self._unescaped, body) if b"\\" in body else body
+        plain = self._ESCAPES.sub(
+            lambda escape: escape[2] or bytes.fromhex((escape[1] or b"").decode()) or escape[0],
+            body,
+        )
         for form in self._longest_first:
             if (len(form) >= 16 or not is_data) and form.encode() in plain:
                 body = plain = plain.replace(form.encode(), b"***")
         return body
-
-    @staticmethod
-    def _unescaped(escape: re.Match[bytes]) -> bytes:
-        """Return what an escape stands for, unless it would end or begin something in JSON."""
-        if escape[2]:
-            return b"/"
-        character = bytes.fromhex(escape[1].decode()) if escape[1] else b'"'
-        return escape[0] if character in b'"\\\x7f' else character
 
     def tree(self, value: Any) -> Any:  # noqa: ANN401 - JSON
         """Return a log field's value without any secret; what is not JSON becomes its repr."""
@@ -1483,9 +1318,6 @@ class Redactor:
         if isinstance(value, list | tuple | set | frozenset):
             return [self.tree(item) for item in value]
         return self.text(repr(value))
-
-
-# --- one value ------------------------------------------------------------------------------------
 
 
 def looks_encrypted(value: str) -> bool:
@@ -1507,32 +1339,27 @@ def decrypted(keys: MultiFernet, token: str) -> str | None:
 
 def token_problem(text: str, kind: str) -> tuple[str, str] | None:
     """Return what is wrong with a secret's value, and its cure, or None. Neither shows it."""
-    alone = "put the token there, alone"
-    if not text:
-        return "is empty", alone
-    if len(text) > 65536:
-        return "is over 64 KiB", alone
-    # A newline inside a header value makes httpx print the whole value in its exception.
-    if not all("!" <= c <= "~" for c in text.removeprefix("Bearer ")):
-        return "has characters that no token has (it takes printable ASCII without spaces)", alone
-    if text[0] in "\"'" or text[-1] in "\"'":
-        return "has quotes around it", "write it without: docker's --env-file keeps quotes"
-    if text.startswith("Bearer "):
-        return "begins with Bearer", "write only what follows it"
-    if "YOUR-" in text or text in {"https://hooks.slack.com/services/T0/B0/XYZ"}:
-        return "is the placeholder of the example", "put your own there"
-    if kind == "webhook":
-        problem = url_problem(text.partition("?")[0])
-        return (f"{problem}", "put the https address there") if problem else None
-    if re.match("[A-Za-z_][A-Za-z0-9_]*=.", text):
-        return "begins with NAME=", "write only what follows the ="
-    if kind == "keboola" and text.startswith("kbc_"):
-        cure = "make a Storage API token in the project's settings"
-        return "is a programmatic token, which is not supported", cure
+    alone, after = "put the token there, alone", "write only what follows"
+    unprintable = "has characters that no token has (it takes printable ASCII without spaces)"
+    kbc = "is a programmatic token, which is not supported"
+    is_example = "YOUR-" in text or text == "https://hooks.slack.com/services/T0/B0/XYZ"
+    url = url_problem(text.partition("?")[0]) if kind == "webhook" else None
+    has_name = kind != "webhook" and re.match("[A-Za-z_][A-Za-z0-9_]*=.", text)
+    for is_wrong, what, cure in (
+        (not text, "is empty", alone),
+        (len(text) > 65536, "is over 64 KiB", alone),
+        # A newline inside a header value makes httpx print the whole value in its exception.
+        (re.search("[^!-~]", text.removeprefix("Bearer ")), unprintable, alone),
+        (re.search("^[\"']|[\"']$", text), "has quotes around it", "write it without them"),
+        (text.startswith("Bearer "), "begins with Bearer", f"{after} it"),
+        (is_example, "is the placeholder of the example", "put your own there"),
+        (url, f"{url}", "put the https address there"),
+        (has_name, "begins with NAME=", f"{after} the ="),
+        (kind == "keboola" and text.startswith("kbc_"), kbc, "make a Storage API token"),
+    ):
+        if is_wrong:
+            return what, cure
     return None
-
-
-# --- all of a config's ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -1561,14 +1388,13 @@ class SecretOpener:
         self.keys: list[Secret] = []
         self._files = files
         self._env = env
-        self._has_credential = False  # the key is the service manager's copy, made at the start
 
     def open_all(self) -> dict[str, Secret]:
         """Return every secret that opens, by name; `problems` tells of the others."""
         entries = self.config.secrets.values()
         keys = self.fernet() if any(entry.source == "value" for entry in entries) else None
         opened = {entry.name: self._open(entry, keys) for entry in entries}
-        return {name: Secret(text) for name, text in opened.items() if text is not None}
+        return {name: secret for name, secret in opened.items() if secret}
 
     def all_known(self, secrets: Mapping[str, Secret]) -> Iterator[tuple[str, Secret]]:
         """Yield what must be shown nowhere: values, keys, and the paths of webhooks' addresses."""
@@ -1577,123 +1403,105 @@ class SecretOpener:
         for name in self.config.of_type("webhook"):
             parts = urllib.parse.urlsplit(secrets[name].reveal() if name in secrets else "")
             target = parts._replace(scheme="", netloc="").geturl()
-            for place, text in enumerate((target, parts.path)):
-                if len(text) > 8:
-                    yield f"{name} {place}", Secret(text)
+            secret_parts = (("target", target), ("path", parts.path))
+            yield from ((f"{name} {k}", Secret(text)) for k, text in secret_parts if len(text) > 8)
 
     def fernet(self) -> MultiFernet | None:
         """Return the keys (the first encrypts, all decrypt) from the first place that has any."""
-        text = self._env.get(KEY_VARIABLE, "").strip()
-        if text:
-            return self._parse_keys(text, f"${KEY_VARIABLE}")
-        directory = self._env.get("CREDENTIALS_DIRECTORY")
-        if directory:
-            credential = Path(directory) / "teckochecker.key"
-            read = self._files.read(credential)
-            if not isinstance(read.error, FileNotFoundError):
-                self._has_credential = True
-                return self._read_keys(credential, read)
-        path = self.config.key_path
-        read = self._files.read(path)
-        if read.error is None and read.mode & stat.S_IRWXO:
-            what = f"{path} can be read by others (mode {read.mode:04o})"
-            return self._bad_key(what, f"run: chmod 600 {path}")
-        if read.error is None and read.mode & stat.S_IRWXG:
-            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
-        return self._read_keys(path, read)
+        where, text = f"${KEY_VARIABLE}", self._env.get(KEY_VARIABLE, "").strip() or None
+        if text is None:
+            where, text = self._read_key_file()
+        if text is None:
+            return None
+        lines = (line.split("#")[0] for line in text.splitlines())
+        keys = [key for line in lines for key in line.replace(",", " ").split()]
+        with contextlib.suppress(ValueError):
+            fernet = MultiFernet([Fernet(key) for key in keys])
+            self.keys = [Secret(key) for key in keys]
+            return fernet
+        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
+        return self._bad_key(what, f"make one: {MAKE_KEY}")
 
     def _bad_key(self, what: str, cure: str) -> None:
-        place = (self.config.key_line, self.config.key_column)
-        self.problems.append(Problem(str(self.config.path), *place, "key_file", what, cure))
+        place = (str(self.config.path), self.config.key_line, self.config.key_column, "key_file")
+        self.problems.append(Problem(*place, what, cure))
 
-    def _read_keys(self, path: Path, read: FileRead) -> MultiFernet | None:
+    def _read_key_file(self) -> tuple[str, str | None]:
+        """Return the path of the key file, and its text or None and a problem."""
+        path, directory = self.config.key_path, self._env.get("CREDENTIALS_DIRECTORY")
+        read, mode = self._files.read(path), self._files.read(path).mode
+        if directory:
+            credential = Path(directory, "teckochecker.key")
+            found = self._files.read(credential)
+            if not isinstance(found.error, FileNotFoundError):
+                path, read, mode = credential, found, 0  # its mode is the service manager's matter
         if read.error:
             cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
             if read.error.errno == errno.EACCES:
                 cure = "run this as the key's owner, or as root"
-            return self._bad_key(f"cannot read the key file {path}: {read.error.strerror}", cure)
-        return self._parse_keys(read.data.decode("ascii", "replace"), str(path))
+            self._bad_key(f"cannot read the key file {path}: {read.error.strerror}", cure)
+        elif mode & stat.S_IRWXO:
+            what = f"{path} can be read by others (mode {mode:04o})"
+            self._bad_key(what, f"run: chmod 600 {path}")
+        else:
+            if mode & stat.S_IRWXG:
+                self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
+            return str(path), read.data.decode("ascii", "replace")
+        return str(path), None
 
-    def _parse_keys(self, text: str, where: str) -> MultiFernet | None:
-        lines = (line.split("#")[0] for line in text.splitlines())
-        keys = [key for line in lines for key in line.replace(",", " ").split()]
-        try:
-            if keys:
-                fernet = MultiFernet([Fernet(key) for key in keys])
-                self.keys = [Secret(key) for key in keys]
-                return fernet
-        except ValueError:
-            pass
-        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
-        return self._bad_key(what, f"make one: {MAKE_KEY}")
-
-    def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> str | None:
-        """Return a secret's value, or None and a problem."""
-        found = getattr(self, f"_from_{entry.source}")(entry, keys)
-        if isinstance(found, str):
-            problem = token_problem(found, entry.type)
-            if not problem:
-                return found
-            found = (f"the secret {problem[0]}", problem[1])
-        if found:
-            path = f"secrets.{entry.name}.{entry.source}"
-            place = (str(self.config.path), entry.line, entry.column, path)
-            self.problems.append(Problem(*place, *found))
-        return None
-
-    def _from_value(
-        self, entry: SecretEntry, keys: MultiFernet | None
-    ) -> str | tuple[str, str] | None:
-        if keys is None:
+    def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> Secret | None:
+        """Return a secret, or None and a problem."""
+        text, value = entry.text.reveal(), None
+        what, cure = "the environment has no such variable", "set it, or correct the name"
+        if entry.source == "env":
+            value = self._env.get(text)
+        elif entry.source == "file":
+            # Relative paths are relative to the config; an absolute one replaces that altogether.
+            read = self._files.read(self.config.path.parent / text)
+            if read.error is None:
+                value = read.data[:100_000].decode("utf-8", "replace")
+            else:
+                what = f"cannot read the file: {read.error.strerror}"
+                cure = "correct the path or its permissions"
+        elif keys is None:
             return None  # noted already, where the key was looked for
-        text = decrypted(keys, entry.text.reveal())
-        if text is not None:
-            return text
-        command = f"run: teckochecker --config {self.config.path} encrypt"
-        if not looks_encrypted(entry.text.reveal()):
-            return "is not encrypted", command
-        cure = f"bring that key back, or write the token in plain and {command}"
-        if self._has_credential:
-            cure = f"if the key is new, restart the service; else {cure}"
-        return "is encrypted with another key", cure
-
-    def _from_env(self, entry: SecretEntry, _: object) -> str | tuple[str, str]:
-        value = self._env.get(entry.text.reveal())
-        if value is None:
-            return "the environment has no such variable", "set it, or correct the name"
-        return value.strip()
-
-    def _from_file(self, entry: SecretEntry, _: object) -> str | tuple[str, str]:
-        # Relative paths are relative to the config; an absolute one replaces that altogether.
-        read = self._files.read(self.config.path.parent / entry.text.reveal())
-        if read.error:
-            what = f"cannot read the file: {read.error.strerror}"
-            return what, "correct the path or its permissions"
-        return read.data[:100_000].decode("utf-8", "replace").strip()
+        else:
+            value = decrypted(keys, text)
+            what = "is not encrypted"
+            cure = f"run: teckochecker --config {self.config.path} encrypt"
+            if looks_encrypted(text):
+                what = "is encrypted with another key"
+                cure = f"bring that key back, or write the token in plain and {cure}"
+        if value is not None:
+            problem = token_problem(value.strip(), entry.type)
+            if problem is None:
+                return Secret(value.strip())
+            what, cure = f"the secret {problem[0]}", problem[1]
+        path = f"secrets.{entry.name}.{entry.source}"
+        place = (str(self.config.path), entry.line, entry.column, path)
+        self.problems.append(Problem(*place, what, cure))
+        return None
 
 
 def read_config_file(path: Path, files: Files) -> tuple[Config, list[Problem], str]:
     """Return what the file says so far as it can be read, what is wrong with it, and its text."""
-    read = files.read(path)
-
-    def refuse(what: str, cure: str, line: int = 1, column: int = 1) -> tuple[Any, ...]:
-        config = Config(path, "", path.parent / "teckochecker.db", path.parent / "teckochecker.key")
-        return config, [Problem(str(path), line, column, "", what, cure)], ""
-
+    read, place = files.read(path), (1, 1)
+    try:
+        if read.error is None and len(read.data) <= MAX_FILE_BYTES:
+            text = read.data.decode()
+            return *parse_config(text, path), text
+        what, cure = "is over 16 MiB", "a config is smaller: check the path"
+    except UnicodeDecodeError as error:
+        before = read.data[: error.start].decode().split("\n")
+        place = (len(before), len(before[-1]) + 1)
+        what, cure = "is not UTF-8 text", "save it as UTF-8"
     if read.error:
+        what = f"cannot be read: {read.error.strerror}"
         cure = "check the path, pass --config PATH, or run `teckochecker init` for a first one"
         if read.error.errno == errno.EACCES:
             cure = "let this user read it; with all secrets encrypted, chmod 644 is safe"
-        return refuse(f"cannot be read: {read.error.strerror}", cure)
-    if len(read.data) > MAX_FILE_BYTES:
-        return refuse("is over 16 MiB", "a config is smaller: check the path")
-    try:
-        text = read.data.decode()
-    except UnicodeDecodeError as error:
-        before = read.data[: error.start]
-        place = (before.count(b"\n") + 1, len(before) - before.rfind(b"\n"))
-        return refuse("is not UTF-8 text", "save it as UTF-8", *place)
-    return *parse_config(text, path), text
+    config = Config(path, "", path.parent / "teckochecker.db", path.parent / "teckochecker.key")
+    return config, [Problem(str(path), *place, "", what, cure)], ""
 
 
 def load_config(
@@ -1737,7 +1545,7 @@ def mount_warning(path: Path) -> Iterator[str]:
 #      +--> refused      |  +------ not sent -------+---> rejected --(config, retry)--> intent
 #                        |                          |                                     ^
 #                        +-- retry --force -- unknown --search: found--> sent             |
-#                                                   |                   (rerun: retry, retry_on_error)
+#                                                   |                   (retry, retry_on_error)
 #                                                   +--two empty searches, the last one begun at
 #                                                      least the grace later--> sending
 #
@@ -1921,10 +1729,11 @@ def policy_refusal(run: Run, job: Job) -> str:
     if job.trigger_on == "all_completed":
         bad = [b for b in run.batches if b.status != "completed" or b.completed == 0]
         if bad:
+            others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             what = "has no successful request" if bad[0].status == "completed" else bad[0].status
             return (
-                f"trigger_on: all_completed, but {bad[0].id} {what or 'is not finished'}"
-                f"{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}; `retry --force` starts it"
+                f"trigger_on: all_completed, but {bad[0].id} {what or 'is not finished'}{others};"
+                " `retry --force` starts it"
             )
     if job.trigger_on == "any_output" and not any(b.output_file_id for b in run.batches):
         return "trigger_on: any_output, but no batch has an output file; `retry --force` starts it"
@@ -1952,7 +1761,7 @@ def as_rerun(run: Run, now: float, wait_s: float = 0.0, error: str | None = None
     kept = ("attention", "retries", "size", "joined_at", "deadline_told", "last_check_at")
     fresh = replace(fresh, **{name: getattr(run, name) for name in kept})
     after = as_intended(fresh, now + wait_s)
-    return replace(after, error=error, error_since=error and now or None)
+    return replace(after, error=error, error_since=now if error else None)
 
 
 # --- what Keboola gets ----------------------------------------------------------------------------
@@ -2252,7 +2061,9 @@ class RetryRequest:
     phase: Phase
 
 
-def after_retry(run: Run, job: Job | None, request: RetryRequest, now: float) -> Change | str:
+def after_retry(  # noqa: C901, PLR0911 - a table
+    run: Run, job: Job | None, request: RetryRequest, now: float
+) -> Change | str:
     """Return a run after `retry`, or why nothing could be done."""
     if job is None:
         return "its job is not in the config"
@@ -2288,7 +2099,7 @@ def after_retry(run: Run, job: Job | None, request: RetryRequest, now: float) ->
 # --- status and attention -------------------------------------------------------------------------
 
 
-def status_of(run: Run, job: Job | None) -> str:
+def status_of(run: Run, job: Job | None) -> str:  # noqa: PLR0911 - a table
     """Return the status of a run, as people see it (design: `status --json`)."""
     if job and job.done and not run.may_be_at_keboola:
         return "completed"
@@ -2304,7 +2115,9 @@ def status_of(run: Run, job: Job | None) -> str:
     return "running" if run.phase is Phase.SENT else "triggering"
 
 
-def attention_of(run: Run, job: Job | None, grace_s: float, now: float) -> str:
+def attention_of(  # noqa: PLR0911 - a table
+    run: Run, job: Job | None, grace_s: float, now: float
+) -> str:
     """Return the event that says what a person has to do something about, or "".
 
     What settles by itself is none: an error counts once it has lasted, a start once it is overdue.
@@ -2457,7 +2270,7 @@ def group_batches(
         batches = in_order(run, job, [*run.batches, *(row.batch for row in joined)])
         after = run
         if joined:
-            size = group_size_of(run, job, joined)
+            size = group_size_of(run.size, job, joined)
             after = replace(run, batches=batches, joined_at=now, next_at=now, size=size)
         begins = "batch_joined" if known else "run_found"
         events = [
@@ -2470,12 +2283,12 @@ def group_batches(
     return changes
 
 
-def group_size_of(run: Run, job: Job, joined: Iterable[Row]) -> str:
+def group_size_of(known: str, job: Job, joined: Iterable[Row]) -> str:
     """Return what the metadata of a group says of its size: a number, or what is wrong with it."""
     if not (job.group_size or "").startswith("metadata."):
         return ""
     key = str(job.group_size).removeprefix("metadata.")
-    sizes = {row.metadata.get(key, "") for row in joined} | ({run.size} if run.size else set())
+    sizes = {row.metadata.get(key, "") for row in joined} | ({known} if known else set())
     if len(sizes) > 1:
         return f"the batches differ in {key}"
     (size,) = sizes
@@ -2497,7 +2310,7 @@ Statement = tuple[str, Sequence[object]]
 def columns(cls: type) -> Mapping[str, str]:
     """Return the columns for a dataclass's fields (but for nested ones): name and SQL type."""
     kinds = {"str": "TEXT", "int": "INTEGER", "bool": "INTEGER", "float": "REAL", "Phase": "TEXT"}
-    kinds |= {"BootTime": "TEXT", "Mapping[str, Any]": "TEXT"}  # as JSON
+    kinds["Mapping[str, Any]"] = "TEXT"  # as JSON
     types = {f.name: str(f.type).partition(" | ") for f in fields(cls)}
     return {
         name: kinds[kind] + (" NOT NULL" if not null else "")
@@ -2564,6 +2377,9 @@ SCHEMA: Final[Sequence[str]] = (
         "id",
         *(Run, Target),
         next_at="REAL /* NULL: nothing is due by itself */",
+        unknown_wall="REAL /* unknown_since */",
+        unknown_boot="TEXT",
+        unknown_uptime_s="REAL",
         batch_key="TEXT NOT NULL /* JSON: its sorted batch ids; empty for a group */",
     ),
     'CREATE INDEX runs_by_job ON runs (job, "group")',
@@ -2805,12 +2621,11 @@ def state_error(error: sqlite3.Error, path: Path) -> StateError:
 
 def run_row(run: Run) -> dict[str, Any]:
     ids = [] if run.group else sorted(batch.id for batch in run.batches)
-    since = run.unknown_since
     return {
         **as_row(run),
         **as_row(run.target),
         "next_at": run.next_at if math.isfinite(run.next_at) else None,
-        "unknown_since": since and compact_json([since.wall, since.boot, since.uptime_s]),
+        **{f"unknown_{name}": getattr(run.unknown_since, name, None) for name in columns(BootTime)},
         "batch_key": compact_json(ids) if ids else "",
     }
 
@@ -2820,8 +2635,8 @@ def run_of(row: sqlite3.Row, batches: Iterable[Batch]) -> Run:
     values |= {name: bool(row[name]) for name in ("forced", "deadline_told")}
     values["phase"] = Phase(row["phase"])
     values["next_at"] = math.inf if row["next_at"] is None else row["next_at"]
-    if row["unknown_since"]:
-        values["unknown_since"] = BootTime(*json.loads(row["unknown_since"]))
+    since = [row[f"unknown_{name}"] for name in columns(BootTime)]
+    values["unknown_since"] = None if since[0] is None else BootTime(*since)
     target = Target(*(row[name] for name in columns(Target)))
     return Run(**values, target=target, batches=tuple(batches))
 
@@ -3068,7 +2883,6 @@ class Store:
 # 6. Http and Keboola: requests out, facts or an ApiError back
 # ==================================================================================================
 
-MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
 REQUEST_S: Final = 60.0  # a request with all of its retries
 
@@ -3257,7 +3071,7 @@ class Http:
                 request = client.build_request(method, url, **parts)
                 response = await client.send(request, stream=True)
                 try:
-                    body = await read_body(response)
+                    body = await self._read(response)
                 finally:
                     await response.aclose()
         except TimeoutError:
@@ -3276,18 +3090,18 @@ class Http:
         body = self._redactor.body(body, is_data=response.is_success)
         return Answer(response.status_code, headers, body)
 
-
-async def read_body(response: httpx.Response) -> bytes:
-    """Return the body, capped while it streams; nobody asked for compression."""
-    if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
-        message = "the answer has an encoding that was not asked for"
-        raise ApiError(message, status=response.status_code)
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLargeError("the answer is over 16 MiB", retryable=True)
-    return bytes(body)
+    @staticmethod
+    async def _read(response: httpx.Response) -> bytes:
+        """Return the body, capped while it streams; nobody asked for compression."""
+        if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
+            message = "the answer has an encoding that was not asked for"
+            raise ApiError(message, status=response.status_code)
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > 16 * 1024 * 1024:
+                raise TooLargeError("the answer is over 16 MiB", retryable=True)
+        return bytes(body)
 
 
 async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # noqa: ANN401
@@ -3552,6 +3366,7 @@ class Keboola:
         self._queue_url = ""
         self._carried: dict[str, str] = {}  # job id -> trigger id, of rows that did not tell
         self._searches: dict[tuple[str, str], SharedSearch] = {}
+        self._shown: dict[tuple[str, str], list[KeboolaJob]] = {}  # by the last searches, ours
 
     def _noted(self, error: ApiError | None, date: float | None) -> None:
         if date is not None:
@@ -3648,10 +3463,13 @@ class Keboola:
         """Return when a search began, and the jobs that carry a trigger id, the oldest first.
 
         `since` is by our clock. Nothing found is said only after a complete search; an incomplete
-        one raises ApiError. Who waits for the same configuration shares one search.
+        one raises ApiError. Who waits for the same configuration shares one search, and what an
+        earlier one has shown needs no other: only that there is nothing has to be fresh.
         """
         asked = self._clock.boot_time()
         key = (target.component_id, target.config_id)
+        if seen := [job for job in self._shown.get(key, ()) if job.trigger_id == trigger]:
+            return asked, oldest_first(seen)
         shared = self._searches.setdefault(key, SharedSearch())
         shared.wanted.append(since)
         try:
@@ -3661,6 +3479,10 @@ class Keboola:
                     began = shared.began = self._clock.boot_time()
                     shared.since, shared.jobs = min(shared.wanted), {}
                     shared.failure = await self._read_pages(target, shared)
+                    self._shown.pop(key, None)
+                    self._shown[key] = [job for job in shared.jobs.values() if job.trigger_id]
+                    while len(self._shown) > 20:
+                        del self._shown[next(iter(self._shown))]
                 ours = [j for j in shared.jobs.values() if j.trigger_id == trigger]
                 if not ours and shared.failure:
                     raise shared.failure
@@ -3717,9 +3539,9 @@ class Keboola:
 
     async def _page(self, path: str, params: Mapping[str, str]) -> list[KeboolaJob]:
         rows = await self._get(f"{await self.queue_url()}/{path}", params)
+        if not isinstance(rows, list):
+            raise ApiError("Keboola's job list is not a list", retryable=True)
         try:
-            if not isinstance(rows, list):
-                raise ValueError("is none")
             return [parse_keboola_job(row) for row in rows]
         except ValueError as error:
             raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
@@ -3862,8 +3684,9 @@ class OpenAI:
 
 
 class LogWriter:
-    """Writes lines to standard error from a thread of its own: a reader that is slow, full or gone
-    never holds up the loop. What does not fit is dropped and counted.
+    """Writes lines to standard error from a thread of its own; what does not fit is counted.
+
+    So a reader that is slow, full or gone never holds up the loop.
     """
 
     def __init__(self) -> None:
@@ -4376,7 +4199,7 @@ async def drive_run(engine: Engine, run_id: int) -> None:
             await asyncio.sleep(min(MINUTE_S, backoff_s(failures, first_s, engine.clock.jitter())))
 
 
-async def search_and_start(engine: Engine, run: Run) -> None:
+async def search_and_start(engine: Engine, run: Run) -> None:  # noqa: C901, PLR0912 - see below
     """Search Keboola for a run's job; start it where the search allows that."""
     clock, config, job = engine.clock, engine.loaded.config, engine.job_of(run)
     began, keboola, aimed = clock.boot_time(), None, run
@@ -4662,7 +4485,7 @@ class Engine:
         return statements
 
     def _assign(self, config: Config, changes: dict[int, Change]) -> set[int]:
-        """Bring the runs of jobs with batch_ids to what the config says, with those that are new."""
+        """Bring the runs of jobs with batch_ids to what the config says; returns their numbers."""
         targets = {name: config.target(job) for name, job in config.jobs.items()}
         runs = [run for run, _ in changes.values() if not run.group]
         assigned, current = assign(config.jobs, targets, runs), set()
@@ -4913,7 +4736,7 @@ class Engine:
         return replace(run, **clean) if clean != texts else run
 
     def note_failure(self, error: Exception, where: str, run: Run | None = None) -> None:
-        """Tell once of trouble with the state file, until it can be written; of a bug with its trace."""
+        """Tell once of trouble with the state file, until it is over; of a bug with its trace."""
         self.has_failed = True
         if not isinstance(error, StorageError | sqlite3.Error):
             trace = "".join(traceback.format_exception(error)).splitlines()
@@ -5092,7 +4915,7 @@ class Reloader:
 
         The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
         """
-        import watchfiles  # noqa: PLC0415 - it costs the other commands a third of their start
+        import watchfiles  # it costs the other commands a third of their start
 
         ours = (self._engine.store.path.name, *PUBLISHED, *(f".{name}" for name in PUBLISHED))
         while True:
@@ -5248,11 +5071,12 @@ class Signals:
         self.now = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(
-                number, lambda: (self.now if self.stop.is_set() else self.stop).set()
-            )
+            loop.add_signal_handler(number, self._on_signal)
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # of log rotation: nothing is to be done
+
+    def _on_signal(self) -> None:
+        (self.now if self.stop.is_set() else self.stop).set()
 
 
 async def keep_alive(engine: Engine, manager: ServiceManager) -> None:

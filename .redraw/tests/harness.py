@@ -422,9 +422,10 @@ class Workspace:
 
     def runs(self) -> list[JsonObject]:
         """The runs, straight from the state file, which stays as it is; none yet is none."""
-        with suppress(sqlite3.OperationalError), closing(
-            sqlite3.connect(f"{self.state.as_uri()}?mode=ro", uri=True)
-        ) as db:
+        with (
+            suppress(sqlite3.OperationalError),
+            closing(sqlite3.connect(f"{self.state.as_uri()}?mode=ro", uri=True)) as db,
+        ):
             db.row_factory = sqlite3.Row
             return [dict(row) for row in db.execute("SELECT * FROM runs ORDER BY id")]
         return []

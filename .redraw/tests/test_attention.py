@@ -31,7 +31,8 @@ def told(events: list[JsonObject], name: str, job: str | None = "job") -> int:
 
 def age(workspace: Workspace, column: str, seconds: int = MINUTES_10) -> None:
     """Makes a recorded time so much older, while nothing runs."""
-    workspace.change_state(f"UPDATE runs SET {column} = {column} - {seconds}, next_at = 0")
+    change = f"UPDATE runs SET {column} = {column} - {seconds}, next_at = 0"  # noqa: S608
+    workspace.change_state(change)
 
 
 def test_healthy_start(workspace: Workspace) -> None:
@@ -87,8 +88,9 @@ def test_failing_poll(workspace: Workspace) -> None:
     assert told(first.events, "poll_failing") == 1
     assert told(first.events, "jobs_need_attention", None) == 1
     assert second.events == []  # of what still needs attention, cron mails once a day
-    workspace.change_state("UPDATE meta SET value = json_set(value, '$.at', 1)"
-                           " WHERE key = 'attention_told'")
+    workspace.change_state(
+        "UPDATE meta SET value = json_set(value, '$.at', 1) WHERE key = 'attention_told'"
+    )
     assert told(workspace.once().events, "jobs_need_attention", None) == 1
     workspace.sim.add_batch("batch_gone")
     after = workspace.once()

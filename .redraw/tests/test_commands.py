@@ -408,7 +408,10 @@ def test_retry_refusals(workspace: Workspace) -> None:
     workspace.once()
     unknown = workspace.run("retry", "nothing")
     assert unknown.code == 2
-    assert unknown.stderr == 'teckochecker: there is no job "nothing"; `teckochecker status` lists them all\n'
+    assert (
+        unknown.stderr
+        == 'teckochecker: there is no job "nothing"; `teckochecker status` lists them all\n'
+    )
     assert workspace.run("retry").code == 2
 
 

@@ -1,4 +1,4 @@
-"""The Keboola job is followed to its end, and started again where the config or a person says so."""
+"""The Keboola job is followed to its end, and started again where config or person says so."""
 
 from __future__ import annotations
 

@@ -171,7 +171,8 @@ ANYWHERE = {
     "deep-objects": body('{"a":' * DEEP + "1" + "}" * DEEP),
     "long-number": body("9" * 10_000),
     "not-gzip": raw(
-        with_head("content-encoding: gzip", "content-length: 2", body=b"{}"), "an encoding that was not asked for"
+        with_head("content-encoding: gzip", "content-length: 2", body=b"{}"),
+        "an encoding that was not asked for",
     ),
     "redirected": Case("redirect", {"code": 302}, "answered 302"),
     "server-error": status(500, "answered 500", body='{"error": {"message": 5}}'),
@@ -597,7 +598,9 @@ def test_keboola(workspace: Workspace, trap: socket.socket) -> None:
         wait_for_starts(workspace, no_search.keys() - stacks.keys())
         wait_until(lambda: all(sim.jobs for sim in stacks.values()), "jobs of sick stacks")
         assert {len(sim.jobs) for sim in stacks.values()} == {1}
-        assert {len(workspace.started(n)) for n in sick.names if n not in stacks.keys() | held} == {1}
+        assert {len(workspace.started(n)) for n in sick.names if n not in stacks.keys() | held} == {
+            1
+        }
         assert OPENAI_KEY not in daemon.log()
         assert KEBOOLA_TOKEN not in daemon.log()
         assert daemon.stop() == 0

@@ -77,6 +77,10 @@ def wait_shown(workspace: Workspace, name: str, status: str) -> JsonObject:
     return runs[0]
 
 
+def phases(workspace: Workspace) -> list[str]:
+    return [run["phase"] for run in workspace.runs()]
+
+
 def assert_quiet(workspace: Workspace, daemon: Daemon, posts: int) -> None:
     """Two more complete reads of the list start nothing."""
     seen = len([r for r in workspace.requests if r.route == "openai.list"])
@@ -111,7 +115,7 @@ def test_each_batch_is_a_run(workspace: Workspace, sim: Simulator) -> None:
 
 
 def test_every_pair_must_fit(workspace: Workspace, sim: Simulator) -> None:
-    """A batch without one of the pairs, or with another value, is not the job's; two jobs may be."""
+    """A batch with another value for one of the pairs is not the job's; two jobs may take it."""
     add_match(workspace, "two", match={"pipeline": "nightly", "part": "x"})
     add_match(workspace, "one")
     create(sim, "batch_a", part="x")
@@ -192,7 +196,7 @@ def test_settle_over_passes(workspace: Workspace, sim: Simulator) -> None:
 
 
 def test_late_batch(workspace: Workspace, sim: Simulator) -> None:
-    """A batch that joins after the start is told of once, also over restarts, and starts nothing."""
+    """A batch that joins after the start is told of once, over restarts too, and starts nothing."""
     add_match(workspace, group_by="date", group_size=1)
     create(sim, "batch_a", "monday")
     daemon = workspace.daemon()
@@ -296,10 +300,7 @@ def test_kill_9(workspace: Workspace, sim: Simulator) -> None:
         daemon.kill()
         hold.release()
     daemon = workspace.daemon()
-    wait_until(
-        lambda: [run["phase"] for run in workspace.runs()] == ["finished"] * len(wanted),
-        "all are finished",
-    )
+    wait_until(lambda: phases(workspace) == ["finished"] * len(wanted), "all are finished")
     assert {group: sorted(ids) for group, ids in groups(sim).items()} == wanted
 
 
@@ -310,18 +311,13 @@ def test_lost_state_file(workspace: Workspace, sim: Simulator) -> None:
     new_batches(sim, range(300))
     daemon = workspace.daemon()
     wait_for_groups(sim, 300, 60.0)
-    wait_until(lambda: all(r["phase"] == "finished" for r in workspace.runs()), "all ended", 60.0)
+    wait_until(lambda: phases(workspace) == ["finished"] * 300, "all ended", 60.0)
     daemon.kill()
     for file in workspace.directory.glob("teckochecker.db*"):
         file.unlink()
     sim.reset_stats()
     workspace.daemon()
-    wait_until(
-        lambda: len(runs := workspace.runs()) == 300
-        and all(run["phase"] == "finished" for run in runs),
-        "all are found",
-        60.0,
-    )
+    wait_until(lambda: phases(workspace) == ["finished"] * 300, "all are found", 60.0)
     assert len(sim.jobs) == len(groups(sim)) == 300
     assert sim.request_counts.get("queue.create", 0) == 0
     assert sim.request_counts["queue.search"] <= 4  # one search, and a page more

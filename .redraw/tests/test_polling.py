@@ -162,7 +162,7 @@ def test_unknown_status(workspace: Workspace) -> None:
     assert workspace.job("job")["batches"][0]["status"] == "pondering"
     workspace.sim.finish("batch_a", "COMPLETED")
     workspace.sim.finish("batch_b", "EXPIRED")
-    daemon.wait_for_event("trigger_sent", job="job")
+    daemon.wait_for_event("completed_with_failures", job="job")
     assert workspace.statuses() == {"job": "completed_with_failures"}
 
 

