@@ -17,7 +17,6 @@ def yaml_text(value: object, *, quote: bool = False) -> str:
         return str(value).lower()  # a number, true, false
     if re.search("[\ud800-\udfff]", value):
         raise UsageError(f"{quoted(value)} is not UTF-8 text", "nothing is changed")
-    # Bare: a letter or digit first, then nothing that YAML could take for punctuation.
     is_bare = not quote and re.fullmatch(r"\w(?:[\w ./+=@-]|:(?=[\w/]))*(?<! )", value)
     node: Any = yaml.compose(value, Loader=_LOADER) if is_bare else None
     if node and node.tag == f"{_TAG}str":
@@ -36,6 +35,7 @@ class ConfigEditor:
     def __init__(self, text: str, path: Path = Path("config.yaml")) -> None:
         self.path = path
         self._byte_order_mark = "\ufeff" if text.startswith("\ufeff") else ""
+        self._line_end = "\r\n" if "\r\n" in text else "\n"
         self._read(text.removeprefix("\ufeff"))
 
     @property
@@ -52,48 +52,32 @@ class ConfigEditor:
             node = node.value[place][1]
         return node
 
-    def set(self, path: tuple[str, ...], value: object, after: str = "") -> None:
-        """Replace a value, or add it behind the key `after` or as the last one."""
+    def set(self, path: tuple[str, ...], value: object) -> None:
+        """Replace a value, or add it as the last one."""
         parent = self.find(path[:-1])
         place = self._place(parent, path[-1])
         if place is None:
-            return self.add(path, value, after)
+            return self.add(path, value)
         start, end = self._span(parent, place)
-        source = yaml_text(value, quote=path[-1] in QUOTED_KEYS)
-        new = self._respelled(self._text[start:end], source)
-        return self._apply([(start, end, new)], self._meant(path, value))
+        new, old = yaml_text(value, quote=path[-1] in QUOTED_KEYS), self._text[start:end]
+        # An anchor or a tag before the old value stays, and a comment behind a block's `|`.
+        parts = re.match(r"((?:[&!]\S*\s+)*)(?:[|>][-+\d]*([ \t]+#[^\r\n]*)?)?", old)
+        before, comment = parts.groups("") if parts and old else (" ", "")
+        return self._apply([(start, end, f"{before}{new}{comment}")], self._meant(path, value))
 
-    def replace(self, values: Iterable[tuple[yaml.Node, str]]) -> None:
-        """Replace the text of scalars, also for those that read them through an alias."""
-        splices, texts = [], {}
-        for node, text in values:
-            start, end = node.start_mark.index, node.end_mark.index
-            splices.append((start, end, self._respelled(self._text[start:end], yaml_text(text))))
-            texts[id(node)] = text
-        self._apply(splices, self._plain(self.tree.node, texts))
-
-    def add(self, path: tuple[str, ...], value: object, after: str = "") -> None:
-        """Add a key with its value in the style of those beside it; makes a missing section."""
-        parent = self.find(path[:-1])
+    def add(self, path: tuple[str, ...], value: object) -> None:
+        """Add a key with its value below those beside it; makes a missing section."""
+        parent, meant = self.find(path[:-1]), self._meant(path, value)
         if parent is None:
             return self.add(path[:-1], {path[-1]: value})
         pair = yaml_text({path[-1]: value})[1:-1]
-        if not isinstance(parent, yaml.MappingNode) and parent.tag != f"{_TAG}null":
-            raise UsageError(f"{'.'.join(path[:-1])} is not a mapping", "write keys and values")
-        if not isinstance(parent, yaml.MappingNode) or not parent.value:
-            return self._apply(self._first(path, value, pair), self._meant(path, value))
-        place = self._place(parent, after)
-        place = len(parent.value) - 1 if place is None else place
-        key, (_, end) = parent.value[place][0].start_mark, self._span(parent, place)
+        if not parent.value or not isinstance(parent, yaml.MappingNode):
+            return self._apply(self._first(path, value, pair), meant)
+        column, end = parent.value[-1][0].start_mark.column, self._span(parent, -1)[1]
         if parent.flow_style:
-            is_alone = self._begins_line(key.index) and not self._matched(r"[^\r\n]*#", end)
-            space = f"{self._line_end(end)}{' ' * key.column}" if is_alone else " "
-            splice = (end, end, f",{space}{pair}")
-        else:
-            is_apart = place and len(path) < 3 and self._is_apart(key.index)
-            gap = [""] if is_apart and self._text[end - 1] not in "\r\n" else []
-            splice = self._below(end, key.column, gap + self._lines(path, value, key.column))
-        return self._apply([splice], self._meant(path, value))
+            return self._apply([(end, end, f", {pair}")], meant)
+        below = self._below(end, column)
+        return self._apply([(below, below, self._lines(path, value, column))], meant)
 
     def remove(self, path: tuple[str, ...]) -> None:
         """Remove a key with its value and the comments inside; an emptied section becomes {}."""
@@ -102,28 +86,23 @@ class ConfigEditor:
         if place is None:
             raise UsageError(f"{self.path} has no {'.'.join(path)}", "nothing is changed")
         key, (_, end) = parent.value[place][0].start_mark, self._span(parent, place)
-        start = key.index
-        if parent.flow_style:
-            comma, before = self._matched(r"\s*,[ \t]*", end), text[:start].rstrip()
-            start = len(before) - 1 if before.endswith(",") and not comma else start
-            end += len(comma)
-        below = self._below(end, key.column, [])[0]
-        ends_line = below == len(text) or re.search(r"[\r\n]", text[below - 1 : below + 1])
-        if self._begins_line(start) and ends_line:
-            start = len(text[:start].rstrip(" \t"))
-            end = below + len(self._matched(r"\r\n?|\n", below))
-            blank = re.search(
-                r"(?>\r\n?|\n)([ \t]*(?>\r\n?|\n))\Z", text[max(0, start - 99) : start]
-            )
-            if blank and re.match(r"[ \t]*(?:[\r\n]|\Z)", text[end:]):
-                start -= len(blank[1])  # of the blank lines around it, one is enough
-        splices = [(start, end, "")]
-        outer = self.find(path[:-2])
-        if outer and len(parent.value) == 1 and not parent.flow_style:
-            colon = outer.value[self._place(outer, path[-2])][0].end_mark.index
-            colon += len(self._matched(r"\s*:(?:[ \t]+[&!]\S+)*", colon))
-            splices.append((colon, colon, " {}"))
-        return self._apply(splices, self._meant(path, None))
+        start, splices = key.index, []
+        if not parent.flow_style:
+            start -= key.column
+            end = self._below(end, key.column)
+            end += len(self._line_end) if text.startswith(self._line_end, end) else 0
+            if len(parent.value) == 1:
+                outer = self.find(path[:-2])
+                section = outer.value[self._place(outer, path[-2])][0]
+                colon = text.find(":", section.end_mark.index) + 1
+                splices.append((colon, colon, " {}"))
+        elif len(parent.value) > 1:  # with the comma before it, or behind the first one
+            cut = (self._span(parent, place - 1)[1], start)
+            if place == 0:
+                cut = (end, parent.value[1][0].start_mark.index)
+            self._refuse_if("#" in text[slice(*cut)])
+            start, end = min(start, cut[0]), max(end, cut[1])
+        return self._apply([(start, end, ""), *splices], self._meant(path, None))
 
     # --- the text and what it means ---
 
@@ -133,16 +112,15 @@ class ConfigEditor:
         if tree is None:
             raise ConfigError(problems)
         self._text, self.tree = text, tree
-        self._ends = []  # of scalars, aliases and braces: a block ends where the last of them does
-        event: Any
-        for event in yaml.parse(text, Loader=_LOADER):
-            start, end = event.start_mark.index, event.end_mark.index
-            source = text[start:end]
-            if isinstance(event, yaml.ScalarEvent | yaml.AliasEvent) or source in {"]", "}"}:
-                is_block = getattr(event, "style", None) in {"|", ">"}
-                if is_block and not re.match(r"[^\r\n#]*\+", source):
-                    end = start + len(source.rstrip(" \t\r\n"))
-                self._ends.append(end)
+        # A block has no end of its own: it ends where the last token in it does.
+        tokens = [t for t in yaml.scan(text, Loader=_LOADER) if type(t) is not yaml.FlowEntryToken]
+        spans = [(token.start_mark.index, token.end_mark.index) for token in tokens]
+        self._ends = [start + len(text[start:end].rstrip()) for start, end in spans if start < end]
+
+    def _refuse_if(self, condition: bool) -> None:  # noqa: FBT001 - it says it
+        if condition:
+            what = f"cannot change {self.path}: this layout cannot be edited"
+            raise TeckoError(what, "edit it by hand")
 
     def _apply(self, splices: Iterable[tuple[int, int, str]], meant: object) -> None:
         """Change the text, if it then reads as `meant`."""
@@ -151,24 +129,22 @@ class ConfigEditor:
             text = text[:start] + new + text[end:]
         with contextlib.suppress(ConfigError):
             self._read(text)
-            if self._plain(self.tree.node, {}) == meant:
+            if self._plain(self.tree.node) == meant:
                 return
         self._read(before)
-        what = "an anchor, an alias or an unusual layout is in the way"
-        raise TeckoError(f"cannot change {self.path}: {what}", "change it by hand, in an editor")
+        self._refuse_if(condition=True)
 
-    def _plain(self, node: Any, texts: Mapping[int, str]) -> Any:  # noqa: ANN401 - a tree
-        """Return a tree as dicts, lists and tags with values; `texts` take the place of some."""
+    def _plain(self, node: Any) -> Any:  # noqa: ANN401 - a tree
+        """Return a tree as dicts, lists and tags with values."""
         if isinstance(node, yaml.MappingNode):
-            merge = f"{_TAG}merge"
-            return {(k.tag == merge, str(k.value)): self._plain(v, texts) for k, v in node.value}
+            return {(k.tag == f"{_TAG}merge", str(k.value)): self._plain(v) for k, v in node.value}
         if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, texts) for item in node.value]
-        return (f"{_TAG}str", texts[id(node)]) if id(node) in texts else (node.tag, node.value)
+            return [self._plain(item) for item in node.value]
+        return node.tag, node.value
 
     def _meant(self, path: tuple[str, ...], value: object) -> object:
-        """Return the tree with a value at a path, or (None) without what is there."""
-        meant = inner = self._plain(self.tree.node, {})
+        """Return what the text should say with another value at a path, or None for no value."""
+        meant = inner = self._plain(self.tree.node)
         for name in path[:-1]:
             if not isinstance(inner.get((False, name)), dict):
                 inner[False, name] = {}
@@ -176,8 +152,7 @@ class ConfigEditor:
         if value is None:
             del inner[False, path[-1]]
         else:
-            node = yaml.compose(yaml_text(value), Loader=_LOADER)
-            inner[False, path[-1]] = self._plain(node, {})
+            inner[False, path[-1]] = self._plain(yaml.compose(yaml_text(value), Loader=_LOADER))
         return meant
 
     def _place(self, node: object, name: str) -> int | None:
@@ -191,104 +166,46 @@ class ConfigEditor:
     def _span(self, parent: yaml.MappingNode, place: int) -> tuple[int, int]:
         """Return where an entry's value begins and ends."""
         key, value = parent.value[place]
+        following = [key.start_mark.index for key, _ in parent.value[place:][1:]]
         after: Any = parent.end_mark
-        limit = after.index - bool(parent.flow_style)
-        if place + 1 < len(parent.value):
-            limit = parent.value[place + 1][0].start_mark.index
-        end = max(end for end in self._ends if end <= limit)
-        start = value.start_mark.index
+        limit = following[0] if following else after.index - bool(parent.flow_style)
+        start, end = value.start_mark.index, max(end for end in self._ends if end <= limit)
         if start < key.end_mark.index:  # an alias: its node stands where the anchor is
             start = self._text.rindex("*", key.end_mark.index, end)
         return start, end
 
     # --- how it is written ---
 
-    def _matched(self, pattern: str, at: int) -> str:
-        match = re.compile(pattern).match(self._text, at)
-        return match[0] if match else ""
+    def _lines(self, path: tuple[str, ...], value: object, column: int) -> str:
+        """Return lines to put behind a line: a key and its value, in block style."""
+        head = f"{self._line_end}{' ' * column}{yaml_text(path[-1])}:"
+        if value and isinstance(value, Mapping) and len(path) < 3:
+            column += column or 2
+            inner = (self._lines((*path, key), item, column) for key, item in value.items())
+            return f"{head}{''.join(inner)}"
+        return f"{head} {yaml_text(value, quote=path[-1] in QUOTED_KEYS)}"
 
-    def _line_end(self, at: int) -> str:
-        ends = re.compile(r"\r\n?|\n")
-        found = ends.search(self._text, at) or ends.search(self._text)
-        return found[0] if found else "\n"
-
-    def _begins_line(self, at: int) -> bool:
-        return not self._text[:at].rstrip(" \t").rpartition("\n")[2].rpartition("\r")[2]
-
-    def _is_apart(self, start: int) -> bool:
-        """Return whether a blank line stands before an entry and the comments above it."""
-        above = f"{self._text[:start]}.".splitlines()[:-1]
-        while above and above[-1].lstrip().startswith("#"):
-            above.pop()
-        return bool(above) and not above[-1].strip()
-
-    @staticmethod
-    def _respelled(old: str, new: str) -> str:
-        """Return a value's source with another value in it.
-
-        An anchor or tag before it stays, a comment behind a block's `|`, and what ends the block.
-        """
-        if not old:
-            return f" {new}"
-        before = re.match(r"(?:[&!]\S*\s+|#[^\r\n]*\s+)*", old)
-        prefix = before[0] if before else ""
-        block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)", old[len(prefix) :])
-        comment = f"  {block[1].rstrip()}" if block else ""
-        return f"{prefix}{new}{comment}{old[len(old.rstrip()) :]}"
-
-    def _lines(self, path: tuple[str, ...], value: object, column: int) -> list[str]:
-        """Return a key and its value in block style; inside an entry, what is short in one line."""
-        quote = path[-1] in QUOTED_KEYS
-        head = f"{' ' * column}{yaml_text(path[-1])}:"
-        line = f"{head} {yaml_text(value, quote=quote)}"
-        column += self._step(path[0])
-        if value and isinstance(value, Mapping) and (len(path) < 3 or len(line) > 100):
-            inner = [self._lines((*path, key), item, column) for key, item in value.items()]
-            return [head, *itertools.chain.from_iterable(inner)]
-        if isinstance(value, list) and len(line) > 100:
-            return [head, *(f"{' ' * column}- {yaml_text(item, quote=quote)}" for item in value)]
-        return [line]
-
-    def _step(self, section: str) -> int:
-        """Return by how much this section indents, or else another one."""
-        for key, value in sorted(self.tree.node.value, key=lambda pair: pair[0].value != section):
-            if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
-                step = int(value.value[0][0].start_mark.column - key.start_mark.column)
-                if step > 0:  # else it is an alias
-                    return step
-        return 2
-
-    def _below(self, end: int, column: int, lines: Sequence[str]) -> tuple[int, int, str]:
-        """Return the splice that puts lines below a value and the comments that belong to it.
-
-        Those are the one behind it, and those below that are indented deeper than `column`.
-        """
-        new_line = self._line_end(end)
-        if self._text[:end].endswith(("\r", "\n")):  # a block that keeps its line ends, `|+`
-            return end, end, new_line.join([*lines, ""])
-        deeper = rf"(?:(?:\r\n?|\n)[ \t]{{{column + 1},}}#[^\r\n]*)*"
-        place = end + len(self._matched(rf"[ \t]*(?:#[^\r\n]*)?{deeper}", end))
-        return place, place, "".join(f"{new_line}{line}" for line in lines)
+    def _below(self, end: int, column: int) -> int:
+        """Return where the comments end that belong to a value: behind it, and deeper below."""
+        comments = rf"[ \t]*(?:#[^\r\n]*)?(?:\r?\n[ \t]{{{column + 1},}}#[^\r\n]*)*"
+        found = re.compile(comments).match(self._text, end)
+        return found.end() if found else end
 
     def _first(self, path: tuple[str, ...], value: object, pair: str) -> list[tuple[int, int, str]]:
         """Return the splices that put the first key into what is empty: `{}`, or null."""
-        root: Any = self.tree.node
-        end = root.end_mark.index
-        if len(path) == 1:  # the whole file is {}
+        outer = self.find(path[:-2]) if path[1:] else None
+        if outer is None:  # the whole file is {}
+            end = self.find(()).end_mark.index
             return [(end - 1, end - 1, pair)]
-        outer = [self.find(path[:length]) for length in range(len(path) - 1)]
-        place = self._place(outer[-1], path[-2]) or 0
-        key, (start, end) = outer[-1].value[place][0].start_mark, self._span(outer[-1], place)
+        place = self._place(outer, path[-2]) or 0
+        column, (start, end) = outer.value[place][0].start_mark.column, self._span(outer, place)
         old = self._text[start:end]
-        in_braces = any(node.flow_style for node in outer)
-        if old.endswith("}") and (in_braces or "#" in old):
+        if old.endswith("}") and (outer.flow_style or old != "{}"):
             return [(end - 1, end - 1, pair)]
-        if in_braces:
-            return [(start, end, self._respelled(old, f"{{{pair}}}"))]
-        lines = self._lines(path, value, key.column + self._step(path[0]))
-        anchor = "".join(re.findall(r"^(?:[&!]\S+\s*)*", old)).rstrip()
+        self._refuse_if(outer.flow_style or old not in {"", "{}", "~", "null"})
+        below = self._below(end, column)
         start = len(self._text[:start].rstrip(" \t"))
-        return [(start, end, anchor and f" {anchor}"), self._below(end, key.column, lines)]
+        return [(start, end, ""), (below, below, self._lines(path, value, column + (column or 2)))]
 
 
 # --- the config file ------------------------------------------------------------------------------
@@ -331,8 +248,7 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
                 before = real.stat()
                 file.write(new)
                 file.flush()
-                if (os.fstat(fd).st_uid, os.fstat(fd).st_gid) != (before.st_uid, before.st_gid):
-                    os.fchown(fd, before.st_uid, before.st_gid)
+                os.fchown(fd, before.st_uid, before.st_gid)
                 os.fchmod(fd, stat.S_IMODE(before.st_mode))
                 os.fsync(fd)
             if real.read_bytes() != old:
@@ -345,13 +261,11 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
             raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
 
 
-def edit_config(
-    path: Path, change: Callable[[ConfigEditor, Config], str], *, dry_run: bool = False
-) -> str:
-    """Change the config file; returns what `change` says that it did.
+def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> int:
+    """Change the config file, and print what `change` says that it did; returns 0.
 
     Problems that are there already do not matter. Raises UsageError for the first new one, and
-    TeckoError if the file cannot be replaced: then it stays as it is. `dry_run` writes nothing.
+    TeckoError if the file cannot be replaced: then it stays as it is.
     """
 
     def problems_in(text: str) -> list[tuple[str, Problem]]:
@@ -375,9 +289,9 @@ def edit_config(
                 if known[key] < 0:
                     what = f"{problem.path}: {problem.what}" if problem.path else problem.what
                     raise UsageError(one_line(what, 1000), problem.cure)
-            if not dry_run:
-                replace_file(path, files.read(path).data, editor.text.encode())
-    return done
+            replace_file(path, files.read(path).data, editor.text.encode())
+    print(done)
+    return 0
 
 
 # --- encrypt, secret ------------------------------------------------------------------------------
@@ -412,37 +326,34 @@ def section(tree: YamlNode, name: str) -> dict[str, YamlNode]:
 
 
 def encrypt_values(editor: ConfigEditor, config: Config, *, rotate: bool) -> str:
-    """Encrypt all plain values; that of an alias and of its anchor stays one."""
-    tokens: dict[int, tuple[yaml.Node, str]] = {}
-    names, problems = [], []
+    tokens, problems = {}, []
     for name, entry in section(editor.tree, "secrets").items():
         own = entry.entries("")
-        at = own.get("value")
+        at, kind = own.get("value"), own["type"].text("") if "type" in own else None
         text = at.text("") if at and not at.is_null else None
         if at is None or text is None:
             continue
-        if id(at.node) not in tokens:
-            kind = own["type"].text("") if "type" in own else None
-            token = encrypted(config, text, kind or "", rotate=rotate)
-            if isinstance(token, tuple):
-                at.bad(*token)
-                problems.append(at.problems[-1])
-                continue
-            tokens[id(at.node)] = (at.node, token)
-        if tokens[id(at.node)][1] != text:
-            names.append(name)
+        token = encrypted(config, text, kind or "", rotate=rotate)
+        if isinstance(token, tuple):
+            at.bad(*token)
+            problems.append(at.problems[-1])
+        elif token != text:
+            tokens[name] = token
     if problems:
         raise ConfigError(problems)
-    editor.replace((node, token) for node, token in tokens.values() if token != node.value)
-    return f"encrypted: {', '.join(names)}" if names else "nothing to do: no value is in plain"
+    for name, token in tokens.items():
+        editor.set(("secrets", name, "value"), token)
+    return f"encrypted: {', '.join(tokens)}" if tokens else "nothing to do: no value is in plain"
 
 
 def run_encrypt(args: argparse.Namespace) -> int:
-    """Encrypt the plain values of the config, in place; or a new value for one secret."""
-    if args.set is not None:
-        return set_secret(config_path(args), args.set, None, {})
-    print(edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate)))
-    return 0
+    """Encrypt every plain value under `secrets:` in the config, in place.
+
+    What is encrypted already stays, also when this is run again; with --rotate it is encrypted
+    anew with the first key. The old key can then be removed from the key file. If one value cannot
+    be encrypted, or is a placeholder, nothing is written.
+    """
+    return edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate))
 
 
 def typed_text(name: str) -> str:
@@ -456,45 +367,33 @@ def typed_text(name: str) -> str:
     return sys.stdin.buffer.read(70_000).decode("utf-8", "replace").strip()
 
 
-def set_secret(path: Path, name: str, kind: str | None, urls: Mapping[str, str | None]) -> int:
-    """Ask for a secret's value and put it into the config; makes the entry if it is missing."""
-    types = " or ".join(SECRET_KEYS)
-
-    def change(editor: ConfigEditor, config: Config, typed: str) -> str:
-        entry = section(editor.tree, "secrets").get(name)
-        own = entry.entries("") if entry else {}
-        old_kind = own["type"].text("") if "type" in own else None
-        wanted = kind or old_kind or ""
-        for source in own.keys() & {"env", "file"}:
-            cure = f"remove {source}: from the config first"
-            raise UsageError(f"the secret {name} comes from {source}:", cure)
-        if not wanted:
-            raise UsageError(
-                f"{path} has no secret {quoted(name)} with a type", f"add --type {types}"
-            )
-        if old_kind not in {None, wanted}:
-            cure = "leave --type out, or remove the secret first"
-            raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
-        if wanted not in SECRET_KEYS:
-            raise UsageError(f"{quoted(wanted)} is not a type of secret", f"write {types}")
-        token = encrypted(config, typed, wanted)
-        if isinstance(token, tuple):
-            what, cure = token
-            raise UsageError(f"what was given for {name} {what}", f"nothing is changed: {cure}")
-        values = {"type": wanted, "value": token, **given(urls)}
-        if entry is None:
-            editor.add(("secrets", name), values)
-            return f"encrypted: {name}"
-        for key, value in values.items():
-            if key not in own or key != "type":
-                editor.set(("secrets", name, key), value, after="type")
-        return f"encrypted: {name}"
-
-    # All else is checked before a person is asked, with what could be a value of any type.
-    trial = functools.partial(change, typed="https://example.com/a")
-    edit_config(path, trial, dry_run=True)
-    print(edit_config(path, functools.partial(change, typed=typed_text(name))))
-    return 0
+def set_secret(editor: ConfigEditor, config: Config, args: argparse.Namespace) -> str:
+    """Put what was typed into a secret's entry, encrypted; makes the entry if it is missing."""
+    name, path = args.name, ("secrets", args.name)
+    entry = section(editor.tree, "secrets").get(name)
+    own = entry.entries("") if entry else {}
+    old_kind = own["type"].text("") if "type" in own else None
+    kind = args.type or old_kind or ""
+    for source in own.keys() & {"env", "file"}:
+        cure = f"remove {source}: from the config first"
+        raise UsageError(f"the secret {name} comes from {source}:", cure)
+    if old_kind not in {None, kind}:
+        cure = "leave --type out, or remove the secret first"
+        raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
+    if kind not in SECRET_KEYS:
+        cure = f"write --type {' or '.join(SECRET_KEYS)}"
+        raise UsageError(f"the secret {name} is of no known type", cure)
+    token = encrypted(config, args.value, kind)
+    if isinstance(token, tuple):
+        what, cure = token
+        raise UsageError(f"what was given for {name} {what}", f"nothing is changed: {cure}")
+    urls = given({"stack_url": args.stack_url, "base_url": args.base_url})
+    if entry is None:
+        editor.add(path, {"type": kind, "value": token, **urls})
+    for key, value in {"type": kind, "value": token, **urls}.items():
+        if entry and (key != "type" or key not in own):
+            editor.set((*path, key), value)
+    return f"encrypted: {name}"
 
 
 def secret_users(tree: YamlNode) -> dict[str, list[str]]:
@@ -511,7 +410,7 @@ def secret_users(tree: YamlNode) -> dict[str, list[str]]:
     return users
 
 
-def secret_lines(editor: ConfigEditor, config: Config) -> list[str]:
+def list_secrets(editor: ConfigEditor, config: Config, _: argparse.Namespace) -> str:
     """Return a table of the secrets, without any value, and without what may be one by mistake."""
     users = secret_users(editor.tree)
     rows = [("SECRET", "TYPE", "FROM", "USED BY")]
@@ -529,35 +428,29 @@ def secret_lines(editor: ConfigEditor, config: Config) -> list[str]:
             source = f"env {text}" if is_name else "env, but not a variable's name"
         more = f" and {len(using) - 5} more" if len(using) > 5 else ""
         rows.append((one_line(name), kind, source, one_line(", ".join(using[:5])) + more))
-    return table(rows) if len(rows) > 1 else ["no secrets"]
+    return "\n".join(table(rows)) if rows[1:] else "no secrets"
+
+
+def remove_secret(editor: ConfigEditor, _: Config, args: argparse.Namespace) -> str:
+    if users := secret_users(editor.tree).get(args.name):
+        using = one_line(", ".join(users))
+        raise UsageError(f"the secret {args.name} is used by {using}", "change that first")
+    editor.remove(("secrets", args.name))
+    return f"removed: {args.name}"
 
 
 def run_secret(args: argparse.Namespace) -> int:
-    """List, set or remove secrets in the config."""
-    path = config_path(args)
+    """List the secrets of the config, set one, or remove one.
 
-    def remove(editor: ConfigEditor, _: Config) -> str:
-        users = secret_users(editor.tree).get(args.name)
-        if editor.find(("secrets", args.name)) is None:
-            cure = "`teckochecker secret list` lists them all"
-            raise UsageError(f"there is no secret {quoted(args.name)}", cure)
-        if users:
-            using = one_line(", ".join(users))
-            raise UsageError(f"the secret {args.name} is used by {using}", "change that first")
-        editor.remove(("secrets", args.name))
-        return f"removed: {args.name}"
-
-    if args.action == "set":
-        urls = {"stack_url": args.stack_url, "base_url": args.base_url}
-        return set_secret(path, args.name, args.type, urls)
-    if args.action == "remove":
-        print(edit_config(path, remove))
-        return 0
-    config, problems, text = read_config_file(path, Files())
-    if not config.sha256:
-        raise ConfigError(problems)
-    print("\n".join(secret_lines(ConfigEditor(text, path), config)))
-    return 0
+    `set` asks for the value without showing it, or reads it from standard input, encrypts it, and
+    writes it into the config; a secret that is not there yet needs --type, and one of type keboola
+    also --stack-url. `remove` is refused while anything uses the secret. `list` shows types,
+    sources and users, and never a value.
+    """
+    change = {"list": list_secrets, "set": set_secret, "remove": remove_secret}[args.action]
+    if args.action == "set":  # before the lock: a person may think for long
+        args.value = typed_text(args.name)
+    return edit_config(config_path(args), lambda editor, config: change(editor, config, args))
 
 
 # --- job ------------------------------------------------------------------------------------------
@@ -596,7 +489,12 @@ def job_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_job(args: argparse.Namespace) -> int:
-    """Add, pause, resume or remove a job in the config."""
+    """Add a job to the config, or pause, resume or remove one.
+
+    The daemon sees the change by itself. `add` needs --batch-id or --match, and what `defaults:`
+    does not say already. A paused job polls nothing and starts nothing; of a removed one, the runs
+    in flight are finished. Comments and layout of the file stay as they are.
+    """
     name, path = args.name, ("jobs", args.name)
 
     def change(editor: ConfigEditor, config: Config) -> str:
@@ -618,5 +516,4 @@ def run_job(args: argparse.Namespace) -> int:
         editor.set((*path, "paused"), paused)
         return f"{'paused' if paused else 'resumed'}: {name}"
 
-    print(edit_config(config_path(args), change))
-    return 0
+    return edit_config(config_path(args), change)

@@ -1,7 +1,6 @@
 # --- doctor ---------------------------------------------------------------------------------------
 
 DOCTOR_PATIENCE_S: Final = 45  # for all requests with one secret; the secrets go side by side
-
 OWNER_CURE: Final = "run this as the daemon's user, or chown it to that user"
 
 Verdict = tuple[str, str, str]  # ✓ (right), ! (could be better) or ✗ (wrong); what; the cure
@@ -17,7 +16,6 @@ class Doctor:
         self._redactor = redactor
         # The batches that are polled, by job. What `done` or a finished run is about may be gone.
         self._polled = {name: [*job.batch_ids] for name, job in config.jobs.items() if not job.done}
-        self._skews: dict[str, float] = {}  # how far our clock is ahead of a secret's server
 
     def tell(self, found: Iterable[Verdict]) -> None:
         """Print verdicts, and count them."""
@@ -27,8 +25,6 @@ class Doctor:
             shown = painted(words.get(mark, mark), {"✓": GREEN, "✗": RED}.get(mark, ""))
             text = self._redactor.text(f"{what}; {cure}" if cure else what)
             print(shown, one_line(text, 1000), flush=True)
-
-    # --- this machine ---
 
     def check_files(self) -> Iterator[Verdict]:
         """Check directories, the state file and what lies beside it, and who runs."""
@@ -49,11 +45,11 @@ class Doctor:
             yield "✗", str(error), ""
         owner = lock_owner(state)
         kind = "the daemon" if owner["running"] else "a pass of --once" if owner["once"] else ""
-        if owner["pid"] and not kind:
-            what = f"pid {owner['pid']} was killed, or hangs, since {owner['last_loop_at']}"
-            yield "!", what, "see its log, and start it again"
-        else:
+        if kind or not owner["pid"]:
             yield "✓", f"{kind} runs, pid {owner['pid']}" if kind else "nothing runs now", ""
+            return
+        what = f"pid {owner['pid']} was killed, or hangs, since {owner['last_loop_at']}"
+        yield "!", what, "see its log, and start it again"
 
     @staticmethod
     def _check_directory(directory: Path, what: str) -> Verdict:
@@ -77,9 +73,7 @@ class Doctor:
         """
         lock, *beside = (state.with_name(state.name + end) for end in (".lock", "-wal", "-shm"))
         paths = [path for path in (state, lock, *beside) if path.exists()]
-        model = state.parent
-        if lock in paths and model.stat().st_uid == 0:
-            model = lock
+        model = lock if lock in paths and state.parent.stat().st_uid == 0 else state.parent
         for path in paths:
             user = model.stat()
             if path.stat().st_uid != user.st_uid:
@@ -114,46 +108,50 @@ class Doctor:
             self.tell([("!", what, "it is ignored: correct or remove it")])
         names = [*self.config.of_type("openai"), *self.config.of_type("keboola")]
         opened = [name for name in names if name in self._secrets]
-        checks = [asyncio.create_task(self._check_secret(name, http)) for name in opened]
+        tasks = [asyncio.create_task(self._check_secret(name, http)) for name in opened]
         try:
-            for check in checks:
-                self.tell(await check)
+            for task in tasks:
+                self.tell(await task)
         finally:
             await http.close()
-        for name, skew_s in self._skews.items():
-            if abs(skew_s) > MINUTE_S:
-                side = "ahead of" if skew_s > 0 else "behind"
-                what = f"the clock is {show_duration(abs(skew_s))} {side} that of {name}'s server"
-                self.tell([("!", what, "let NTP set it (systemd-timesyncd, chrony)")])
 
     async def _check_secret(self, name: str, http: Http) -> list[Verdict]:
         """Return what is found with one secret, as far as the time allows."""
         found: list[Verdict] = []
-        check = {"openai": self._check_openai, "keboola": self._check_keboola}
+        ahead_s = 0.0  # how far our clock is ahead of the server's
+
+        def note(_: ApiError | None, date: float | None) -> None:
+            nonlocal ahead_s
+            ahead_s = ahead_s if date is None else time.time() - date
+
+        entry, key = self.config.secrets[name], self._secrets[name]
         try:
             async with asyncio.timeout(DOCTOR_PATIENCE_S):
-                await check[self.config.secrets[name].type](name, http, found)
+                if entry.type == "openai":
+                    await self._check_openai(OpenAI(entry, key, http, Clock(), note), found)
+                else:
+                    await self._check_keboola(Keboola(entry, key, http, Clock(), note), found)
         except TimeoutError:
             what = f"{name}: not everything was answered within {DOCTOR_PATIENCE_S} s"
             cure = "see why its server is slow; for very many jobs, raise max_concurrency"
             found.append(("✗", what, cure))
+        if abs(ahead_s) > MINUTE_S:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            what = f"the clock is {show_duration(abs(ahead_s))} {side} that of {name}'s server"
+            found.append(("!", what, "let NTP set it (systemd-timesyncd, chrony)"))
         return found
-
-    def _note(self, name: str, _: ApiError | None, date: float | None) -> None:
-        """Remember what a server's clock says."""
-        if date is not None:
-            self._skews[name] = time.time() - date
 
     def _new_token(self, name: str) -> str:
         """Return where a new token for a secret belongs."""
-        entry = self.config.secrets[name]
+        entry, config = self.config.secrets[name], shlex.quote(str(self.config.path))
         if entry.source != "value":
             return f"make a new one, and put it into {entry.source} {entry.text.reveal()}"
-        config = shlex.quote(str(self.config.path))
         return f"make a new one, then run: teckochecker --config {config} secret set {name}"
 
-    def _cure(self, name: str, error: ApiError) -> str:
+    def _cure(self, name: str, error: ApiError, not_there: str = "") -> str:
         """Return what to do where a server does not answer as it should."""
+        if not_there and error.status in {400, 403, 404}:
+            return not_there
         if error.status in {401, 403}:
             return self._new_token(name)
         if error.status is None:
@@ -162,17 +160,15 @@ class Doctor:
             return "check the address: something else answers there"
         return "see the server's own words, and its status page"
 
-    # --- OpenAI ---
-
-    async def _check_openai(self, name: str, http: Http, found: list[Verdict]) -> None:
+    async def _check_openai(self, openai: OpenAI, found: list[Verdict]) -> None:
         """Check an OpenAI key, and whether it reads the batches that are polled with it."""
-        url, note = self.config.secrets[name].base_url, functools.partial(self._note, name)
-        openai = OpenAI(self.config.secrets[name], self._secrets[name], http, Clock(), note)
+        name, url = openai.name, self.config.secrets[openai.name].base_url
         jobs = [self.config.jobs[job_name] for job_name in self._polled]
         jobs = [job for job in jobs if job.openai_secret == name]
         left = polled = {batch_id for job in jobs for batch_id in self._polled[job.name]}
         try:
-            left = await self._unlisted(openai, polled)
+            rows, _ = await openai.page(None)
+            left = polled - {row["id"] for row in rows}
             found.append(("✓", f"{name}: {url} takes the key", ""))
         except ApiError as error:
             if error.status not in {404, 405, 429, 501}:  # these are the list's alone
@@ -182,43 +178,25 @@ class Doctor:
             finders = [job.name for job in jobs if job.match]
             cure = f"job {finders[0]} needs it: write batch_ids there" if finders else ""
             found.append(("✗" if finders else "✓", what, cure))
-        ids = sorted(left)
-        came = await asyncio.gather(*map(openai.ask, ids), return_exceptions=True)
-        failures = {k: e for k, e in zip(ids, came, strict=True) if isinstance(e, ApiError)}
+        answers = await asyncio.gather(*map(openai.ask, left), return_exceptions=True)
+        failures = {k: e for k, e in zip(left, answers, strict=True) if isinstance(e, ApiError)}
         for job in jobs:
             for batch_id in (key for key in self._polled[job.name] if key in failures):
-                what = f"job {job.name}: {batch_id}: {failures[batch_id]}"
-                cure = self._cure(name, failures[batch_id])
-                if failures[batch_id].status == 404:
-                    cure = "correct the id, the secret or its base_url"
-                found.append(("✗", what, cure))
+                failure = failures[batch_id]
+                cure = self._cure(name, failure, "correct the id, the secret or its base_url")
+                found.append(("✗", f"job {job.name}: {batch_id}: {failure}", cure))
         if len(failures) < len(polled):
             count = f"{len(polled) - len(failures):,} of {counted(len(polled), 'batch')}"
             found.append(("✓", f"{name}: reads {count}", ""))
 
-    async def _unlisted(self, openai: OpenAI, polled: Collection[str]) -> set[str]:
-        """Return which batches the account's list does not show on pages that pay."""
-        left, after, has_more = {*polled}, None, True
-        while has_more:
-            rows, has_more = await openai.page(after)
-            shown = left & {row["id"] for row in rows}
-            left -= shown
-            if not left or len(shown) < 10:
-                break
-            after = rows[-1]["id"]
-        return left
-
-    # --- Keboola ---
-
-    async def _check_keboola(self, name: str, http: Http, found: list[Verdict]) -> None:
+    async def _check_keboola(self, keboola: Keboola, found: list[Verdict]) -> None:
         """Check a Keboola token, its queue, and every configuration that is started with it."""
-        entry, note = self.config.secrets[name], functools.partial(self._note, name)
-        keboola = Keboola(entry, self._secrets[name], http, Clock(), note)
+        name = keboola.name
         jobs: dict[Target, list[Job]] = {}
         for job in (self.config.jobs[job_name] for job_name in self._polled):
             if job.keboola_secret == name:
                 jobs.setdefault(self.config.target(job), []).append(job)
-        what = entry.stack_url
+        what = stack = self.config.secrets[name].stack_url
         try:
             found += self._check_token(name, await keboola.verify())
             what = "the queue"
@@ -228,7 +206,7 @@ class Doctor:
             found.append(("✓", f"{name}: the queue is {url}", ""))
         except ApiError as error:
             found.append(("✗", f"{name}: {what}: {error}", self._cure(name, error)))
-            if what == entry.stack_url:
+            if what == stack:
                 return
         checks = [self._check_target(keboola, target, own) for target, own in jobs.items()]
         for findings in await asyncio.gather(*checks):
@@ -261,20 +239,25 @@ class Doctor:
         """Check that a configuration is there, and fits each of the jobs that start it."""
         more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
         text = f"job {jobs[0].name}{more}: {target}"
+        declared: list[str] | None = None
         try:
             said = await keboola.configuration(target)
-            declared = await declared_variables(keboola, target, said)
+            inner = said.get("configuration")
+            key = inner.get("variables_id") if isinstance(inner, dict) else None
+            if isinstance(key, str | int) and key:
+                place = replace(target, component_id="keboola.variables", config_id=str(key))
+                content = (await keboola.configuration(place)).get("configuration")
+                variables = content.get("variables") if isinstance(content, dict) else None
+                declared = [str(v.get("name")) for v in variables or () if isinstance(v, dict)]
         except ApiError as error:
-            is_about_it = error.status in {400, 401, 403, 404}
             cure = "correct component_id, config_id, branch_id or the token's rights"
-            cure = cure if is_about_it else self._cure(keboola.name, error)
-            return [("✗", f"{text}: {error}", cure)]
+            return [("✗", f"{text}: {error}", self._cure(keboola.name, error, cure))]
         found: list[Verdict] = []
         if said.get("isDisabled") is True and any(job.mode != "forceRun" for job in jobs):
             found.append(("✗", f"{text} is disabled", "enable it in Keboola"))
         rows = said.get("rows")
+        there = [str(row.get("id")) for row in rows or () if isinstance(row, dict)]
         for job in jobs:
-            there = [str(row.get("id")) for row in rows or () if isinstance(row, dict)]
             gone = [row for row in job.config_row_ids if rows is not None and row not in there]
             if gone:
                 what = f"job {job.name}: {target} has no rows {', '.join(gone)}"
@@ -294,26 +277,10 @@ class Doctor:
         return found or [("✓", f"{text} is there, and {takes}", "")]
 
 
-async def declared_variables(
-    keboola: Keboola, target: Target, said: Mapping[str, Any]
-) -> list[str] | None:
-    """Return the names of the variables that a configuration declares; None: it takes none."""
-    inner = said.get("configuration")
-    variables_id = inner.get("variables_id") if isinstance(inner, dict) else None
-    if not isinstance(variables_id, str | int) or not variables_id:
-        return None
-    where = replace(target, component_id="keboola.variables", config_id=str(variables_id))
-    content = (await keboola.configuration(where)).get("configuration")
-    rows = content.get("variables") if isinstance(content, dict) else None
-    return [str(row.get("name")) for row in rows or () if isinstance(row, dict)]
-
-
 def run_doctor(args: argparse.Namespace) -> int:
-    """Try everything that has to be right.
+    """Try everything that has to be right: a line each, with the cure.
 
-    Config, key, owners, disk, state file, clock, every OpenAI key and polled batch, every Keboola
-    token, queue and configuration: a line each, with the cure. Nothing is started or changed, and
-    it works beside the daemon. Exits 1 if anything is wrong.
+    Nothing is started or changed, and it works beside the daemon. Exits 1 if anything is wrong.
     """
     path, files, redactor = config_path(args), Files(), Redactor()
     config, problems, _ = read_config_file(path, files)
@@ -337,11 +304,6 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 # --- import ---------------------------------------------------------------------------------------
 
-OLD_JOBS: Final = """
-SELECT id, name, openai_secret_id, keboola_secret_id, keboola_stack_url, keboola_component_id,
-       keboola_configuration_id, poll_interval_seconds, status
-FROM polling_jobs ORDER BY id"""
-
 
 def free_name(name: str, taken: Collection[str]) -> str:
     """Return a name, with a number behind it where it is taken."""
@@ -358,18 +320,23 @@ class Importer:
         self._db = db
         self._old = old
         self._new = new
-        rows = db.execute("SELECT id, name, type, value FROM secrets ORDER BY id")
-        self._rows = {row["id"]: row for row in rows}
-        self._names: dict[tuple[int, str], str] = {}  # of secrets, by old id and stack
+        self._rows = {row["id"]: row for row in db.execute("SELECT * FROM secrets ORDER BY id")}
+        self._names: dict[int, str] = {}  # of secrets, by old id
         self._secrets: dict[str, dict[str, str]] = {}
-        self._started: set[int] = set()  # the old ids of jobs
-        self._failed: set[int] = set()
-        self._read_log()
+        self._started: set[int] = set()  # old ids of jobs whose log has a start of Keboola
+        self._failed: set[int] = set()  # those whose log has a failed one
+        log = db.execute("SELECT job_id, status, message FROM polling_logs")
+        for job_id, status, message in log:
+            text = f"{status} {message}".lower()
+            if "keboola_triggered" in text:
+                self._started.add(job_id)
+            elif "trigger" in text and re.search("fail|error", text):
+                self._failed.add(job_id)
 
     def config(self) -> dict[str, Any]:
         """Return the config as plain data. Raises UsageError where a secret does not open."""
         jobs: dict[str, dict[str, Any]] = {}
-        for row in self._db.execute(OLD_JOBS).fetchall():
+        for row in self._db.execute("SELECT * FROM polling_jobs ORDER BY id").fetchall():
             name = free_name(one_line(str(row["name"]).replace("/", "-"), 190) or "job", jobs)
             if name != row["name"]:
                 self.notes.append(f"the job {quoted(str(row['name']))} is called {name} now")
@@ -381,50 +348,31 @@ class Importer:
                 jobs[name] |= self._rest(name, row, batches.values())
             except ValueError as error:
                 self.notes.append(f"the job {name} is left out: {error}")
-        used = {old_id for old_id, _ in self._names}
-        for name in (str(row["name"]) for old_id, row in self._rows.items() if old_id not in used):
-            self.notes.append(f"the secret {quoted(name)} is left out: no job here uses it")
-        defaults: dict[str, str] = {}  # without config_id: a new job must name its own
-        for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval"):
-            for value, n in collections.Counter(job[key] for job in jobs.values()).items():
-                if n > len(jobs) / 2:
-                    defaults[key] = value
-        jobs = {
-            name: {key: value for key, value in job.items() if defaults.get(key) != value}
-            for name, job in jobs.items()
+        unused = [quoted(str(r["name"])) for key, r in self._rows.items() if key not in self._names]
+        self.notes += [f"the secret {name} is left out: no job here uses it" for name in unused]
+        defaults = {  # without config_id: a new job must name its own
+            key: collections.Counter(job[key] for job in jobs.values()).most_common(1)[0][0]
+            for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval")
+            if jobs
         }
+        for name, job in jobs.items():
+            jobs[name] = {k: value for k, value in job.items() if defaults.get(k) != value}
         return {"secrets": self._secrets, "defaults": defaults, "jobs": jobs}
-
-    def _read_log(self) -> None:
-        """Note for which jobs the log has a start of Keboola, and for which a failed one."""
-        tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE '%log%'"
-        for (table,) in self._db.execute(tables).fetchall():
-            name = table.replace('"', '""')
-            for row in self._db.execute(f'SELECT * FROM "{name}"'):
-                if "job_id" not in row.keys():  # noqa: SIM118 - a row contains values
-                    break
-                text = " ".join(value for value in row if isinstance(value, str)).lower()
-                if "keboola_triggered" in text:
-                    self._started.add(row["job_id"])
-                elif "trigger" in text and re.search("fail|error", text):
-                    self._failed.add(row["job_id"])
 
     def _job(self, row: sqlite3.Row, batch_ids: list[str]) -> dict[str, Any]:
         """Return a job as the config has it, without its status. Raises ValueError with why not."""
         url = str(row["keboola_stack_url"] or "").strip().rstrip("/")
         url = url if "://" in url else f"https://{url}"
         if not 1 <= len(batch_ids) <= 10:
-            batches = counted(len(batch_ids), "batch")
-            raise ValueError(f"it has {batches}, and 1 to 10 are possible")
+            raise ValueError(f"it has {counted(len(batch_ids), 'batch')}; 1 to 10 are possible")
         if url_problem(url):
             raise ValueError("its stack's address is none")
         if not {row["openai_secret_id"], row["keboola_secret_id"]} <= self._rows.keys():
             raise ValueError("one of its secrets is not there")
         if not (row["keboola_component_id"] and row["keboola_configuration_id"]):
             raise ValueError("it has no component or no configuration")
-        parts = urllib.parse.urlsplit(url)
-        if (parts.hostname or "").startswith("connection."):  # the page of a project, perhaps
-            url = f"{parts.scheme}://{parts.netloc}"
+        parts = urllib.parse.urlsplit(url)  # of the page of a project, perhaps
+        url = f"{parts.scheme}://{parts.netloc}"
         interval_s = min(DAY_S, max(1, count_or_none(row["poll_interval_seconds"]) or 120))
         return {
             "batch_ids": batch_ids,
@@ -438,49 +386,37 @@ class Importer:
     def _rest(self, name: str, row: sqlite3.Row, batches: Iterable[Batch]) -> dict[str, bool]:
         """Return what keeps a job from being started twice; what is not certain gets a note."""
         status = str(row["status"]).lower()
-        is_over = status in {"completed", "completed_with_failures"}
+        was_completed = status in {"completed", "completed_with_failures"}
         started, failed = row["id"] in self._started, row["id"] in self._failed
+        is_finished = all(batch.is_terminal for batch in batches)
         if status == "paused":
             return {"paused": True}
-        if is_over and (started or not failed):
-            return {"done": True}
         if status == "active" and started:
             self.notes.append(f"the job {name} was active, but has started Keboola: it is done now")
+        if (was_completed and not failed) or (started and (was_completed or status == "active")):
             return {"done": True}
-        if status == "active" and not all(batch.is_terminal for batch in batches):
+        if status == "active" and not is_finished:
             return {}
-        why = f"was {one_line(status)}"
-        if is_over:
-            why += ", but could not start Keboola"
-        elif status == "active":
-            why += ", and all its batches are finished, but its log has no start of Keboola"
-        cure = "remove paused: to start it, or write done: true"
-        self.notes.append(f"the job {name} {why}; it is paused now: {cure}")
+        why = ", but could not start Keboola" if was_completed else ""
+        if status == "active":
+            why = ", and all its batches are finished, but its log has no start of Keboola"
+        cure = "it is paused now: remove paused: to start it, or write done: true"
+        self.notes.append(f"the job {name} was {one_line(status)}{why}; {cure}")
         return {"paused": True}
 
     def _secret(self, old_id: int, stack_url: str) -> str:
-        """Return the name of a secret in the config; a token used with two stacks becomes two."""
-        if (old_id, stack_url) in self._names:
-            return self._names[old_id, stack_url]
+        """Return the name of a secret in the config. Raises ValueError for a second stack."""
+        if old_id in self._names:
+            name = self._names[old_id]
+            if self._secrets[name].get("stack_url", "") != stack_url:
+                raise ValueError(f"the secret {name} belongs to another stack")
+            return name
         row = self._rows[old_id]
-        text = str(row["name"])
-        if any(key[0] == old_id for key in self._names):
-            host = urllib.parse.urlsplit(stack_url).hostname or "other"
-            text += f"-{host.removeprefix('connection.').removesuffix('.keboola.com')}"
-        text = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80] or "secret"
-        name = self._names[old_id, stack_url] = free_name(text, self._secrets)
         kind = "keboola" if stack_url else "openai"
-        secret = self._secrets[name] = {"type": kind, "value": self._encrypted(name, kind, row)}
-        base_url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
-        if stack_url or base_url:
-            secret["stack_url" if stack_url else "base_url"] = stack_url or base_url
-        return name
-
-    def _encrypted(self, name: str, kind: str, row: sqlite3.Row) -> str:
-        """Return a secret's value, encrypted with our key."""
-        value = row["value"]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["name"])).strip("-._")[:80] or "secret"
+        name = self._names[old_id] = free_name(name, self._secrets)
         try:
-            token = value if isinstance(value, bytes) else str(value).encode()
+            token = row["value"] if isinstance(row["value"], bytes) else str(row["value"]).encode()
             text = self._old.decrypt(token.strip()).decode().strip()
         except (InvalidToken, ValueError):
             message = f"$SECRET_KEY does not open the secret {quoted(str(row['name']))}"
@@ -489,26 +425,24 @@ class Importer:
         if problem:
             cure = f"run: teckochecker secret set {name}"
             self.notes.append(f"the secret {name} {problem[0]}; {problem[1]}, and {cure}")
-        return self._new.encrypt(text.encode()).decode()
+        value = self._new.encrypt(text.encode()).decode()
+        base_url = "" if stack_url else os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+        entry = {"type": kind, "value": value, "stack_url": stack_url, "base_url": base_url}
+        self._secrets[name] = {key: word for key, word in entry.items() if word}
+        return name
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Print a config made of a database of TeckoChecker 0.9.
+    """Print a config made of a database of TeckoChecker 0.9, with $SECRET_KEY from then.
 
-    The old secrets are opened with $SECRET_KEY and encrypted with our key. Exits 1 if something is
-    left out, or a person has to decide about it, which is told on standard error.
+    Exits 1 if standard error says what is left out, or what a person has to decide.
     """
     old, old_key = Path(args.old), os.environ.get("SECRET_KEY", "")
-    addresses = (args.old, os.environ.get("DATABASE_URL", ""))
-    is_postgres = any(re.match(r"postgres\w*(\+\w+)?:", address) for address in addresses)
-    copy_it = "copy the tables of PostgreSQL, with the log, into a SQLite file, and name that"
-    if not old.is_file():  # an address is not echoed: there is a password in it
-        if is_postgres:
-            raise UsageError("the old database is PostgreSQL, which is not read here", copy_it)
-        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
+    cure = "name a copy of the SQLite file of TeckoChecker 0.9, made while it was stopped"
+    if not old.is_file():  # what is named is not echoed: PostgreSQL's address has a password in it
+        raise UsageError("OLD.db is not a file", f"{cure}; copy PostgreSQL's tables into one")
     if not old_key:
-        cure = "set it as the old program had it: it opens the secrets"
-        raise UsageError("$SECRET_KEY is not set", cure)
+        raise UsageError("$SECRET_KEY is not set", "set it as the old program had it")
     path, files = config_path(args), Files()
     opener = SecretOpener(read_config_file(path, files)[0], files, os.environ)
     keys = opener.fernet()
@@ -521,15 +455,10 @@ def run_import(args: argparse.Namespace) -> int:
             importer = Importer(db, Fernet(base64.urlsafe_b64encode(digest)), keys)
             config = importer.config()
     except sqlite3.Error as error:
-        cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
-        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
-            cure = f"{cure}, or {copy_it}"
         raise UsageError(f"cannot import {old}: {error}", cure) from None
-    if is_postgres:
-        importer.notes.append(f"$DATABASE_URL is PostgreSQL's: make sure that {old} has all of it")
     layout: Any = {"sort_keys": False, "allow_unicode": can_show("ěš🌙"), "width": 1000}
     text = (
-        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml, then run `check`.\n"
+        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml and run `check`.\n"
     )
     text += yaml.safe_dump({k: config[k] for k in ("secrets", "defaults")}, **layout)
     text += yaml.safe_dump({"jobs": config["jobs"]}, default_flow_style=None, **layout)

@@ -906,7 +906,7 @@ def read_list(
     return tuple(values)
 
 
-# What a Keboola job gets from us (see `variables` in 4); a job's own may not have these names.
+# What a Keboola job gets from us (`keboola_variables` in 4); a job's own may not have these names.
 OWN_VARIABLES: Final = (
     "batch_ids_(completed|failed|pending)|batch_count_(total|completed|failed)|batch_statuses"
     "|batch_output_file_ids|batch_error_file_ids|batch_request_counts|batch_errors"
@@ -5842,7 +5842,6 @@ def yaml_text(value: object, *, quote: bool = False) -> str:
         return str(value).lower()  # a number, true, false
     if re.search("[\ud800-\udfff]", value):
         raise UsageError(f"{quoted(value)} is not UTF-8 text", "nothing is changed")
-    # Bare: a letter or digit first, then nothing that YAML could take for punctuation.
     is_bare = not quote and re.fullmatch(r"\w(?:[\w ./+=@-]|:(?=[\w/]))*(?<! )", value)
     node: Any = yaml.compose(value, Loader=_LOADER) if is_bare else None
     if node and node.tag == f"{_TAG}str":
@@ -5861,6 +5860,7 @@ class ConfigEditor:
     def __init__(self, text: str, path: Path = Path("config.yaml")) -> None:
         self.path = path
         self._byte_order_mark = "\ufeff" if text.startswith("\ufeff") else ""
+        self._line_end = "\r\n" if "\r\n" in text else "\n"
         self._read(text.removeprefix("\ufeff"))
 
     @property
@@ -5877,48 +5877,32 @@ class ConfigEditor:
             node = node.value[place][1]
         return node
 
-    def set(self, path: tuple[str, ...], value: object, after: str = "") -> None:
-        """Replace a value, or add it behind the key `after` or as the last one."""
+    def set(self, path: tuple[str, ...], value: object) -> None:
+        """Replace a value, or add it as the last one."""
         parent = self.find(path[:-1])
         place = self._place(parent, path[-1])
         if place is None:
-            return self.add(path, value, after)
+            return self.add(path, value)
         start, end = self._span(parent, place)
-        source = yaml_text(value, quote=path[-1] in QUOTED_KEYS)
-        new = self._respelled(self._text[start:end], source)
-        return self._apply([(start, end, new)], self._meant(path, value))
+        new, old = yaml_text(value, quote=path[-1] in QUOTED_KEYS), self._text[start:end]
+        # An anchor or a tag before the old value stays, and a comment behind a block's `|`.
+        parts = re.match(r"((?:[&!]\S*\s+)*)(?:[|>][-+\d]*([ \t]+#[^\r\n]*)?)?", old)
+        before, comment = parts.groups("") if parts and old else (" ", "")
+        return self._apply([(start, end, f"{before}{new}{comment}")], self._meant(path, value))
 
-    def replace(self, values: Iterable[tuple[yaml.Node, str]]) -> None:
-        """Replace the text of scalars, also for those that read them through an alias."""
-        splices, texts = [], {}
-        for node, text in values:
-            start, end = node.start_mark.index, node.end_mark.index
-            splices.append((start, end, self._respelled(self._text[start:end], yaml_text(text))))
-            texts[id(node)] = text
-        self._apply(splices, self._plain(self.tree.node, texts))
-
-    def add(self, path: tuple[str, ...], value: object, after: str = "") -> None:
-        """Add a key with its value in the style of those beside it; makes a missing section."""
-        parent = self.find(path[:-1])
+    def add(self, path: tuple[str, ...], value: object) -> None:
+        """Add a key with its value below those beside it; makes a missing section."""
+        parent, meant = self.find(path[:-1]), self._meant(path, value)
         if parent is None:
             return self.add(path[:-1], {path[-1]: value})
         pair = yaml_text({path[-1]: value})[1:-1]
-        if not isinstance(parent, yaml.MappingNode) and parent.tag != f"{_TAG}null":
-            raise UsageError(f"{'.'.join(path[:-1])} is not a mapping", "write keys and values")
-        if not isinstance(parent, yaml.MappingNode) or not parent.value:
-            return self._apply(self._first(path, value, pair), self._meant(path, value))
-        place = self._place(parent, after)
-        place = len(parent.value) - 1 if place is None else place
-        key, (_, end) = parent.value[place][0].start_mark, self._span(parent, place)
+        if not parent.value or not isinstance(parent, yaml.MappingNode):
+            return self._apply(self._first(path, value, pair), meant)
+        column, end = parent.value[-1][0].start_mark.column, self._span(parent, -1)[1]
         if parent.flow_style:
-            is_alone = self._begins_line(key.index) and not self._matched(r"[^\r\n]*#", end)
-            space = f"{self._line_end(end)}{' ' * key.column}" if is_alone else " "
-            splice = (end, end, f",{space}{pair}")
-        else:
-            is_apart = place and len(path) < 3 and self._is_apart(key.index)
-            gap = [""] if is_apart and self._text[end - 1] not in "\r\n" else []
-            splice = self._below(end, key.column, gap + self._lines(path, value, key.column))
-        return self._apply([splice], self._meant(path, value))
+            return self._apply([(end, end, f", {pair}")], meant)
+        below = self._below(end, column)
+        return self._apply([(below, below, self._lines(path, value, column))], meant)
 
     def remove(self, path: tuple[str, ...]) -> None:
         """Remove a key with its value and the comments inside; an emptied section becomes {}."""
@@ -5927,28 +5911,23 @@ class ConfigEditor:
         if place is None:
             raise UsageError(f"{self.path} has no {'.'.join(path)}", "nothing is changed")
         key, (_, end) = parent.value[place][0].start_mark, self._span(parent, place)
-        start = key.index
-        if parent.flow_style:
-            comma, before = self._matched(r"\s*,[ \t]*", end), text[:start].rstrip()
-            start = len(before) - 1 if before.endswith(",") and not comma else start
-            end += len(comma)
-        below = self._below(end, key.column, [])[0]
-        ends_line = below == len(text) or re.search(r"[\r\n]", text[below - 1 : below + 1])
-        if self._begins_line(start) and ends_line:
-            start = len(text[:start].rstrip(" \t"))
-            end = below + len(self._matched(r"\r\n?|\n", below))
-            blank = re.search(
-                r"(?>\r\n?|\n)([ \t]*(?>\r\n?|\n))\Z", text[max(0, start - 99) : start]
-            )
-            if blank and re.match(r"[ \t]*(?:[\r\n]|\Z)", text[end:]):
-                start -= len(blank[1])  # of the blank lines around it, one is enough
-        splices = [(start, end, "")]
-        outer = self.find(path[:-2])
-        if outer and len(parent.value) == 1 and not parent.flow_style:
-            colon = outer.value[self._place(outer, path[-2])][0].end_mark.index
-            colon += len(self._matched(r"\s*:(?:[ \t]+[&!]\S+)*", colon))
-            splices.append((colon, colon, " {}"))
-        return self._apply(splices, self._meant(path, None))
+        start, splices = key.index, []
+        if not parent.flow_style:
+            start -= key.column
+            end = self._below(end, key.column)
+            end += len(self._line_end) if text.startswith(self._line_end, end) else 0
+            if len(parent.value) == 1:
+                outer = self.find(path[:-2])
+                section = outer.value[self._place(outer, path[-2])][0]
+                colon = text.find(":", section.end_mark.index) + 1
+                splices.append((colon, colon, " {}"))
+        elif len(parent.value) > 1:  # with the comma before it, or behind the first one
+            cut = (self._span(parent, place - 1)[1], start)
+            if place == 0:
+                cut = (end, parent.value[1][0].start_mark.index)
+            self._refuse_if("#" in text[slice(*cut)])
+            start, end = min(start, cut[0]), max(end, cut[1])
+        return self._apply([(start, end, ""), *splices], self._meant(path, None))
 
     # --- the text and what it means ---
 
@@ -5958,16 +5937,15 @@ class ConfigEditor:
         if tree is None:
             raise ConfigError(problems)
         self._text, self.tree = text, tree
-        self._ends = []  # of scalars, aliases and braces: a block ends where the last of them does
-        event: Any
-        for event in yaml.parse(text, Loader=_LOADER):
-            start, end = event.start_mark.index, event.end_mark.index
-            source = text[start:end]
-            if isinstance(event, yaml.ScalarEvent | yaml.AliasEvent) or source in {"]", "}"}:
-                is_block = getattr(event, "style", None) in {"|", ">"}
-                if is_block and not re.match(r"[^\r\n#]*\+", source):
-                    end = start + len(source.rstrip(" \t\r\n"))
-                self._ends.append(end)
+        # A block has no end of its own: it ends where the last token in it does.
+        tokens = [t for t in yaml.scan(text, Loader=_LOADER) if type(t) is not yaml.FlowEntryToken]
+        spans = [(token.start_mark.index, token.end_mark.index) for token in tokens]
+        self._ends = [start + len(text[start:end].rstrip()) for start, end in spans if start < end]
+
+    def _refuse_if(self, condition: bool) -> None:  # noqa: FBT001 - it says it
+        if condition:
+            what = f"cannot change {self.path}: this layout cannot be edited"
+            raise TeckoError(what, "edit it by hand")
 
     def _apply(self, splices: Iterable[tuple[int, int, str]], meant: object) -> None:
         """Change the text, if it then reads as `meant`."""
@@ -5976,24 +5954,22 @@ class ConfigEditor:
             text = text[:start] + new + text[end:]
         with contextlib.suppress(ConfigError):
             self._read(text)
-            if self._plain(self.tree.node, {}) == meant:
+            if self._plain(self.tree.node) == meant:
                 return
         self._read(before)
-        what = "an anchor, an alias or an unusual layout is in the way"
-        raise TeckoError(f"cannot change {self.path}: {what}", "change it by hand, in an editor")
+        self._refuse_if(condition=True)
 
-    def _plain(self, node: Any, texts: Mapping[int, str]) -> Any:  # noqa: ANN401 - a tree
-        """Return a tree as dicts, lists and tags with values; `texts` take the place of some."""
+    def _plain(self, node: Any) -> Any:  # noqa: ANN401 - a tree
+        """Return a tree as dicts, lists and tags with values."""
         if isinstance(node, yaml.MappingNode):
-            merge = f"{_TAG}merge"
-            return {(k.tag == merge, str(k.value)): self._plain(v, texts) for k, v in node.value}
+            return {(k.tag == f"{_TAG}merge", str(k.value)): self._plain(v) for k, v in node.value}
         if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, texts) for item in node.value]
-        return (f"{_TAG}str", texts[id(node)]) if id(node) in texts else (node.tag, node.value)
+            return [self._plain(item) for item in node.value]
+        return node.tag, node.value
 
     def _meant(self, path: tuple[str, ...], value: object) -> object:
-        """Return the tree with a value at a path, or (None) without what is there."""
-        meant = inner = self._plain(self.tree.node, {})
+        """Return what the text should say with another value at a path, or None for no value."""
+        meant = inner = self._plain(self.tree.node)
         for name in path[:-1]:
             if not isinstance(inner.get((False, name)), dict):
                 inner[False, name] = {}
@@ -6001,8 +5977,7 @@ class ConfigEditor:
         if value is None:
             del inner[False, path[-1]]
         else:
-            node = yaml.compose(yaml_text(value), Loader=_LOADER)
-            inner[False, path[-1]] = self._plain(node, {})
+            inner[False, path[-1]] = self._plain(yaml.compose(yaml_text(value), Loader=_LOADER))
         return meant
 
     def _place(self, node: object, name: str) -> int | None:
@@ -6016,104 +5991,46 @@ class ConfigEditor:
     def _span(self, parent: yaml.MappingNode, place: int) -> tuple[int, int]:
         """Return where an entry's value begins and ends."""
         key, value = parent.value[place]
+        following = [key.start_mark.index for key, _ in parent.value[place:][1:]]
         after: Any = parent.end_mark
-        limit = after.index - bool(parent.flow_style)
-        if place + 1 < len(parent.value):
-            limit = parent.value[place + 1][0].start_mark.index
-        end = max(end for end in self._ends if end <= limit)
-        start = value.start_mark.index
+        limit = following[0] if following else after.index - bool(parent.flow_style)
+        start, end = value.start_mark.index, max(end for end in self._ends if end <= limit)
         if start < key.end_mark.index:  # an alias: its node stands where the anchor is
             start = self._text.rindex("*", key.end_mark.index, end)
         return start, end
 
     # --- how it is written ---
 
-    def _matched(self, pattern: str, at: int) -> str:
-        match = re.compile(pattern).match(self._text, at)
-        return match[0] if match else ""
+    def _lines(self, path: tuple[str, ...], value: object, column: int) -> str:
+        """Return lines to put behind a line: a key and its value, in block style."""
+        head = f"{self._line_end}{' ' * column}{yaml_text(path[-1])}:"
+        if value and isinstance(value, Mapping) and len(path) < 3:
+            column += column or 2
+            inner = (self._lines((*path, key), item, column) for key, item in value.items())
+            return f"{head}{''.join(inner)}"
+        return f"{head} {yaml_text(value, quote=path[-1] in QUOTED_KEYS)}"
 
-    def _line_end(self, at: int) -> str:
-        ends = re.compile(r"\r\n?|\n")
-        found = ends.search(self._text, at) or ends.search(self._text)
-        return found[0] if found else "\n"
-
-    def _begins_line(self, at: int) -> bool:
-        return not self._text[:at].rstrip(" \t").rpartition("\n")[2].rpartition("\r")[2]
-
-    def _is_apart(self, start: int) -> bool:
-        """Return whether a blank line stands before an entry and the comments above it."""
-        above = f"{self._text[:start]}.".splitlines()[:-1]
-        while above and above[-1].lstrip().startswith("#"):
-            above.pop()
-        return bool(above) and not above[-1].strip()
-
-    @staticmethod
-    def _respelled(old: str, new: str) -> str:
-        """Return a value's source with another value in it.
-
-        An anchor or tag before it stays, a comment behind a block's `|`, and what ends the block.
-        """
-        if not old:
-            return f" {new}"
-        before = re.match(r"(?:[&!]\S*\s+|#[^\r\n]*\s+)*", old)
-        prefix = before[0] if before else ""
-        block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)", old[len(prefix) :])
-        comment = f"  {block[1].rstrip()}" if block else ""
-        return f"{prefix}{new}{comment}{old[len(old.rstrip()) :]}"
-
-    def _lines(self, path: tuple[str, ...], value: object, column: int) -> list[str]:
-        """Return a key and its value in block style; inside an entry, what is short in one line."""
-        quote = path[-1] in QUOTED_KEYS
-        head = f"{' ' * column}{yaml_text(path[-1])}:"
-        line = f"{head} {yaml_text(value, quote=quote)}"
-        column += self._step(path[0])
-        if value and isinstance(value, Mapping) and (len(path) < 3 or len(line) > 100):
-            inner = [self._lines((*path, key), item, column) for key, item in value.items()]
-            return [head, *itertools.chain.from_iterable(inner)]
-        if isinstance(value, list) and len(line) > 100:
-            return [head, *(f"{' ' * column}- {yaml_text(item, quote=quote)}" for item in value)]
-        return [line]
-
-    def _step(self, section: str) -> int:
-        """Return by how much this section indents, or else another one."""
-        for key, value in sorted(self.tree.node.value, key=lambda pair: pair[0].value != section):
-            if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
-                step = int(value.value[0][0].start_mark.column - key.start_mark.column)
-                if step > 0:  # else it is an alias
-                    return step
-        return 2
-
-    def _below(self, end: int, column: int, lines: Sequence[str]) -> tuple[int, int, str]:
-        """Return the splice that puts lines below a value and the comments that belong to it.
-
-        Those are the one behind it, and those below that are indented deeper than `column`.
-        """
-        new_line = self._line_end(end)
-        if self._text[:end].endswith(("\r", "\n")):  # a block that keeps its line ends, `|+`
-            return end, end, new_line.join([*lines, ""])
-        deeper = rf"(?:(?:\r\n?|\n)[ \t]{{{column + 1},}}#[^\r\n]*)*"
-        place = end + len(self._matched(rf"[ \t]*(?:#[^\r\n]*)?{deeper}", end))
-        return place, place, "".join(f"{new_line}{line}" for line in lines)
+    def _below(self, end: int, column: int) -> int:
+        """Return where the comments end that belong to a value: behind it, and deeper below."""
+        comments = rf"[ \t]*(?:#[^\r\n]*)?(?:\r?\n[ \t]{{{column + 1},}}#[^\r\n]*)*"
+        found = re.compile(comments).match(self._text, end)
+        return found.end() if found else end
 
     def _first(self, path: tuple[str, ...], value: object, pair: str) -> list[tuple[int, int, str]]:
         """Return the splices that put the first key into what is empty: `{}`, or null."""
-        root: Any = self.tree.node
-        end = root.end_mark.index
-        if len(path) == 1:  # the whole file is {}
+        outer = self.find(path[:-2]) if path[1:] else None
+        if outer is None:  # the whole file is {}
+            end = self.find(()).end_mark.index
             return [(end - 1, end - 1, pair)]
-        outer = [self.find(path[:length]) for length in range(len(path) - 1)]
-        place = self._place(outer[-1], path[-2]) or 0
-        key, (start, end) = outer[-1].value[place][0].start_mark, self._span(outer[-1], place)
+        place = self._place(outer, path[-2]) or 0
+        column, (start, end) = outer.value[place][0].start_mark.column, self._span(outer, place)
         old = self._text[start:end]
-        in_braces = any(node.flow_style for node in outer)
-        if old.endswith("}") and (in_braces or "#" in old):
+        if old.endswith("}") and (outer.flow_style or old != "{}"):
             return [(end - 1, end - 1, pair)]
-        if in_braces:
-            return [(start, end, self._respelled(old, f"{{{pair}}}"))]
-        lines = self._lines(path, value, key.column + self._step(path[0]))
-        anchor = "".join(re.findall(r"^(?:[&!]\S+\s*)*", old)).rstrip()
+        self._refuse_if(outer.flow_style or old not in {"", "{}", "~", "null"})
+        below = self._below(end, column)
         start = len(self._text[:start].rstrip(" \t"))
-        return [(start, end, anchor and f" {anchor}"), self._below(end, key.column, lines)]
+        return [(start, end, ""), (below, below, self._lines(path, value, column + (column or 2)))]
 
 
 # --- the config file ------------------------------------------------------------------------------
@@ -6156,8 +6073,7 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
                 before = real.stat()
                 file.write(new)
                 file.flush()
-                if (os.fstat(fd).st_uid, os.fstat(fd).st_gid) != (before.st_uid, before.st_gid):
-                    os.fchown(fd, before.st_uid, before.st_gid)
+                os.fchown(fd, before.st_uid, before.st_gid)
                 os.fchmod(fd, stat.S_IMODE(before.st_mode))
                 os.fsync(fd)
             if real.read_bytes() != old:
@@ -6170,13 +6086,11 @@ def replace_file(path: Path, old: bytes, new: bytes) -> None:
             raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
 
 
-def edit_config(
-    path: Path, change: Callable[[ConfigEditor, Config], str], *, dry_run: bool = False
-) -> str:
-    """Change the config file; returns what `change` says that it did.
+def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> int:
+    """Change the config file, and print what `change` says that it did; returns 0.
 
     Problems that are there already do not matter. Raises UsageError for the first new one, and
-    TeckoError if the file cannot be replaced: then it stays as it is. `dry_run` writes nothing.
+    TeckoError if the file cannot be replaced: then it stays as it is.
     """
 
     def problems_in(text: str) -> list[tuple[str, Problem]]:
@@ -6200,9 +6114,9 @@ def edit_config(
                 if known[key] < 0:
                     what = f"{problem.path}: {problem.what}" if problem.path else problem.what
                     raise UsageError(one_line(what, 1000), problem.cure)
-            if not dry_run:
-                replace_file(path, files.read(path).data, editor.text.encode())
-    return done
+            replace_file(path, files.read(path).data, editor.text.encode())
+    print(done)
+    return 0
 
 
 # --- encrypt, secret ------------------------------------------------------------------------------
@@ -6237,37 +6151,34 @@ def section(tree: YamlNode, name: str) -> dict[str, YamlNode]:
 
 
 def encrypt_values(editor: ConfigEditor, config: Config, *, rotate: bool) -> str:
-    """Encrypt all plain values; that of an alias and of its anchor stays one."""
-    tokens: dict[int, tuple[yaml.Node, str]] = {}
-    names, problems = [], []
+    tokens, problems = {}, []
     for name, entry in section(editor.tree, "secrets").items():
         own = entry.entries("")
-        at = own.get("value")
+        at, kind = own.get("value"), own["type"].text("") if "type" in own else None
         text = at.text("") if at and not at.is_null else None
         if at is None or text is None:
             continue
-        if id(at.node) not in tokens:
-            kind = own["type"].text("") if "type" in own else None
-            token = encrypted(config, text, kind or "", rotate=rotate)
-            if isinstance(token, tuple):
-                at.bad(*token)
-                problems.append(at.problems[-1])
-                continue
-            tokens[id(at.node)] = (at.node, token)
-        if tokens[id(at.node)][1] != text:
-            names.append(name)
+        token = encrypted(config, text, kind or "", rotate=rotate)
+        if isinstance(token, tuple):
+            at.bad(*token)
+            problems.append(at.problems[-1])
+        elif token != text:
+            tokens[name] = token
     if problems:
         raise ConfigError(problems)
-    editor.replace((node, token) for node, token in tokens.values() if token != node.value)
-    return f"encrypted: {', '.join(names)}" if names else "nothing to do: no value is in plain"
+    for name, token in tokens.items():
+        editor.set(("secrets", name, "value"), token)
+    return f"encrypted: {', '.join(tokens)}" if tokens else "nothing to do: no value is in plain"
 
 
 def run_encrypt(args: argparse.Namespace) -> int:
-    """Encrypt the plain values of the config, in place; or a new value for one secret."""
-    if args.set is not None:
-        return set_secret(config_path(args), args.set, None, {})
-    print(edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate)))
-    return 0
+    """Encrypt every plain value under `secrets:` in the config, in place.
+
+    What is encrypted already stays, also when this is run again; with --rotate it is encrypted
+    anew with the first key. The old key can then be removed from the key file. If one value cannot
+    be encrypted, or is a placeholder, nothing is written.
+    """
+    return edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate))
 
 
 def typed_text(name: str) -> str:
@@ -6281,45 +6192,33 @@ def typed_text(name: str) -> str:
     return sys.stdin.buffer.read(70_000).decode("utf-8", "replace").strip()
 
 
-def set_secret(path: Path, name: str, kind: str | None, urls: Mapping[str, str | None]) -> int:
-    """Ask for a secret's value and put it into the config; makes the entry if it is missing."""
-    types = " or ".join(SECRET_KEYS)
-
-    def change(editor: ConfigEditor, config: Config, typed: str) -> str:
-        entry = section(editor.tree, "secrets").get(name)
-        own = entry.entries("") if entry else {}
-        old_kind = own["type"].text("") if "type" in own else None
-        wanted = kind or old_kind or ""
-        for source in own.keys() & {"env", "file"}:
-            cure = f"remove {source}: from the config first"
-            raise UsageError(f"the secret {name} comes from {source}:", cure)
-        if not wanted:
-            raise UsageError(
-                f"{path} has no secret {quoted(name)} with a type", f"add --type {types}"
-            )
-        if old_kind not in {None, wanted}:
-            cure = "leave --type out, or remove the secret first"
-            raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
-        if wanted not in SECRET_KEYS:
-            raise UsageError(f"{quoted(wanted)} is not a type of secret", f"write {types}")
-        token = encrypted(config, typed, wanted)
-        if isinstance(token, tuple):
-            what, cure = token
-            raise UsageError(f"what was given for {name} {what}", f"nothing is changed: {cure}")
-        values = {"type": wanted, "value": token, **given(urls)}
-        if entry is None:
-            editor.add(("secrets", name), values)
-            return f"encrypted: {name}"
-        for key, value in values.items():
-            if key not in own or key != "type":
-                editor.set(("secrets", name, key), value, after="type")
-        return f"encrypted: {name}"
-
-    # All else is checked before a person is asked, with what could be a value of any type.
-    trial = functools.partial(change, typed="https://example.com/a")
-    edit_config(path, trial, dry_run=True)
-    print(edit_config(path, functools.partial(change, typed=typed_text(name))))
-    return 0
+def set_secret(editor: ConfigEditor, config: Config, args: argparse.Namespace) -> str:
+    """Put what was typed into a secret's entry, encrypted; makes the entry if it is missing."""
+    name, path = args.name, ("secrets", args.name)
+    entry = section(editor.tree, "secrets").get(name)
+    own = entry.entries("") if entry else {}
+    old_kind = own["type"].text("") if "type" in own else None
+    kind = args.type or old_kind or ""
+    for source in own.keys() & {"env", "file"}:
+        cure = f"remove {source}: from the config first"
+        raise UsageError(f"the secret {name} comes from {source}:", cure)
+    if old_kind not in {None, kind}:
+        cure = "leave --type out, or remove the secret first"
+        raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
+    if kind not in SECRET_KEYS:
+        cure = f"write --type {' or '.join(SECRET_KEYS)}"
+        raise UsageError(f"the secret {name} is of no known type", cure)
+    token = encrypted(config, args.value, kind)
+    if isinstance(token, tuple):
+        what, cure = token
+        raise UsageError(f"what was given for {name} {what}", f"nothing is changed: {cure}")
+    urls = given({"stack_url": args.stack_url, "base_url": args.base_url})
+    if entry is None:
+        editor.add(path, {"type": kind, "value": token, **urls})
+    for key, value in {"type": kind, "value": token, **urls}.items():
+        if entry and (key != "type" or key not in own):
+            editor.set((*path, key), value)
+    return f"encrypted: {name}"
 
 
 def secret_users(tree: YamlNode) -> dict[str, list[str]]:
@@ -6336,7 +6235,7 @@ def secret_users(tree: YamlNode) -> dict[str, list[str]]:
     return users
 
 
-def secret_lines(editor: ConfigEditor, config: Config) -> list[str]:
+def list_secrets(editor: ConfigEditor, config: Config, _: argparse.Namespace) -> str:
     """Return a table of the secrets, without any value, and without what may be one by mistake."""
     users = secret_users(editor.tree)
     rows = [("SECRET", "TYPE", "FROM", "USED BY")]
@@ -6354,35 +6253,29 @@ def secret_lines(editor: ConfigEditor, config: Config) -> list[str]:
             source = f"env {text}" if is_name else "env, but not a variable's name"
         more = f" and {len(using) - 5} more" if len(using) > 5 else ""
         rows.append((one_line(name), kind, source, one_line(", ".join(using[:5])) + more))
-    return table(rows) if len(rows) > 1 else ["no secrets"]
+    return "\n".join(table(rows)) if rows[1:] else "no secrets"
+
+
+def remove_secret(editor: ConfigEditor, _: Config, args: argparse.Namespace) -> str:
+    if users := secret_users(editor.tree).get(args.name):
+        using = one_line(", ".join(users))
+        raise UsageError(f"the secret {args.name} is used by {using}", "change that first")
+    editor.remove(("secrets", args.name))
+    return f"removed: {args.name}"
 
 
 def run_secret(args: argparse.Namespace) -> int:
-    """List, set or remove secrets in the config."""
-    path = config_path(args)
+    """List the secrets of the config, set one, or remove one.
 
-    def remove(editor: ConfigEditor, _: Config) -> str:
-        users = secret_users(editor.tree).get(args.name)
-        if editor.find(("secrets", args.name)) is None:
-            cure = "`teckochecker secret list` lists them all"
-            raise UsageError(f"there is no secret {quoted(args.name)}", cure)
-        if users:
-            using = one_line(", ".join(users))
-            raise UsageError(f"the secret {args.name} is used by {using}", "change that first")
-        editor.remove(("secrets", args.name))
-        return f"removed: {args.name}"
-
-    if args.action == "set":
-        urls = {"stack_url": args.stack_url, "base_url": args.base_url}
-        return set_secret(path, args.name, args.type, urls)
-    if args.action == "remove":
-        print(edit_config(path, remove))
-        return 0
-    config, problems, text = read_config_file(path, Files())
-    if not config.sha256:
-        raise ConfigError(problems)
-    print("\n".join(secret_lines(ConfigEditor(text, path), config)))
-    return 0
+    `set` asks for the value without showing it, or reads it from standard input, encrypts it, and
+    writes it into the config; a secret that is not there yet needs --type, and one of type keboola
+    also --stack-url. `remove` is refused while anything uses the secret. `list` shows types,
+    sources and users, and never a value.
+    """
+    change = {"list": list_secrets, "set": set_secret, "remove": remove_secret}[args.action]
+    if args.action == "set":  # before the lock: a person may think for long
+        args.value = typed_text(args.name)
+    return edit_config(config_path(args), lambda editor, config: change(editor, config, args))
 
 
 # --- job ------------------------------------------------------------------------------------------
@@ -6421,7 +6314,12 @@ def job_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_job(args: argparse.Namespace) -> int:
-    """Add, pause, resume or remove a job in the config."""
+    """Add a job to the config, or pause, resume or remove one.
+
+    The daemon sees the change by itself. `add` needs --batch-id or --match, and what `defaults:`
+    does not say already. A paused job polls nothing and starts nothing; of a removed one, the runs
+    in flight are finished. Comments and layout of the file stay as they are.
+    """
     name, path = args.name, ("jobs", args.name)
 
     def change(editor: ConfigEditor, config: Config) -> str:
@@ -6443,14 +6341,12 @@ def run_job(args: argparse.Namespace) -> int:
         editor.set((*path, "paused"), paused)
         return f"{'paused' if paused else 'resumed'}: {name}"
 
-    print(edit_config(config_path(args), change))
-    return 0
+    return edit_config(config_path(args), change)
 
 
 # --- doctor ---------------------------------------------------------------------------------------
 
 DOCTOR_PATIENCE_S: Final = 45  # for all requests with one secret; the secrets go side by side
-
 OWNER_CURE: Final = "run this as the daemon's user, or chown it to that user"
 
 Verdict = tuple[str, str, str]  # ✓ (right), ! (could be better) or ✗ (wrong); what; the cure
@@ -6466,7 +6362,6 @@ class Doctor:
         self._redactor = redactor
         # The batches that are polled, by job. What `done` or a finished run is about may be gone.
         self._polled = {name: [*job.batch_ids] for name, job in config.jobs.items() if not job.done}
-        self._skews: dict[str, float] = {}  # how far our clock is ahead of a secret's server
 
     def tell(self, found: Iterable[Verdict]) -> None:
         """Print verdicts, and count them."""
@@ -6476,8 +6371,6 @@ class Doctor:
             shown = painted(words.get(mark, mark), {"✓": GREEN, "✗": RED}.get(mark, ""))
             text = self._redactor.text(f"{what}; {cure}" if cure else what)
             print(shown, one_line(text, 1000), flush=True)
-
-    # --- this machine ---
 
     def check_files(self) -> Iterator[Verdict]:
         """Check directories, the state file and what lies beside it, and who runs."""
@@ -6498,11 +6391,11 @@ class Doctor:
             yield "✗", str(error), ""
         owner = lock_owner(state)
         kind = "the daemon" if owner["running"] else "a pass of --once" if owner["once"] else ""
-        if owner["pid"] and not kind:
-            what = f"pid {owner['pid']} was killed, or hangs, since {owner['last_loop_at']}"
-            yield "!", what, "see its log, and start it again"
-        else:
+        if kind or not owner["pid"]:
             yield "✓", f"{kind} runs, pid {owner['pid']}" if kind else "nothing runs now", ""
+            return
+        what = f"pid {owner['pid']} was killed, or hangs, since {owner['last_loop_at']}"
+        yield "!", what, "see its log, and start it again"
 
     @staticmethod
     def _check_directory(directory: Path, what: str) -> Verdict:
@@ -6526,9 +6419,7 @@ class Doctor:
         """
         lock, *beside = (state.with_name(state.name + end) for end in (".lock", "-wal", "-shm"))
         paths = [path for path in (state, lock, *beside) if path.exists()]
-        model = state.parent
-        if lock in paths and model.stat().st_uid == 0:
-            model = lock
+        model = lock if lock in paths and state.parent.stat().st_uid == 0 else state.parent
         for path in paths:
             user = model.stat()
             if path.stat().st_uid != user.st_uid:
@@ -6563,46 +6454,50 @@ class Doctor:
             self.tell([("!", what, "it is ignored: correct or remove it")])
         names = [*self.config.of_type("openai"), *self.config.of_type("keboola")]
         opened = [name for name in names if name in self._secrets]
-        checks = [asyncio.create_task(self._check_secret(name, http)) for name in opened]
+        tasks = [asyncio.create_task(self._check_secret(name, http)) for name in opened]
         try:
-            for check in checks:
-                self.tell(await check)
+            for task in tasks:
+                self.tell(await task)
         finally:
             await http.close()
-        for name, skew_s in self._skews.items():
-            if abs(skew_s) > MINUTE_S:
-                side = "ahead of" if skew_s > 0 else "behind"
-                what = f"the clock is {show_duration(abs(skew_s))} {side} that of {name}'s server"
-                self.tell([("!", what, "let NTP set it (systemd-timesyncd, chrony)")])
 
     async def _check_secret(self, name: str, http: Http) -> list[Verdict]:
         """Return what is found with one secret, as far as the time allows."""
         found: list[Verdict] = []
-        check = {"openai": self._check_openai, "keboola": self._check_keboola}
+        ahead_s = 0.0  # how far our clock is ahead of the server's
+
+        def note(_: ApiError | None, date: float | None) -> None:
+            nonlocal ahead_s
+            ahead_s = ahead_s if date is None else time.time() - date
+
+        entry, key = self.config.secrets[name], self._secrets[name]
         try:
             async with asyncio.timeout(DOCTOR_PATIENCE_S):
-                await check[self.config.secrets[name].type](name, http, found)
+                if entry.type == "openai":
+                    await self._check_openai(OpenAI(entry, key, http, Clock(), note), found)
+                else:
+                    await self._check_keboola(Keboola(entry, key, http, Clock(), note), found)
         except TimeoutError:
             what = f"{name}: not everything was answered within {DOCTOR_PATIENCE_S} s"
             cure = "see why its server is slow; for very many jobs, raise max_concurrency"
             found.append(("✗", what, cure))
+        if abs(ahead_s) > MINUTE_S:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            what = f"the clock is {show_duration(abs(ahead_s))} {side} that of {name}'s server"
+            found.append(("!", what, "let NTP set it (systemd-timesyncd, chrony)"))
         return found
-
-    def _note(self, name: str, _: ApiError | None, date: float | None) -> None:
-        """Remember what a server's clock says."""
-        if date is not None:
-            self._skews[name] = time.time() - date
 
     def _new_token(self, name: str) -> str:
         """Return where a new token for a secret belongs."""
-        entry = self.config.secrets[name]
+        entry, config = self.config.secrets[name], shlex.quote(str(self.config.path))
         if entry.source != "value":
             return f"make a new one, and put it into {entry.source} {entry.text.reveal()}"
-        config = shlex.quote(str(self.config.path))
         return f"make a new one, then run: teckochecker --config {config} secret set {name}"
 
-    def _cure(self, name: str, error: ApiError) -> str:
+    def _cure(self, name: str, error: ApiError, not_there: str = "") -> str:
         """Return what to do where a server does not answer as it should."""
+        if not_there and error.status in {400, 403, 404}:
+            return not_there
         if error.status in {401, 403}:
             return self._new_token(name)
         if error.status is None:
@@ -6611,17 +6506,15 @@ class Doctor:
             return "check the address: something else answers there"
         return "see the server's own words, and its status page"
 
-    # --- OpenAI ---
-
-    async def _check_openai(self, name: str, http: Http, found: list[Verdict]) -> None:
+    async def _check_openai(self, openai: OpenAI, found: list[Verdict]) -> None:
         """Check an OpenAI key, and whether it reads the batches that are polled with it."""
-        url, note = self.config.secrets[name].base_url, functools.partial(self._note, name)
-        openai = OpenAI(self.config.secrets[name], self._secrets[name], http, Clock(), note)
+        name, url = openai.name, self.config.secrets[openai.name].base_url
         jobs = [self.config.jobs[job_name] for job_name in self._polled]
         jobs = [job for job in jobs if job.openai_secret == name]
         left = polled = {batch_id for job in jobs for batch_id in self._polled[job.name]}
         try:
-            left = await self._unlisted(openai, polled)
+            rows, _ = await openai.page(None)
+            left = polled - {row["id"] for row in rows}
             found.append(("✓", f"{name}: {url} takes the key", ""))
         except ApiError as error:
             if error.status not in {404, 405, 429, 501}:  # these are the list's alone
@@ -6631,43 +6524,25 @@ class Doctor:
             finders = [job.name for job in jobs if job.match]
             cure = f"job {finders[0]} needs it: write batch_ids there" if finders else ""
             found.append(("✗" if finders else "✓", what, cure))
-        ids = sorted(left)
-        came = await asyncio.gather(*map(openai.ask, ids), return_exceptions=True)
-        failures = {k: e for k, e in zip(ids, came, strict=True) if isinstance(e, ApiError)}
+        answers = await asyncio.gather(*map(openai.ask, left), return_exceptions=True)
+        failures = {k: e for k, e in zip(left, answers, strict=True) if isinstance(e, ApiError)}
         for job in jobs:
             for batch_id in (key for key in self._polled[job.name] if key in failures):
-                what = f"job {job.name}: {batch_id}: {failures[batch_id]}"
-                cure = self._cure(name, failures[batch_id])
-                if failures[batch_id].status == 404:
-                    cure = "correct the id, the secret or its base_url"
-                found.append(("✗", what, cure))
+                failure = failures[batch_id]
+                cure = self._cure(name, failure, "correct the id, the secret or its base_url")
+                found.append(("✗", f"job {job.name}: {batch_id}: {failure}", cure))
         if len(failures) < len(polled):
             count = f"{len(polled) - len(failures):,} of {counted(len(polled), 'batch')}"
             found.append(("✓", f"{name}: reads {count}", ""))
 
-    async def _unlisted(self, openai: OpenAI, polled: Collection[str]) -> set[str]:
-        """Return which batches the account's list does not show on pages that pay."""
-        left, after, has_more = {*polled}, None, True
-        while has_more:
-            rows, has_more = await openai.page(after)
-            shown = left & {row["id"] for row in rows}
-            left -= shown
-            if not left or len(shown) < 10:
-                break
-            after = rows[-1]["id"]
-        return left
-
-    # --- Keboola ---
-
-    async def _check_keboola(self, name: str, http: Http, found: list[Verdict]) -> None:
+    async def _check_keboola(self, keboola: Keboola, found: list[Verdict]) -> None:
         """Check a Keboola token, its queue, and every configuration that is started with it."""
-        entry, note = self.config.secrets[name], functools.partial(self._note, name)
-        keboola = Keboola(entry, self._secrets[name], http, Clock(), note)
+        name = keboola.name
         jobs: dict[Target, list[Job]] = {}
         for job in (self.config.jobs[job_name] for job_name in self._polled):
             if job.keboola_secret == name:
                 jobs.setdefault(self.config.target(job), []).append(job)
-        what = entry.stack_url
+        what = stack = self.config.secrets[name].stack_url
         try:
             found += self._check_token(name, await keboola.verify())
             what = "the queue"
@@ -6677,7 +6552,7 @@ class Doctor:
             found.append(("✓", f"{name}: the queue is {url}", ""))
         except ApiError as error:
             found.append(("✗", f"{name}: {what}: {error}", self._cure(name, error)))
-            if what == entry.stack_url:
+            if what == stack:
                 return
         checks = [self._check_target(keboola, target, own) for target, own in jobs.items()]
         for findings in await asyncio.gather(*checks):
@@ -6710,20 +6585,25 @@ class Doctor:
         """Check that a configuration is there, and fits each of the jobs that start it."""
         more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
         text = f"job {jobs[0].name}{more}: {target}"
+        declared: list[str] | None = None
         try:
             said = await keboola.configuration(target)
-            declared = await declared_variables(keboola, target, said)
+            inner = said.get("configuration")
+            key = inner.get("variables_id") if isinstance(inner, dict) else None
+            if isinstance(key, str | int) and key:
+                place = replace(target, component_id="keboola.variables", config_id=str(key))
+                content = (await keboola.configuration(place)).get("configuration")
+                variables = content.get("variables") if isinstance(content, dict) else None
+                declared = [str(v.get("name")) for v in variables or () if isinstance(v, dict)]
         except ApiError as error:
-            is_about_it = error.status in {400, 401, 403, 404}
             cure = "correct component_id, config_id, branch_id or the token's rights"
-            cure = cure if is_about_it else self._cure(keboola.name, error)
-            return [("✗", f"{text}: {error}", cure)]
+            return [("✗", f"{text}: {error}", self._cure(keboola.name, error, cure))]
         found: list[Verdict] = []
         if said.get("isDisabled") is True and any(job.mode != "forceRun" for job in jobs):
             found.append(("✗", f"{text} is disabled", "enable it in Keboola"))
         rows = said.get("rows")
+        there = [str(row.get("id")) for row in rows or () if isinstance(row, dict)]
         for job in jobs:
-            there = [str(row.get("id")) for row in rows or () if isinstance(row, dict)]
             gone = [row for row in job.config_row_ids if rows is not None and row not in there]
             if gone:
                 what = f"job {job.name}: {target} has no rows {', '.join(gone)}"
@@ -6743,26 +6623,10 @@ class Doctor:
         return found or [("✓", f"{text} is there, and {takes}", "")]
 
 
-async def declared_variables(
-    keboola: Keboola, target: Target, said: Mapping[str, Any]
-) -> list[str] | None:
-    """Return the names of the variables that a configuration declares; None: it takes none."""
-    inner = said.get("configuration")
-    variables_id = inner.get("variables_id") if isinstance(inner, dict) else None
-    if not isinstance(variables_id, str | int) or not variables_id:
-        return None
-    where = replace(target, component_id="keboola.variables", config_id=str(variables_id))
-    content = (await keboola.configuration(where)).get("configuration")
-    rows = content.get("variables") if isinstance(content, dict) else None
-    return [str(row.get("name")) for row in rows or () if isinstance(row, dict)]
-
-
 def run_doctor(args: argparse.Namespace) -> int:
-    """Try everything that has to be right.
+    """Try everything that has to be right: a line each, with the cure.
 
-    Config, key, owners, disk, state file, clock, every OpenAI key and polled batch, every Keboola
-    token, queue and configuration: a line each, with the cure. Nothing is started or changed, and
-    it works beside the daemon. Exits 1 if anything is wrong.
+    Nothing is started or changed, and it works beside the daemon. Exits 1 if anything is wrong.
     """
     path, files, redactor = config_path(args), Files(), Redactor()
     config, problems, _ = read_config_file(path, files)
@@ -6786,11 +6650,6 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 # --- import ---------------------------------------------------------------------------------------
 
-OLD_JOBS: Final = """
-SELECT id, name, openai_secret_id, keboola_secret_id, keboola_stack_url, keboola_component_id,
-       keboola_configuration_id, poll_interval_seconds, status
-FROM polling_jobs ORDER BY id"""
-
 
 def free_name(name: str, taken: Collection[str]) -> str:
     """Return a name, with a number behind it where it is taken."""
@@ -6807,18 +6666,23 @@ class Importer:
         self._db = db
         self._old = old
         self._new = new
-        rows = db.execute("SELECT id, name, type, value FROM secrets ORDER BY id")
-        self._rows = {row["id"]: row for row in rows}
-        self._names: dict[tuple[int, str], str] = {}  # of secrets, by old id and stack
+        self._rows = {row["id"]: row for row in db.execute("SELECT * FROM secrets ORDER BY id")}
+        self._names: dict[int, str] = {}  # of secrets, by old id
         self._secrets: dict[str, dict[str, str]] = {}
-        self._started: set[int] = set()  # the old ids of jobs
-        self._failed: set[int] = set()
-        self._read_log()
+        self._started: set[int] = set()  # old ids of jobs whose log has a start of Keboola
+        self._failed: set[int] = set()  # those whose log has a failed one
+        log = db.execute("SELECT job_id, status, message FROM polling_logs")
+        for job_id, status, message in log:
+            text = f"{status} {message}".lower()
+            if "keboola_triggered" in text:
+                self._started.add(job_id)
+            elif "trigger" in text and re.search("fail|error", text):
+                self._failed.add(job_id)
 
     def config(self) -> dict[str, Any]:
         """Return the config as plain data. Raises UsageError where a secret does not open."""
         jobs: dict[str, dict[str, Any]] = {}
-        for row in self._db.execute(OLD_JOBS).fetchall():
+        for row in self._db.execute("SELECT * FROM polling_jobs ORDER BY id").fetchall():
             name = free_name(one_line(str(row["name"]).replace("/", "-"), 190) or "job", jobs)
             if name != row["name"]:
                 self.notes.append(f"the job {quoted(str(row['name']))} is called {name} now")
@@ -6830,50 +6694,31 @@ class Importer:
                 jobs[name] |= self._rest(name, row, batches.values())
             except ValueError as error:
                 self.notes.append(f"the job {name} is left out: {error}")
-        used = {old_id for old_id, _ in self._names}
-        for name in (str(row["name"]) for old_id, row in self._rows.items() if old_id not in used):
-            self.notes.append(f"the secret {quoted(name)} is left out: no job here uses it")
-        defaults: dict[str, str] = {}  # without config_id: a new job must name its own
-        for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval"):
-            for value, n in collections.Counter(job[key] for job in jobs.values()).items():
-                if n > len(jobs) / 2:
-                    defaults[key] = value
-        jobs = {
-            name: {key: value for key, value in job.items() if defaults.get(key) != value}
-            for name, job in jobs.items()
+        unused = [quoted(str(r["name"])) for key, r in self._rows.items() if key not in self._names]
+        self.notes += [f"the secret {name} is left out: no job here uses it" for name in unused]
+        defaults = {  # without config_id: a new job must name its own
+            key: collections.Counter(job[key] for job in jobs.values()).most_common(1)[0][0]
+            for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval")
+            if jobs
         }
+        for name, job in jobs.items():
+            jobs[name] = {k: value for k, value in job.items() if defaults.get(k) != value}
         return {"secrets": self._secrets, "defaults": defaults, "jobs": jobs}
-
-    def _read_log(self) -> None:
-        """Note for which jobs the log has a start of Keboola, and for which a failed one."""
-        tables = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE '%log%'"
-        for (table,) in self._db.execute(tables).fetchall():
-            name = table.replace('"', '""')
-            for row in self._db.execute(f'SELECT * FROM "{name}"'):
-                if "job_id" not in row.keys():  # noqa: SIM118 - a row contains values
-                    break
-                text = " ".join(value for value in row if isinstance(value, str)).lower()
-                if "keboola_triggered" in text:
-                    self._started.add(row["job_id"])
-                elif "trigger" in text and re.search("fail|error", text):
-                    self._failed.add(row["job_id"])
 
     def _job(self, row: sqlite3.Row, batch_ids: list[str]) -> dict[str, Any]:
         """Return a job as the config has it, without its status. Raises ValueError with why not."""
         url = str(row["keboola_stack_url"] or "").strip().rstrip("/")
         url = url if "://" in url else f"https://{url}"
         if not 1 <= len(batch_ids) <= 10:
-            batches = counted(len(batch_ids), "batch")
-            raise ValueError(f"it has {batches}, and 1 to 10 are possible")
+            raise ValueError(f"it has {counted(len(batch_ids), 'batch')}; 1 to 10 are possible")
         if url_problem(url):
             raise ValueError("its stack's address is none")
         if not {row["openai_secret_id"], row["keboola_secret_id"]} <= self._rows.keys():
             raise ValueError("one of its secrets is not there")
         if not (row["keboola_component_id"] and row["keboola_configuration_id"]):
             raise ValueError("it has no component or no configuration")
-        parts = urllib.parse.urlsplit(url)
-        if (parts.hostname or "").startswith("connection."):  # the page of a project, perhaps
-            url = f"{parts.scheme}://{parts.netloc}"
+        parts = urllib.parse.urlsplit(url)  # of the page of a project, perhaps
+        url = f"{parts.scheme}://{parts.netloc}"
         interval_s = min(DAY_S, max(1, count_or_none(row["poll_interval_seconds"]) or 120))
         return {
             "batch_ids": batch_ids,
@@ -6887,49 +6732,37 @@ class Importer:
     def _rest(self, name: str, row: sqlite3.Row, batches: Iterable[Batch]) -> dict[str, bool]:
         """Return what keeps a job from being started twice; what is not certain gets a note."""
         status = str(row["status"]).lower()
-        is_over = status in {"completed", "completed_with_failures"}
+        was_completed = status in {"completed", "completed_with_failures"}
         started, failed = row["id"] in self._started, row["id"] in self._failed
+        is_finished = all(batch.is_terminal for batch in batches)
         if status == "paused":
             return {"paused": True}
-        if is_over and (started or not failed):
-            return {"done": True}
         if status == "active" and started:
             self.notes.append(f"the job {name} was active, but has started Keboola: it is done now")
+        if (was_completed and not failed) or (started and (was_completed or status == "active")):
             return {"done": True}
-        if status == "active" and not all(batch.is_terminal for batch in batches):
+        if status == "active" and not is_finished:
             return {}
-        why = f"was {one_line(status)}"
-        if is_over:
-            why += ", but could not start Keboola"
-        elif status == "active":
-            why += ", and all its batches are finished, but its log has no start of Keboola"
-        cure = "remove paused: to start it, or write done: true"
-        self.notes.append(f"the job {name} {why}; it is paused now: {cure}")
+        why = ", but could not start Keboola" if was_completed else ""
+        if status == "active":
+            why = ", and all its batches are finished, but its log has no start of Keboola"
+        cure = "it is paused now: remove paused: to start it, or write done: true"
+        self.notes.append(f"the job {name} was {one_line(status)}{why}; {cure}")
         return {"paused": True}
 
     def _secret(self, old_id: int, stack_url: str) -> str:
-        """Return the name of a secret in the config; a token used with two stacks becomes two."""
-        if (old_id, stack_url) in self._names:
-            return self._names[old_id, stack_url]
+        """Return the name of a secret in the config. Raises ValueError for a second stack."""
+        if old_id in self._names:
+            name = self._names[old_id]
+            if self._secrets[name].get("stack_url", "") != stack_url:
+                raise ValueError(f"the secret {name} belongs to another stack")
+            return name
         row = self._rows[old_id]
-        text = str(row["name"])
-        if any(key[0] == old_id for key in self._names):
-            host = urllib.parse.urlsplit(stack_url).hostname or "other"
-            text += f"-{host.removeprefix('connection.').removesuffix('.keboola.com')}"
-        text = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80] or "secret"
-        name = self._names[old_id, stack_url] = free_name(text, self._secrets)
         kind = "keboola" if stack_url else "openai"
-        secret = self._secrets[name] = {"type": kind, "value": self._encrypted(name, kind, row)}
-        base_url = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
-        if stack_url or base_url:
-            secret["stack_url" if stack_url else "base_url"] = stack_url or base_url
-        return name
-
-    def _encrypted(self, name: str, kind: str, row: sqlite3.Row) -> str:
-        """Return a secret's value, encrypted with our key."""
-        value = row["value"]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["name"])).strip("-._")[:80] or "secret"
+        name = self._names[old_id] = free_name(name, self._secrets)
         try:
-            token = value if isinstance(value, bytes) else str(value).encode()
+            token = row["value"] if isinstance(row["value"], bytes) else str(row["value"]).encode()
             text = self._old.decrypt(token.strip()).decode().strip()
         except (InvalidToken, ValueError):
             message = f"$SECRET_KEY does not open the secret {quoted(str(row['name']))}"
@@ -6938,26 +6771,24 @@ class Importer:
         if problem:
             cure = f"run: teckochecker secret set {name}"
             self.notes.append(f"the secret {name} {problem[0]}; {problem[1]}, and {cure}")
-        return self._new.encrypt(text.encode()).decode()
+        value = self._new.encrypt(text.encode()).decode()
+        base_url = "" if stack_url else os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/")
+        entry = {"type": kind, "value": value, "stack_url": stack_url, "base_url": base_url}
+        self._secrets[name] = {key: word for key, word in entry.items() if word}
+        return name
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Print a config made of a database of TeckoChecker 0.9.
+    """Print a config made of a database of TeckoChecker 0.9, with $SECRET_KEY from then.
 
-    The old secrets are opened with $SECRET_KEY and encrypted with our key. Exits 1 if something is
-    left out, or a person has to decide about it, which is told on standard error.
+    Exits 1 if standard error says what is left out, or what a person has to decide.
     """
     old, old_key = Path(args.old), os.environ.get("SECRET_KEY", "")
-    addresses = (args.old, os.environ.get("DATABASE_URL", ""))
-    is_postgres = any(re.match(r"postgres\w*(\+\w+)?:", address) for address in addresses)
-    copy_it = "copy the tables of PostgreSQL, with the log, into a SQLite file, and name that"
-    if not old.is_file():  # an address is not echoed: there is a password in it
-        if is_postgres:
-            raise UsageError("the old database is PostgreSQL, which is not read here", copy_it)
-        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
+    cure = "name a copy of the SQLite file of TeckoChecker 0.9, made while it was stopped"
+    if not old.is_file():  # what is named is not echoed: PostgreSQL's address has a password in it
+        raise UsageError("OLD.db is not a file", f"{cure}; copy PostgreSQL's tables into one")
     if not old_key:
-        cure = "set it as the old program had it: it opens the secrets"
-        raise UsageError("$SECRET_KEY is not set", cure)
+        raise UsageError("$SECRET_KEY is not set", "set it as the old program had it")
     path, files = config_path(args), Files()
     opener = SecretOpener(read_config_file(path, files)[0], files, os.environ)
     keys = opener.fernet()
@@ -6970,15 +6801,10 @@ def run_import(args: argparse.Namespace) -> int:
             importer = Importer(db, Fernet(base64.urlsafe_b64encode(digest)), keys)
             config = importer.config()
     except sqlite3.Error as error:
-        cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
-        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
-            cure = f"{cure}, or {copy_it}"
         raise UsageError(f"cannot import {old}: {error}", cure) from None
-    if is_postgres:
-        importer.notes.append(f"$DATABASE_URL is PostgreSQL's: make sure that {old} has all of it")
     layout: Any = {"sort_keys": False, "allow_unicode": can_show("ěš🌙"), "width": 1000}
     text = (
-        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml, then run `check`.\n"
+        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml and run `check`.\n"
     )
     text += yaml.safe_dump({k: config[k] for k in ("secrets", "defaults")}, **layout)
     text += yaml.safe_dump({"jobs": config["jobs"]}, default_flow_style=None, **layout)

@@ -125,6 +125,7 @@ def add_jobs(workspace: Workspace) -> None:
     workspace.sim.delete_batch("batch_gone")
 
 
+@pytest.mark.long
 def test_status_json(workspace: Workspace) -> None:
     """The JSON has the design's keys and types, before, during and after the daemon's run."""
     add_jobs(workspace)
@@ -183,6 +184,7 @@ def test_status_json(workspace: Workspace) -> None:
     assert [job["status"] for job in after["jobs"]] == [job["status"] for job in during["jobs"]]
 
 
+@pytest.mark.long
 def test_status_table(workspace: Workspace) -> None:
     """The table goes to stdout with a ratio for each run; one job is shown with its whole story."""
     add_jobs(workspace)
@@ -269,24 +271,7 @@ sys.exit(teckochecker.main(["--config", {str(workspace.path)!r}, *{arguments!r}]
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
-def test_status_as_nobody(public: Workspace) -> None:
-    """Who can only read the directory sees the status, beside the daemon and after its end."""
-    public.add_job("job", "batch_a")
-    daemon = public.daemon()
-    public.path.chmod(0o644)
-    daemon.wait_for_event("completed", job="job")
-    make_readable(public)
-    during = run_as_nobody(public, "status", "--json")
-    assert during.returncode == 0, during.stderr
-    assert json.loads(during.stdout)["jobs"][0]["status"] == "completed"
-    assert daemon.stop() == 0
-    assert not public.state.with_name("teckochecker.db-wal").exists()
-    after = run_as_nobody(public, "status", "--json")
-    assert after.returncode == 0, after.stderr
-    assert json.loads(after.stdout)["jobs"] == json.loads(during.stdout)["jobs"]
-
-
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
 def test_what_only_reads_needs_no_more(public: Workspace) -> None:
     """Who can only read the files can use what only reads; all else is refused in one line."""
@@ -308,6 +293,7 @@ def test_what_only_reads_needs_no_more(public: Workspace) -> None:
 # ---- retry ----
 
 
+@pytest.mark.long
 def test_retry_a_failed_job(workspace: Workspace) -> None:
     """`retry` arms a rejected job again; without a running daemon, for the next start."""
     workspace.add_job("job", "batch_a")
@@ -329,6 +315,7 @@ def test_retry_a_failed_job(workspace: Workspace) -> None:
     assert workspace.job("job")["trigger"]["id"] == trigger_id("job", ["batch_a"])
 
 
+@pytest.mark.long
 def test_retry_force_repeats(workspace: Workspace) -> None:
     """`--force` starts the Keboola job of a finished job once more, with a new trigger id."""
     workspace.add_job("job", "batch_a")
@@ -352,6 +339,7 @@ def test_retry_force_repeats(workspace: Workspace) -> None:
     assert workspace.job("job")["trigger"]["keboola_job_id"] == jobs[2]["id"]
 
 
+@pytest.mark.long
 def test_retry_force_decides(workspace: Workspace) -> None:
     """`--force` sends an unknown trigger again although the search is impossible; nothing else."""
     workspace.add_job("job", "batch_a")
@@ -370,6 +358,7 @@ def test_retry_force_decides(workspace: Workspace) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_retry_force_finds(workspace: Workspace) -> None:
     """`--force` on an unknown trigger still takes the job that a search finds: no second one."""
     workspace.config["limits"]["trigger_grace"] = "1h"
@@ -384,6 +373,7 @@ def test_retry_force_finds(workspace: Workspace) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_retry_looks_at_once(workspace: Workspace) -> None:
     """On a job that is being polled, `retry` means a look now."""
     workspace.add_job("job", "batch_a", status="in_progress", poll_interval="24h")
@@ -478,6 +468,7 @@ def test_init_makes_what_is_missing(workspace: Workspace, tmp_path: Path, name: 
     assert {file.name for file in directory.iterdir()} == {"config.yaml", "teckochecker.key"}
 
 
+@pytest.mark.long
 def test_logs(workspace: Workspace) -> None:
     """The log of the state file, of one job or of all, the last lines, in sentences or as JSON."""
     workspace.add_job("one", "batch_a")
@@ -540,6 +531,7 @@ def test_schema(workspace: Workspace) -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.long
 def test_older_state_file(workspace: Workspace) -> None:
     """A state file of an older version is refused, in a line that says what to do; it stays."""
     workspace.add_job("job", "batch_a")

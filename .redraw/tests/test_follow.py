@@ -30,6 +30,7 @@ def gets(workspace: Workspace, job_id: str) -> int:
     return sum(r.path.endswith(f"/jobs/{job_id}") for r in workspace.requests)
 
 
+@pytest.mark.long
 def test_running(workspace: Workspace) -> None:
     """A run is `running` with a link for people and Keboola's own status, until the end of it."""
     daemon = workspace.daemon()
@@ -54,6 +55,7 @@ def test_running(workspace: Workspace) -> None:
     assert gets(workspace, job_id) == asked
 
 
+@pytest.mark.long
 def test_follow_interval(workspace: Workspace) -> None:
     """A Keboola job is asked for at once, and then `limits.follow_interval` apart at least."""
     workspace.config["limits"]["follow_interval"] = "2s"
@@ -118,6 +120,7 @@ def test_deleted(workspace: Workspace) -> None:
     assert workspace.posts("job") == 1
 
 
+@pytest.mark.long
 def test_waiting(workspace: Workspace) -> None:
     """A job that waits for another one of its configuration is running, and shown as `waiting`."""
     workspace.add_job("first", "batch_first", config_id="shared")
@@ -146,6 +149,7 @@ def test_follow_false(workspace: Workspace) -> None:
     assert workspace.sim.request_counts.get("queue.get", 0) == 0
 
 
+@pytest.mark.long
 def test_retry_of_a_failed_run(workspace: Workspace) -> None:
     """`retry` starts it again as its next rerun, once, also when two people ask for it."""
     daemon = workspace.daemon()
@@ -168,6 +172,7 @@ def test_retry_of_a_failed_run(workspace: Workspace) -> None:
     assert len(workspace.sim.jobs) == 2
 
 
+@pytest.mark.long
 def test_retry_on_error(workspace: Workspace) -> None:
     """`retry_on_error` starts it again after five minutes, with an event and no attention."""
     workspace.add_job("job", "batch_job", retry_on_error=1)
@@ -235,6 +240,7 @@ def test_killed_while_running(workspace: Workspace) -> None:
     assert (workspace.posts("job"), workspace.searches("job")) == (1, searches)
 
 
+@pytest.mark.long
 def test_config_changes_while_running(workspace: Workspace) -> None:
     """Paused, renamed or removed, a job that runs is followed to its end."""
     daemon = workspace.daemon()
@@ -268,6 +274,7 @@ def test_follow_error(workspace: Workspace) -> None:
     assert workspace.job("job")["error"] is None
 
 
+@pytest.mark.long
 def test_lost_state_file(workspace: Workspace) -> None:
     """What ran when the state file was lost is found again and followed to its end."""
     daemon = workspace.daemon()

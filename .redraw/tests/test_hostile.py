@@ -384,12 +384,14 @@ def test_memory(workspace: Workspace) -> None:
     assert_memory_bounded(workspace, {name: OPENAI[name] for name in ("huge", "huge-length")})
 
 
+@pytest.mark.long
 def test_compressed(workspace: Workspace) -> None:
     """A compressed answer, although none was asked for, does not grow beyond the cap."""
     bombs = {f"bomb-{n}": raw(bomb(n), "answer") for n in (1, 2)}
     assert_memory_bounded(workspace, bombs)
 
 
+@pytest.mark.long
 def test_cookies(workspace: Workspace) -> None:
     """What one server wants to be kept is not kept, and told to no other one."""
     cookie = {"set-cookie": "sticky=" + "c" * 4000 + "; Path=/; Max-Age=99999"}

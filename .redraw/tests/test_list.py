@@ -48,6 +48,12 @@ def watch(workspace: Workspace, numbers: Iterable[int]) -> None:
         workspace.jobs[name] = {"batch_ids": ids[start : start + IDS_EACH], "config_id": name}
 
 
+def polled(workspace: Workspace) -> int:
+    """How many requests there were for batches and pages."""
+    counts = workspace.sim.request_counts
+    return sum(counts.get(f"openai.{route}", 0) for route in ("get", "list"))
+
+
 class Polls:
     """Has all jobs polled when a test wants it: nothing but a change of its interval does."""
 
@@ -70,8 +76,7 @@ class Polls:
         self._space.sim.reset_stats()
         self._space.write()
         self._wait()
-        counts = self._space.sim.request_counts
-        return sum(counts.get(f"openai.{route}", 0) for route in ("get", "list"))
+        return polled(self._space)
 
     def _wait(self) -> None:
         """Waits until every run was polled with this interval."""
@@ -87,18 +92,33 @@ class Polls:
 @pytest.mark.long
 @pytest.mark.parametrize("spaced_s", [0, 30, 600])
 @pytest.mark.parametrize("world", WORLDS)
-def test_requests_per_poll(workspace: Workspace, world: str, spaced_s: int) -> None:
-    """From the third poll on, pages keep a poll's requests low; after a restart just as well."""
+def test_requests_per_poll_after_a_restart(
+    workspace: Workspace, world: str, spaced_s: int
+) -> None:
+    """From the third poll on, pages keep its requests low, with a restart before each of them."""
     total, watched, most = WORLDS[world]
     seed(workspace.sim, total, spaced_s)
     watch(workspace, watched)
+    counts = []
+    for _ in range(4):
+        workspace.sim.reset_stats()
+        assert workspace.once().code == 0
+        counts.append(polled(workspace))
+    assert max(counts[2:]) <= most, counts
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", WORLDS)
+def test_requests_per_poll(workspace: Workspace, world: str) -> None:
+    """The same within one process."""
+    total, watched, most = WORLDS[world]
+    seed(workspace.sim, total, 600)
+    watch(workspace, watched)
     polls = Polls(workspace)
-    for _ in ("the first start", "a restart"):
-        daemon = polls.daemon()
-        polls.count()
-        counts = [polls.count() for _ in range(2)]
-        assert max(counts) <= most, counts
-        assert daemon.stop() == 0
+    polls.daemon()
+    polls.count()
+    counts = [polls.count() for _ in range(2)]
+    assert max(counts) <= most, counts
 
 
 @pytest.mark.long
@@ -111,6 +131,7 @@ def test_never_much_more_than_single_requests(workspace: Workspace) -> None:
     assert max(polls.count() for _ in range(3)) <= 20 + 2
 
 
+@pytest.mark.long
 def test_only_its_own_answer_ends_a_batch(workspace: Workspace) -> None:
     """A page that calls batches completed makes them be asked for; their own answer counts."""
     seed(workspace.sim, 10, 0)
@@ -175,6 +196,7 @@ def test_server_without_a_list(workspace: Workspace, code: int) -> None:
     assert daemon.events_of("poll_failed") == []
 
 
+@pytest.mark.long
 def test_held_page(workspace: Workspace) -> None:
     """A page that hangs while its job is renamed, and a kill -9 then, lose and double nothing."""
     seed(workspace.sim, 10, 0)

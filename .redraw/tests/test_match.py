@@ -94,6 +94,7 @@ def assert_quiet(workspace: Workspace, daemon: Daemon, posts: int) -> None:
 # ---- what is a run, and when it is whole ----
 
 
+@pytest.mark.long
 def test_each_batch_is_a_run(workspace: Workspace, sim: Simulator) -> None:
     """Without `group_by` each batch that fits starts its own Keboola job, also one that comes."""
     add_match(workspace)
@@ -129,6 +130,7 @@ def test_every_pair_must_fit(workspace: Workspace, sim: Simulator) -> None:
     ]
 
 
+@pytest.mark.long
 def test_group_size(workspace: Workspace, sim: Simulator) -> None:
     """A group is whole when so many were seen; its batches are in the order of creation."""
     add_match(workspace, group_by="date", group_size=3)
@@ -150,6 +152,7 @@ def test_group_size(workspace: Workspace, sim: Simulator) -> None:
     assert variables(job)["teckochecker_trigger_id"] == trigger_id("found", "monday")
 
 
+@pytest.mark.long
 def test_group_size_in_the_metadata(workspace: Workspace, sim: Simulator) -> None:
     """`metadata.KEY` says how many; where it is missing, no number or differs, the run waits."""
     add_match(workspace, group_by="date", group_size="metadata.parts")
@@ -169,6 +172,7 @@ def test_group_size_in_the_metadata(workspace: Workspace, sim: Simulator) -> Non
     assert_quiet(workspace, daemon, 1)
 
 
+@pytest.mark.long
 def test_settle(workspace: Workspace, sim: Simulator) -> None:
     """Without `group_size` a group is whole when all is finished and none has come for `settle`."""
     add_match(workspace, group_by="date", settle="3s")
@@ -195,6 +199,7 @@ def test_settle_over_passes(workspace: Workspace, sim: Simulator) -> None:
     assert groups(sim) == {"monday": ["batch_a"]}
 
 
+@pytest.mark.long
 def test_late_batch(workspace: Workspace, sim: Simulator) -> None:
     """A batch that joins after the start is told of once, over restarts too, and starts nothing."""
     add_match(workspace, group_by="date", group_size=1)
@@ -212,6 +217,7 @@ def test_late_batch(workspace: Workspace, sim: Simulator) -> None:
     assert workspace.job("found/monday")["batch_count"] == 1
 
 
+@pytest.mark.long
 def test_batch_without_group(workspace: Workspace, sim: Simulator) -> None:
     """A batch that lacks the `group_by` key is told of once, also over restarts."""
     add_match(workspace, group_by="date", group_size=1)
@@ -240,6 +246,7 @@ def test_since(workspace: Workspace, sim: Simulator) -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [0, 1])
 def test_idle_finding_is_cheap(workspace: Workspace, sim: Simulator, count: int) -> None:
     """Where nothing is new, a poll that finds costs three pages at most, however long the list."""
@@ -323,6 +330,7 @@ def test_lost_state_file(workspace: Workspace, sim: Simulator) -> None:
     assert sim.request_counts["queue.search"] <= 4  # one search, and a page more
 
 
+@pytest.mark.long
 def test_incomplete_list_is_read_again(workspace: Workspace, sim: Simulator) -> None:
     """Where a page fails, nothing behind it is taken as seen: the next poll reads it again."""
     add_match(workspace, config_id="shared")
@@ -338,6 +346,7 @@ def test_incomplete_list_is_read_again(workspace: Workspace, sim: Simulator) -> 
 # ---- the config changes ----
 
 
+@pytest.mark.long
 def test_renamed(workspace: Workspace, sim: Simulator) -> None:
     """A job's new name takes its runs over: what was started is not started again."""
     add_match(workspace, "old", group_by="date", group_size=2, config_id="same")
@@ -367,6 +376,7 @@ def test_renamed_while_nothing_ran(workspace: Workspace, sim: Simulator) -> None
     assert len(sim.jobs) == 1
 
 
+@pytest.mark.long
 def test_paused(workspace: Workspace, sim: Simulator) -> None:
     """Paused, a job finds and starts nothing, and goes on with all of it afterwards."""
     add_match(workspace, group_by="date", group_size=1)
@@ -387,6 +397,7 @@ def test_paused(workspace: Workspace, sim: Simulator) -> None:
     assert sorted(groups(sim)) == ["monday", "tuesday"]
 
 
+@pytest.mark.long
 def test_removed(workspace: Workspace, sim: Simulator) -> None:
     """Removed, it finds and starts nothing; back again, it has lost and forgotten nothing."""
     add_match(workspace, config_id="same")
@@ -408,6 +419,7 @@ def test_removed(workspace: Workspace, sim: Simulator) -> None:
 # ---- when a run starts: policies and deadlines, which jobs with batch_ids have too ----
 
 
+@pytest.mark.long
 def test_trigger_on(workspace: Workspace, sim: Simulator) -> None:
     """Each policy starts or refuses each outcome as the design says; a person may overrule it."""
     outcomes: dict[str, tuple[str, dict[str, object]]] = {
@@ -449,6 +461,7 @@ def test_trigger_on(workspace: Workspace, sim: Simulator) -> None:
     assert trigger_id("any_output", "batch_bad") in ids  # as rerun 0
 
 
+@pytest.mark.long
 def test_deadline_starts(workspace: Workspace, sim: Simulator) -> None:
     """`on_deadline: start` starts with what is terminal, names the rest and polls it no more."""
     create(sim, "batch_done", "monday", created_ago_s=1800)
@@ -480,6 +493,7 @@ def test_deadline_with_nothing_terminal(workspace: Workspace, sim: Simulator) ->
     assert variables(job)["batch_ids_completed"] == variables(job)["batch_ids_failed"] == "[]"
 
 
+@pytest.mark.long
 def test_deadline_alerts(workspace: Workspace, sim: Simulator) -> None:
     """`on_deadline: alert` tells once that a group is late, and waits on."""
     create(sim, "batch_a", "monday", created_ago_s=1800)
@@ -493,6 +507,7 @@ def test_deadline_alerts(workspace: Workspace, sim: Simulator) -> None:
     assert len(daemon.events_of("deadline_passed")) == 1
 
 
+@pytest.mark.long
 def test_retry_of_a_group(workspace: Workspace, sim: Simulator) -> None:
     """`retry --force` of one run repeats that one, as the next rerun of its group."""
     add_match(workspace)

@@ -156,6 +156,7 @@ def test_failed_poll(workspace: Workspace) -> None:
     assert workspace.job("gone")["attention"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("route", ["openai.get", "queue.create", "queue.search"])
 def test_long_waits_are_left_to_the_next_pass(workspace: Workspace, route: str) -> None:
     """Asked to come back in an hour, it records that and ends; the next pass goes on."""
@@ -226,6 +227,7 @@ def test_no_jobs(workspace: Workspace, sim: Simulator) -> None:
     assert sim.requests == []
 
 
+@pytest.mark.long
 def test_state_lost_within_the_grace(workspace: Workspace, sim: Simulator) -> None:
     """What was posted just before the state file was lost is not posted again before it shows."""
     sim.search_lag = 1.5

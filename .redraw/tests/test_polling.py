@@ -29,6 +29,7 @@ MENDED: dict[
 }
 
 
+@pytest.mark.long
 def test_mended(workspace: Workspace) -> None:
     """What goes wrong with a look and may go right the next time is tried again at once."""
     workspace.config["limits"]["max_concurrency"] = 40
@@ -48,6 +49,7 @@ def test_mended(workspace: Workspace) -> None:
     assert set(workspace.statuses().values()) == {"completed"}
 
 
+@pytest.mark.long
 def test_one_key_is_held_back(workspace: Workspace) -> None:
     """A 429 with a long wait holds back all jobs of its key, and none of another one."""
     other = "sk-other-9e8d7c6b5a4f"
@@ -70,6 +72,7 @@ def test_one_key_is_held_back(workspace: Workspace) -> None:
     assert "429" in held["error"]
 
 
+@pytest.mark.long
 def test_one_hung_batch(workspace: Workspace) -> None:
     """A batch whose answer never comes delays no other job."""
     workspace.config["limits"]["max_concurrency"] = 2
@@ -86,6 +89,7 @@ def test_one_hung_batch(workspace: Workspace) -> None:
     assert workspace.started("hung") == []
 
 
+@pytest.mark.long
 def test_drip(workspace: Workspace) -> None:
     """An answer that comes byte by byte ends at the request's deadline, and is asked for again."""
     workspace.config["limits"]["request_timeout"] = "1s"
@@ -96,6 +100,7 @@ def test_drip(workspace: Workspace) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_huge(workspace: Workspace) -> None:
     """An answer without end is cut off at its cap, and is asked for again."""
     workspace.sim.fault("openai.get", "huge")
@@ -137,6 +142,7 @@ def test_wrong_key(workspace: Workspace) -> None:
     assert "Incorrect API key provided" in workspace.job("job")["error"]
 
 
+@pytest.mark.long
 def test_terminal_is_for_ever(workspace: Workspace) -> None:
     """A batch that has ended stays so, whatever comes later."""
     workspace.add_job("job", "batch_a", "batch_b", status="in_progress")
@@ -152,6 +158,7 @@ def test_terminal_is_for_ever(workspace: Workspace) -> None:
     assert sent["batch_ids_failed"] == '["batch_b"]'
 
 
+@pytest.mark.long
 def test_unknown_status(workspace: Workspace) -> None:
     """A status that nobody knows is kept, told of once, and polled on; capitals do not matter."""
     workspace.add_job("job", "batch_a", "batch_b", status="pondering")
@@ -166,6 +173,7 @@ def test_unknown_status(workspace: Workspace) -> None:
     assert workspace.statuses() == {"job": "completed_with_failures"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
 def test_nothing_completed(workspace: Workspace, status: str) -> None:
     """A job all of whose batches failed starts its Keboola job too: that has to know."""

@@ -343,73 +343,7 @@ def test_faults_without_an_answer(
         assert post_job(sim, client).status_code == 201
 
 
-@pytest.mark.parametrize(
-    ("options", "headers", "created"),
-    [
-        ({"code": 500}, {}, 0),
-        ({"code": 429, "retry_after": "7"}, {"retry-after": "7"}, 0),
-        ({"code": 503, "retry_after_ms": 500}, {"retry-after-ms": "500"}, 0),
-        ({"code": 504, "handled": True}, {}, 1),
-    ],
-)
-def test_status_faults(
-    sim: Simulator,
-    web: httpx.Client,
-    options: dict[str, Any],
-    headers: dict[str, str],
-    created: int,
-) -> None:
-    """An error status comes in the API's own shape, with or without the deed."""
-    sim.fault("queue.*", "status", **options)
-    answer = post_job(sim, web)
-    assert answer.status_code == answer.json()["code"] == options["code"]
-    assert answer.headers.items() >= headers.items()
-    assert len(sim.jobs) == created
-
-
-def test_faults_that_bend_the_answer(sim: Simulator, web: httpx.Client) -> None:
-    """Bodies, headers and objects can be replaced, slowed down and blown up."""
-
-    def shout(obj: dict[str, Any]) -> dict[str, Any]:
-        return obj | {"status": obj["status"].upper()}
-
-    def get() -> httpx.Response:
-        return web.get(f"{sim.openai_url}/batches/batch_a")
-
-    honest = get().json()
-    sim.fault("openai.get", "body")
-    assert get().headers["content-type"] == "text/html"
-    sim.fault("openai.get", "body", body=b"\xff", content_type="application/json")
-    assert get().content == b"\xff"
-    sim.fault("openai.get", "header", headers={"x-extra": "1"})
-    assert get().headers["x-extra"] == "1"
-    sim.fault("openai.get", "json", obj=[1])
-    assert get().json() == [1]
-    sim.fault("openai.get", "json", transform=shout)
-    assert get().json()["status"] == "IN_PROGRESS"
-    sim.fault("openai.get", "drip", interval=0)
-    assert get().json() == honest
-    sim.fault("openai.get", "huge", size=200_000)
-    answer = get()
-    assert (len(answer.content), answer.json()) == (200_000, honest)
-
-
 # ---- holds, waiting, statistics ----
-
-
-@pytest.mark.parametrize(("when", "created"), [("before", 0), ("after", 1), ("half", 1)])
-def test_hold(
-    sim: Simulator, web: httpx.Client, pool: ThreadPoolExecutor, when: str, created: int
-) -> None:
-    """A held request stands where it was told to, and goes on when it is released."""
-    hold = sim.hold("queue.create", when)
-    future = pool.submit(post_job, sim, web)
-    hold.wait_reached()
-    assert len(sim.jobs) == created
-    assert not future.done()
-    hold.release()
-    assert future.result(timeout=5).status_code == 201
-    assert post_job(sim, web).status_code == 201
 
 
 # ---- by hand ----

@@ -134,6 +134,7 @@ def start_four(workspace: Workspace) -> tuple[Daemon, list[Hold]]:
     return daemon, [search, post]
 
 
+@pytest.mark.long
 def test_full(workspace: Workspace, disk: Disk) -> None:
     """What cannot be committed is not done, or is kept; with room, all goes on by itself."""
     daemon, holds = start_four(workspace)
@@ -181,6 +182,7 @@ def test_killed_while_full(workspace: Workspace, disk: Disk) -> None:
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disk", [SmallDisk], indirect=True)
 def test_stopped_while_full(workspace: Workspace, disk: Disk) -> None:
     """SIGTERM gives a result that could not be committed the time until there is room."""
@@ -309,6 +311,7 @@ SPOILS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("spoil", "words"), SPOILS)
 def test_spoilt(
     workspace: Workspace, spoil: Callable[[Path], None], words: tuple[str, ...]
@@ -392,6 +395,7 @@ def spaces(tmp_path: Path, sim: Simulator) -> Iterator[list[Workspace]]:
             space.close()
 
 
+@pytest.mark.long
 def test_deleted_while_running(spaces: list[Workspace], sim: Simulator) -> None:
     """It posts nothing any more, says so and ends with code 1; the next start posts once."""
     daemons = [space.start() for space in spaces]  # all at once, to save time
@@ -417,6 +421,7 @@ def test_deleted_while_running(spaces: list[Workspace], sim: Simulator) -> None:
         daemon.kill()
 
 
+@pytest.mark.long
 def test_overwritten_while_running(workspace: Workspace) -> None:
     """An older copy written over the open file leads to no second job, now or after a restart."""
     workspace.add_job("job", "batch_a", status="in_progress")
@@ -437,6 +442,7 @@ def test_overwritten_while_running(workspace: Workspace) -> None:
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_wal_deleted_while_running(workspace: Workspace) -> None:
     """What was committed to a WAL that is gone is searched for at the next start."""
     workspace.add_job("job", "batch_a", status="in_progress")
@@ -475,6 +481,7 @@ def test_restored(workspace: Workspace) -> None:
     assert workspace.posts("job") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disk", [LockedFile], indirect=True)
 def test_locked_stands_still(workspace: Workspace, disk: Disk) -> None:
     """While the file is locked, other jobs are looked at as ever."""
@@ -495,6 +502,7 @@ def test_locked_stands_still(workspace: Workspace, disk: Disk) -> None:
         disk.free(daemon)
 
 
+@pytest.mark.long
 def test_long_reader(workspace: Workspace) -> None:
     """Somebody who reads all the time, and copies an old state, holds nothing up."""
     workspace.add_job("job", "batch_a", status="in_progress")

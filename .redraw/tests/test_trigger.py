@@ -26,7 +26,7 @@ from harness import (
 )
 from simulator import Simulator
 
-CRASHES = {"before": 3, "late": 2, "after": 3, "half": 3, "commit": 3}
+CRASHES = {"before": 3, "late": 2, "half": 3, "commit": 3}
 
 # What becomes of the first POST, and whether Keboola has carried it out.
 UNKNOWN_OUTCOMES: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -50,6 +50,7 @@ UNKNOWN_OUTCOMES: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.long
 def test_unknown_outcomes(workspace: Workspace) -> None:
     """Whatever leaves a POST's outcome open, the search decides, and one Keboola job exists."""
     workspace.config["limits"] |= {"request_timeout": "2s", "max_concurrency": 40}
@@ -167,6 +168,7 @@ def test_curable_rejections(workspace: Workspace) -> None:
         workspace.assert_one_job(name)
 
 
+@pytest.mark.long
 def test_impossible_search(workspace: Workspace) -> None:
     """As long as the search fails there is no POST, neither a first nor a second one."""
     sim = workspace.sim
@@ -206,6 +208,7 @@ def test_impossible_search(workspace: Workspace) -> None:
     assert workspace.posts("lost") == 2
 
 
+@pytest.mark.long
 def test_paging(workspace: Workspace) -> None:
     """Ours is found behind a thousand newer jobs of the same configuration."""
     workspace.add_job("job", "batch_a")
@@ -290,7 +293,10 @@ def crash_site(directory: Path) -> Iterator[Workspace]:
             workspace.close()
 
 
-@pytest.mark.parametrize(("point", "times"), CRASHES.items())
+@pytest.mark.parametrize(
+    ("point", "times"),
+    [("after", 3), *(pytest.param(*case, marks=pytest.mark.long) for case in CRASHES.items())],
+)
 def test_kill_9(tmp_path: Path, point: str, times: int) -> None:
     """Killed before, amid or after the answer, or before its commit: one Keboola job each time."""
     with ThreadPoolExecutor(times) as pool:
