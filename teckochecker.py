@@ -3682,6 +3682,7 @@ MAX_ATTEMPTS: Final = 4
 SEARCH_LIMIT: Final = 500
 MAX_SEARCH_ROWS: Final = 20_000
 MAX_ID_LENGTH: Final = 4096
+MAX_IDS_TOLD: Final = 20
 USER_AGENT: Final = f"teckochecker/{__version__}"
 
 _HEADERS_READ: Final = ("content-type", "date", "retry-after", "retry-after-ms", "x-request-id")
@@ -4026,14 +4027,12 @@ def text_or_none(value: object, limit: int = 300) -> str | None:
 
 
 def id_or_none(value: object) -> str | None:
-    """Return an id as it came, or None for what is none; raises ValueError rather than cut it."""
-    if not isinstance(value, str) or not value:
+    """Return an id on one line, or None for what is none; raises ValueError rather than cut it."""
+    if not isinstance(value, str):
         return None
-    if len(value) > MAX_ID_LENGTH or not value.isprintable():
-        raise ValueError(
-            f"has an id that is not printable text of up to {MAX_ID_LENGTH} characters"
-        )
-    return value
+    if len(value) > MAX_ID_LENGTH:
+        raise ValueError(f"has an id of over {MAX_ID_LENGTH:,} characters")
+    return one_line(value, MAX_ID_LENGTH) or None
 
 
 def count_or_none(value: object) -> int | None:
@@ -4206,7 +4205,7 @@ def parse_keboola_job(row: object) -> KeboolaJob:
     if isinstance(job_id, int) and not isinstance(job_id, bool):
         job_id = str(job_id)
     job_id = id_or_none(job_id)
-    if job_id is None or not job_id.strip():
+    if job_id is None:
         raise ValueError("has no id")
     try:
         created = datetime.fromisoformat(str(row.get("createdTime")))
@@ -4439,6 +4438,7 @@ class KeboolaClient:
         self._token = token
         self._headers = {"X-StorageApi-Token": token.reveal()}
         self._learned = learned or Learned()
+        self._unreadable: dict[str, str] = {}  # not told yet: why, by job
         self._tell = tell
 
     async def _get(
@@ -4546,7 +4546,21 @@ class KeboolaClient:
         except ApiError:
             if not ours_oldest_first(seen.values(), trigger):
                 raise
+        finally:
+            self._tell_unreadable(target)
         return ours_oldest_first(seen.values(), trigger)
+
+    def _tell_unreadable(self, target: Target) -> None:
+        """Tell once of jobs that could not be read, which count as somebody else's."""
+        if self._tell and self._unreadable:
+            fields_ = {
+                "config_id": target.config_id,
+                "jobs": len(self._unreadable),
+                "keboola_job_ids": [*self._unreadable][:MAX_IDS_TOLD],
+                "error": next(iter(self._unreadable.values())),
+            }
+            self._tell(Event("keboola_jobs_unreadable", "warning", None, fields_))
+        self._unreadable.clear()
 
     async def listed(self, target: Target, trigger: str) -> list[KeboolaJob]:
         """Return the jobs that carry a trigger id on the deprecated `GET /jobs`, the oldest first.
@@ -4663,9 +4677,8 @@ class KeboolaClient:
         except ApiError as error:
             if error.status not in {403, 404}:
                 raise
-            if key not in self._learned.unreadable and self._tell:
-                fields_ = {"keboola_job_id": job_id, "error": str(error)}
-                self._tell(Event("keboola_job_unreadable", "warning", None, fields_))
+            if key not in self._learned.unreadable:
+                self._unreadable[job_id] = str(error)
             self._learned.unreadable.add(key)
             return "" if error.status == 403 else None
 

@@ -501,15 +501,15 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="an id beyond all measure taken",
-        old="if len(value) > MAX_ID_LENGTH or not value.isprintable():",
+        old="if len(value) > MAX_ID_LENGTH:",
         new="if False:",
-        tests=("test_http.py::test_an_id_is_never_cut_or_changed",),
+        tests=("test_http.py::test_an_id_is_never_cut",),
     ),
     Mutant(
         name="a long id refused",
         old="MAX_ID_LENGTH: Final = 4096",
         new="MAX_ID_LENGTH: Final = 500",
-        tests=("test_http.py::test_an_id_is_never_cut_or_changed",),
+        tests=("test_http.py::test_an_id_is_never_cut",),
     ),
     Mutant(
         name="NO_PROXY with an IPv6 network stops everything",

@@ -637,12 +637,19 @@ def test_errors_in_both_forms(errors: object, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["output_file_id", "error_file_id"])
-@pytest.mark.parametrize("text", ["x" * 4097, "file-1\nfile-2", "file-\ud800x", "file-\x00"])
-def test_an_id_is_never_cut_or_changed(name: str, text: str) -> None:
-    """Another id would be another file: what cannot be kept as it is, is an error."""
-    with pytest.raises(ValueError, match="has an id that is not printable text of up to 4096"):
-        parsed(**{name: text})
+def test_an_id_is_never_cut(name: str) -> None:
+    """Another id would be another file: one beyond all measure is an error."""
+    with pytest.raises(ValueError, match="has an id of over 4,096 characters"):
+        parsed(**{name: "x" * 4097})
     assert getattr(parsed(**{name: "x" * 4096}), name) == "x" * 4096
+
+
+def test_ids_are_one_line_of_valid_unicode() -> None:
+    """What cannot be stored or printed does not come in with a file's id."""
+    batch = parsed(output_file_id="file-1\nfile-2", error_file_id="file-\ud800\x00x")
+    assert (batch.output_file_id, batch.error_file_id) == ("file-1 file-2", "file- x")
+    for text in (batch.output_file_id, batch.error_file_id):
+        assert (text or "").encode()
 
 
 def test_a_keboola_jobs_id_is_never_cut() -> None:
@@ -1446,8 +1453,9 @@ def test_a_row_that_may_not_be_read_is_foreign(
         assert run(client.search(TARGET, None, "ours")) == []
     assert len(rows.reads) == reads
     (event,) = told
-    assert (event.name, event.level) == ("keboola_job_unreadable", "warning")
-    assert event.fields["keboola_job_id"] == "1001"
+    assert (event.name, event.level) == ("keboola_jobs_unreadable", "warning")
+    assert event.fields["keboola_job_ids"] == ["1001"]
+    assert event.fields["jobs"] == 1
 
 
 def test_a_row_is_read_once_by_all_searches(http: Http, rows: Rows) -> None:
