@@ -29,9 +29,8 @@ def add_options(parsers: Mapping[str, argparse.ArgumentParser], style: Mapping[s
     """Add each command's own options; `style` is for the parsers of actions."""
     parsers["init"].add_argument("directory", nargs="?", metavar="DIR", default=".")
     parsers["import"].add_argument("old", metavar="OLD.db", help="the old program's database")
-    encrypt = parsers["encrypt"].add_mutually_exclusive_group().add_argument
-    encrypt("--rotate", action="store_true", help="encrypt under the first key what is already")
-    encrypt("--set", metavar="NAME", help="the same as `secret set NAME`")
+    rotate = "encrypt under the first key what is already"
+    parsers["encrypt"].add_argument("--rotate", action="store_true", help=rotate)
     status, logs, retry = (parsers[name].add_argument for name in ("status", "logs", "retry"))
     for add in (status, logs):
         add("job", nargs="?", metavar="JOB", help="only this run, or the runs of this job")

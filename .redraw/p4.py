@@ -358,7 +358,7 @@ def as_unknown(run: Run, error: str, terms: Terms, asked_s: float = 0.0) -> Chan
     return after, [Event.of("trigger_unknown", run, trigger_id=run.trigger_id, error=text)]
 
 
-def after_search(
+def after_search(  # noqa: PLR0911 - a table
     run: Run, came: Sequence[KeboolaJob] | ApiError, began: BootTime, terms: Terms
 ) -> Change:
     """Return a run after a search for its Keboola job: found, SENDING, or searched for again.
@@ -555,7 +555,7 @@ def after_retry(  # noqa: C901, PLR0911 - a table
 # --- status and attention -------------------------------------------------------------------------
 
 
-def status_of(run: Run, job: Job | None) -> str:  # noqa: PLR0911 - a table
+def status_of(run: Run, job: Job | None) -> str:
     """Return the status of a run, as people see it (design: `status --json`)."""
     if job and job.done and not run.may_be_at_keboola:
         return "completed"
@@ -683,7 +683,7 @@ def assign(
     return assigned
 
 
-def in_order(run: Run, job: Job, batches: Iterable[Batch]) -> tuple[Batch, ...]:
+def in_order(job: Job, batches: Iterable[Batch]) -> tuple[Batch, ...]:
     """Return a run's batches in the config's order, or in that of creation."""
     if not job.match:
         place = {batch_id: i for i, batch_id in enumerate(job.batch_ids)}
@@ -723,7 +723,7 @@ def group_batches(
         new = [row for row in found if row.batch.id not in known]
         room = 1000 - len(known) if run.phase is Phase.POLLING else 0  # the most of a run
         joined, late = new[:room], new[room:]
-        batches = in_order(run, job, [*run.batches, *(row.batch for row in joined)])
+        batches = in_order(job, [*run.batches, *(row.batch for row in joined)])
         after = run
         if joined:
             size = group_size_of(run.size, job, joined)

@@ -811,7 +811,7 @@ class Engine:
         assigned, current = assign(config.jobs, targets, runs), set()
         for name, job in config.jobs.items():
             if run := assigned.get(name):
-                after = replace(run, job=name, batches=in_order(run, job, run.batches))
+                after = replace(run, job=name, batches=in_order(job, run.batches))
                 changes[run.id] = (after if after != run else run, changes[run.id][1])
             elif not job.match:
                 batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)

@@ -70,7 +70,7 @@ def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
             new = Run(0, name, targets[name], batches=batches, next_at=math.inf)
             run = assigned.get(name, new)
             stored.pop(run.id, None)
-            runs.append(replace(run, job=name, batches=in_order(run, job, run.batches)))
+            runs.append(replace(run, job=name, batches=in_order(job, run.batches)))
         others = [run for run in stored.values() if run.job == name]
         runs += [r for r in others if (job.match and r.group) or r.may_be_at_keboola]
     return runs

@@ -123,7 +123,7 @@ def test_refused_token(workspace: Workspace) -> None:
     workspace.secrets["keboola"] = workspace.keboola_secret("9999-unknown-0a1b2c3d")
     workspace.add_job("job", "batch_a")
     workspace.daemon().wait_for_event("account_failing", secret="keboola")
-    assert agreed(workspace) == 1
+    wait_until(lambda: agreed(workspace) == 1, "attention")
     assert workspace.job("job")["attention"] is False
 
 
