@@ -127,9 +127,12 @@ class ListReading:
     is_stale: bool = False
 
     def missing(self) -> list[Batch]:
-        """Return the due batches that no page has shown, the newest first."""
+        """Return the due batches that no page has shown, the newest first.
+
+        Of one second, the last of a job's ids is taken for the newest: so people write them.
+        """
         shown = self.unchanged.keys() | self.changed
-        missing = [batch for key, batch in self.due.items() if key not in shown]
+        missing = [self.due[key] for key in reversed([*self.due]) if key not in shown]
         return sorted(missing, key=lambda batch: -(batch.created_at or 0.0))
 
     @property
@@ -1076,6 +1079,8 @@ class Engine:
         self._stats_changed.add(name)
         if bool(after.refused_since) != bool(before.refused_since):
             kind = "account_failing" if after.refused_since else "account_failing_recovered"
+            with contextlib.suppress(StorageError):  # else it is written with the next flush
+                self.store.execute([SecretStats.statement(after)])
             self.log(Event.of(kind, secret=name, error=after.error))
 
     def note_config(self, error: str | None, *events: Event) -> None:
