@@ -15,6 +15,7 @@
 
 LASTING_S: Final = 10 * MINUTE_S  # an error that lasts longer does not settle by itself
 FILES_WAIT_S: Final = 5 * MINUTE_S
+UNCLEAR_SIZE: Final = "the size of the group is unclear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ def wholeness(run: Run, job: Job, now: float) -> tuple[bool, float, str]:
         return now >= whole_at, whole_at, ""
     size = job.group_size if job.group_size.isdigit() else run.size
     if not re.fullmatch("[0-9]{1,4}", size):
-        return False, math.inf, f"the size of the group is unclear: {size or 'it is missing'}"
+        return False, math.inf, f"{UNCLEAR_SIZE}: {size or 'it is missing'}"
     return len(run.batches) >= int(size), math.inf, ""
 
 
@@ -588,7 +589,7 @@ def attention_of(  # noqa: PLR0911 - a table
     match run.phase:
         case Phase.POLLING if run.deadline_told:
             return "deadline_passed"
-        case Phase.POLLING if run.error and not run.failures:
+        case Phase.POLLING if (run.error or "").startswith(UNCLEAR_SIZE):
             return "group_size_unclear"
         case Phase.POLLING:
             return "poll_failing" if is_lasting else ""

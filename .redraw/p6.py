@@ -597,6 +597,7 @@ class Keboola:
                 if began is None or began.uptime_s < asked.uptime_s or shared.since > since:
                     began = shared.began = self._clock.boot_time()
                     shared.since, shared.jobs = min(shared.wanted), {}
+                    shared.failure = ApiError("the search was interrupted")
                     shared.failure = await self._read_pages(target, shared)
                     self._shown.pop(key, None)
                     self._shown[key] = [job for job in shared.jobs.values() if job.trigger_id]

@@ -246,7 +246,7 @@ class Account(OpenAI):
         self._complete: list[tuple[int, dict[str, Batch | ApiError]]] = []
         self._list_from = -math.inf  # when pages may be read again
         self._list_failures = 0
-        self._find_at = -math.inf
+        self.find_at = -math.inf
         self._find_failures = 0
 
     # --- the loop ---
@@ -258,7 +258,7 @@ class Account(OpenAI):
             self.wake.clear()
             now = clock.now()
             idle = [engine.runs[i] for i in self.run_ids - self._busy]
-            is_finding = bool(self.finders) and self._find_at <= now
+            is_finding = bool(self.finders) and self.find_at <= now
             if is_finding or any(run.next_at <= now for run in idle):
                 due = [run for run in idle if run.next_at <= now + self._early_s(run)]
                 try:
@@ -266,10 +266,10 @@ class Account(OpenAI):
                 except Exception as error:  # noqa: BLE001 - trouble of one account is not the others'
                     engine.note_failure(error, self.name)
                     self._busy -= {run.id for run in due}
-                    self._find_at = clock.now() + 5
+                    self.find_at = clock.now() + 5
                     await asyncio.sleep(1)
             waiting = [engine.runs[i].next_at for i in self.run_ids - self._busy]
-            self.until = min([*waiting, self._find_at if self.finders else math.inf])
+            self.until = min([*waiting, self.find_at if self.finders else math.inf])
             # A suspended machine's timers stand still: none is longer than half a minute.
             await wait_for_event(self.wake, min(30.0, self.until - clock.now()))
 
@@ -433,7 +433,7 @@ class Account(OpenAI):
     def _find(self, finding: Finding, rows: Sequence[Mapping[str, Any]]) -> None:
         """Have the runs begun or joined that a page's rows belong to."""
         engine, read = self._engine, [found for row in rows if (found := row_of(row))]
-        for job in finding.jobs:
+        for job in (job for job in finding.jobs if job in self.finders):  # a reload may have come
             mine = [row for row in read if row.is_of(job)]
             known = engine.store.known_batches(job.name, [row.batch.id for row in mine])
             new = [row for row in mine if row.batch.id not in known]
@@ -462,7 +462,7 @@ class Account(OpenAI):
         """Remember how far the list was read back to, completely."""
         engine, interval_s = self._engine, min(job.poll_interval for job in finding.jobs)
         recovered = [Event.of("find_recovered", secret=self.name)] if self._find_failures else []
-        self._find_failures, self._find_at = 0, engine.clock.now() + interval_s
+        self._find_failures, self.find_at = 0, engine.clock.now() + interval_s
         engine.commit([], recovered, finding.marks())
 
     def _note_find_failure(self, error: ApiError) -> None:
@@ -472,13 +472,14 @@ class Account(OpenAI):
         interval_s = min(job.poll_interval for job in self.finders)
         jitter = self._engine.clock.jitter()
         wait_s = backoff_s(self._find_failures, interval_s, jitter, error.retry_after_s)
-        self._find_at = self._engine.clock.now() + wait_s
+        self.find_at = self._engine.clock.now() + wait_s
 
     def watch(self, finders: Sequence[Job]) -> None:
         """Take a new config: the runs are told one by one; what is to be found may be other now."""
         self.run_ids.clear()
+        self._places = asyncio.Semaphore(self._engine.http.max_concurrency)
         self.finders = list(finders)
-        self._find_at = -math.inf
+        self.find_at = -math.inf
         self.wake.set()
 
 
@@ -505,7 +506,9 @@ async def drive_run(engine: Engine, run_id: int) -> None:
                 await wait_for_event(engine.wakes[run_id], min(wait_s, 30.0))
                 engine.wakes[run_id].clear()
             elif action is Action.ARM:
-                engine.commit([(replace(as_intended(run, run.next_at), error=run.error), [])])
+                armed = as_intended(run, run.next_at)
+                armed = replace(armed, error=run.error, failures=run.failures)
+                engine.commit([(armed, [])])
             elif action is Action.FOLLOW:
                 await follow_run(engine, run)
             else:
@@ -606,9 +609,14 @@ async def follow_run(engine: Engine, run: Run) -> None:
     engine.followed.add(run.id)
     came: KeboolaJob | ApiError
     try:
-        came = await (await engine.keboola_for(run)).job(str(run.keboola_job_id))
-    except ApiError as error:
-        came = error
+        keboola = await engine.keboola_for(run)
+    except ApiError as error:  # a 404 here says nothing of the Keboola job
+        error.status, came = None, error
+    else:
+        try:
+            came = await keboola.job(str(run.keboola_job_id))
+        except ApiError as error:
+            came = error
     if engine.runs.get(run.id) is run:
         engine.commit([after_follow(run, came, engine.terms(run))])
 
@@ -683,6 +691,8 @@ class Engine:
             while isinstance(errors, BaseExceptionGroup):
                 errors = errors.exceptions[0]
             raise (errors or group) from None
+        finally:
+            self._tasks = None
 
     def spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         """Start a task that `run` waits for, and whose exception ends it."""
@@ -723,7 +733,9 @@ class Engine:
         if by_s := self.clock.changed():
             self.runs = {run.id: shifted(run, by_s) for run in self.runs.values()}
             self._touched |= self.runs.keys()
+            self._last_told.clear()
             for account in self.accounts.values():
+                account.find_at += by_s
                 account.wake.set()
             self.log(Event.of("clock_changed", seconds=round(by_s)))
 
@@ -793,6 +805,9 @@ class Engine:
             ("INSERT OR IGNORE INTO webhooks VALUES (?, ?, 0, 0)", (name, last_id))
             for name, _ in config.notify
         ]
+        told = compact_json([name for name, _ in config.notify])
+        gone = "DELETE FROM webhooks WHERE secret NOT IN (SELECT value FROM json_each(?))"
+        statements.append((gone, (told,)))
         known: dict[str, list[str]] = self.store.meta("match_jobs") or {}
         matching = [(n, job) for n, job in config.jobs.items() if job.match]
         mine = {name: [job.match_key, str(config.target(job))] for name, job in matching}
@@ -1038,14 +1053,14 @@ class Engine:
 
     def _is_repeated(self, event: Event, now: float) -> bool:
         """Return whether the same was told within the last minute: something flaps."""
-        kinds = ("batch_status", "poll_", "list_", "find_", "follow_", "account_")
+        kinds = ("batch_status", "poll_", "list_", "find_", "follow_")
         if not event.name.startswith(kinds):
             return False
         return now - self._last_told.get(self._repeat_key(event), -math.inf) < MINUTE_S
 
     @staticmethod
     def _repeat_key(event: Event) -> tuple[object, ...]:
-        return event.name, event.run, event.fields.get("batch_id"), event.fields.get("secret")
+        return event.name, event.run, *map(event.fields.get, ("batch_id", "status", "secret"))
 
     def _clean(self, event: Event) -> Event:
         """Return an event without secrets: the state file keeps it, and others read it."""
@@ -1137,7 +1152,6 @@ class Engine:
             if isinstance(came, str):
                 self.commit([], [Event.of("retry_refused", run, why=came)], done)
             else:
-                self.runs.setdefault(run_id, came[0])
                 self.commit([came], also=done)
         self._data_version = version
 
@@ -1342,6 +1356,9 @@ async def tell_webhook(engine: Engine, http: Http, name: str) -> None:
             rules = [words for rule, words in engine.loaded.config.notify if rule == name]
             groups = EVENTS[event.name][1].split(",") if event.name in EVENTS else []
             if not any(word in rule for rule in rules for word in (event.name, *groups)):
+                if event.id >= told_up_to + 100:  # so that the log can be pruned up to there
+                    told_up_to = event.id
+                    store.execute([(update, (told_up_to, failures, 0, name))])
                 continue
             failure = await post_event(engine, http, name, event)
             if failure and (clock.now() - event.at < DAY_S or failures < 5):

@@ -401,7 +401,10 @@ async def publish(engine: Engine, *, is_running: bool, trouble: str = "") -> str
     """
     config, path, stats = engine.loaded.config, engine.store.path, list(engine.stats.values())
     daemon = lock_owner(path) if is_running else {"running": False}
-    loaded, now = engine.store.meta("config") or {}, engine.clock.now()
+    loaded: dict[str, Any] = {}
+    now = engine.clock.now()
+    with contextlib.suppress(sqlite3.Error):
+        loaded = engine.store.meta("config") or {}
     known = (config, engine.shown(), stats, daemon, loaded)
 
     def write(directory: Path) -> None:

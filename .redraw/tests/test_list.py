@@ -92,9 +92,7 @@ class Polls:
 @pytest.mark.long
 @pytest.mark.parametrize("spaced_s", [0, 30, 600])
 @pytest.mark.parametrize("world", WORLDS)
-def test_requests_per_poll_after_a_restart(
-    workspace: Workspace, world: str, spaced_s: int
-) -> None:
+def test_requests_per_poll_after_a_restart(workspace: Workspace, world: str, spaced_s: int) -> None:
     """From the third poll on, pages keep its requests low, with a restart before each of them."""
     total, watched, most = WORLDS[world]
     seed(workspace.sim, total, spaced_s)
