@@ -16,10 +16,9 @@ Reader = Callable[["YamlNode"], Any] | Mapping[str, Any]
 
 @dataclass(slots=True)
 class YamlNode:
-    """A node of the YAML tree, its key, the path to it, and what all nodes of a file share.
+    """A node of the YAML tree, and what all nodes of a file share.
 
-    Where `text` notes a problem it returns None; what other methods return then does not count.
-    `secrets` are those that were read already; one with a problem is None.
+    What a method returns where it notes a problem does not count.
     """
 
     node: yaml.Node
@@ -27,7 +26,7 @@ class YamlNode:
     path: str
     file: str
     problems: list[Problem]
-    secrets: dict[str, SecretEntry | None] = field(default_factory=dict)
+    secrets: dict[str, SecretEntry | None] = field(default_factory=dict)  # None: with a problem
 
     @property
     def is_null(self) -> bool:
@@ -49,25 +48,23 @@ class YamlNode:
         return isinstance(self.node, node_type)
 
     def items(self, cure: str) -> list[YamlNode]:
-        """Return a list's elements, or nothing and a problem."""
         nodes = enumerate(self.node.value if self._is(yaml.SequenceNode, "a list", cure) else ())
         return [replace(self, node=n, key=n, path=f"{self.path}[{i}]") for i, n in nodes]
 
     def entries(self, cure: str) -> dict[str, YamlNode]:
-        """Return a mapping's values by key, merge keys (`<<`) resolved; duplicates are problems."""
+        """Return a mapping's values by key, merge keys (`<<`) resolved."""
         own: dict[str, YamlNode] = {}
         merged: dict[str, YamlNode] = {}
         for key, value in self.node.value if self._is(yaml.MappingNode, "a mapping", cure) else ():
             if key.tag == _TAG + "merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):  # of several, the first one wins
-                    at = replace(self, node=source)
-                    merged |= at.entries("write << and a mapping or a list of mappings")
+                    merged |= replace(self, node=source).entries("write << and a mapping")
             elif not isinstance(key, yaml.ScalarNode):
                 self.bad("a key is not a single value", cure, key)
             elif key.value in own:
                 line = own[key.value].key.start_mark.line + 1
-                what = f"the key {self._shown(key.value)} stands here and in line {line}"
+                what = f"the key {self.shown(key.value)} stands here and in line {line}"
                 self.bad(what, "keep one of them", key)
             else:
                 path = f"{self.path}.{key.value}" if self.path else key.value
@@ -75,12 +72,9 @@ class YamlNode:
         return merged | own
 
     def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
-        """Return what the readers make of a mapping's values, in their order; null is None.
-
-        What has a problem is _BAD, but a dict has good and bad values of its own.
-        """
+        """Return what the readers make of a mapping's values: None of null, _BAD of a problem."""
         for name in nodes.keys() - readers.keys():
-            what = f"the key {self._shown(name)} is not known"
+            what = f"the key {self.shown(name)} is not known"
             self.bad(what, f"allowed here: {', '.join(readers)}", nodes[name].key)
         values: dict[str, Any] = {}
         for name in [name for name in readers if name in nodes]:
@@ -95,24 +89,26 @@ class YamlNode:
                 values[name] = _BAD
         return values
 
-    def _shown(self, text: str) -> str:
-        """Return what is written, for a message; among secrets it may be a token."""
-        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", text)
-        return quoted(text) if is_plain else '"***"'
+    def shown(self, text: str) -> str:
+        """Return what is written, for a message; what is long, or among secrets, may be a token.
+
+        Nothing is cut: the redactor, which comes later, would not know the rest.
+        """
+        plain = "[a-z_]{1,30}" if self.path.startswith("secrets.") else "(?s).{,60}"
+        return quoted(text) if re.fullmatch(plain, text) else '"***"'
 
     def text(self, cure: str) -> str | None:
-        """Return a scalar's text just as written (`0123` stays so)."""
+        """Return a scalar's text just as written (`0123` stays so), or None."""
         if self.is_null:
             return self.bad("is empty", cure)
         is_scalar = self._is(yaml.ScalarNode, "a single value", cure)
         return str(self.node.value).strip() if is_scalar else None
 
     def matching(self, pattern: str, kind: str, cure: str) -> str | None:
-        """Return text that matches a pattern as a whole."""
         text = self.text(cure)
         if text is None or re.fullmatch(pattern, text):
             return text
-        return self.bad(f"{self._shown(text)} is not {kind}" if text else "is empty", cure)
+        return self.bad(f"{self.shown(text)} is not {kind}" if text else "is empty", cure)
 
     def keboola_id(self) -> str | None:
         cure = "copy the id from Keboola: letters, digits, . _ and -"
@@ -130,8 +126,7 @@ class YamlNode:
         return self.matching("|".join(choices), "one of them", f"write {words}")
 
     def boolean(self) -> bool:
-        pattern = "(?i)true|yes|on|false|no|off"
-        text = self.matching(pattern, "true or false", "write true or false")
+        text = self.matching("(?i)true|yes|on|false|no|off", "true or false", "write true or false")
         return str(text).lower() in {"true", "yes", "on"}
 
     def count(self, least: int, most: int) -> int:
@@ -140,17 +135,16 @@ class YamlNode:
         return int(self.matching(numbers, kind, "write a whole number") or 0)
 
     def duration(self, least_s: int, most_s: int) -> int | None:
-        """Return a duration within limits, in seconds."""
         text = self.text("write 30s, 2m or 1h")
         if text is None:
             return None
         seconds = parse_duration(text)
         if seconds is None:
-            return self.bad(f"{quoted(text)} is not a duration", "write 30s, 2m or 1h")
-        if not least_s <= seconds <= most_s:
-            limits = f"{show_duration(least_s)} to {show_duration(most_s)}"
-            return self.bad(f"{quoted(text)} is out of range", f"write {limits}")
-        return seconds
+            return self.bad(f"{self.shown(text)} is not a duration", "write 30s, 2m or 1h")
+        if least_s <= seconds <= most_s:
+            return seconds
+        cure = f"write {show_duration(least_s)} to {show_duration(most_s)}"
+        return self.bad(f"{self.shown(text)} is out of range", cure)
 
     def wait(self, least_s: int, most_s: int) -> int | None:
         """Return a duration; shorter ones are for tests, with every stack on a loopback address."""
@@ -174,14 +168,11 @@ class YamlNode:
             return [item.plain_value() for item in self.items(cure)]
         if self.is_mapping:
             return {key: item.plain_value() for key, item in self.entries(cure).items()}
-        text = None if self.is_null else self.text(cure)
         if self.node.tag == _TAG + "bool":
             return self.boolean()
-        if self.node.tag != _TAG + "str" and re.fullmatch(
-            r"-?(0|[1-9]\d{0,15})(\.\d+)?", str(text)
-        ):
-            return json.loads(str(text))
-        return text
+        text = None if self.is_null else self.text(cure)
+        is_number = re.fullmatch(r"-?(0|[1-9]\d{0,15})(\.\d+)?", text or "")
+        return json.loads(text or "") if is_number and self.node.tag != _TAG + "str" else text
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +181,6 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether a URL's host is this machine."""
     host = urllib.parse.urlsplit(url).hostname or ""
     with contextlib.suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -208,9 +198,7 @@ def url_problem(url: str) -> str | None:
         return "is not an address"
     if "?" in url or "#" in url or "@" in parts.netloc:
         return "has more than scheme, host, port and path"
-    if parts.scheme == "http" and not is_loopback(url):
-        return "is not https"
-    return None
+    return None if parts.scheme == "https" or is_loopback(url) else "is not https"
 
 
 def read_url(node: YamlNode) -> str | None:
@@ -238,21 +226,22 @@ def read_since(node: YamlNode) -> float | None:
     with contextlib.suppress(ValueError, OverflowError):
         at = datetime.fromisoformat(text or "")
         return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
-    return None if text is None else node.bad(f"{quoted(text)} is not a date", cure)
+    return None if text is None else node.bad(f"{node.shown(text)} is not a date", cure)
 
 
 def read_list(
     node: YamlNode, what: str, read: Callable[[YamlNode], Any], least: int, most: int
 ) -> Any:  # noqa: ANN401
-    """Read a list of different values."""
     cure = f"write a list of {least} to {most} {what}"
     items = node.items(cure)
     if isinstance(node.node, yaml.SequenceNode) and not least <= len(items) <= most:
         return node.bad(f"has {len(items)} {what}", cure)
-    values = [read(item) for item in items]
-    for i, (item, value) in enumerate(zip(items, values, strict=True)):
-        if value is not None and value in values[:i]:
-            item.bad(f"{quoted(value)} stands here twice", "keep one of them")
+    values: list[Any] = []
+    for item in items:
+        value = read(item)
+        if value is not None and value in values:
+            item.bad(f"{item.shown(value)} stands here twice", "keep one of them")
+        values.append(value)
     return tuple(values)
 
 
@@ -272,7 +261,7 @@ def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
             item.bad("the name is taken by teckochecker", "choose another name", item.key)
         elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
             cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
-            item.bad(f"{quoted(name)} is not a variable's name", cure, item.key)
+            item.bad(f"{node.shown(name)} is not a variable's name", cure, item.key)
         if isinstance(item.node, yaml.ScalarNode):
             cure = "write a value: Keboola takes no empty ones"
             values[name] = item.matching("(?s).+", "a value", cure)
@@ -282,7 +271,6 @@ def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
 
 
 def read_match(node: YamlNode) -> tuple[tuple[str, str | None], ...] | None:
-    """Read which metadata a batch must have."""
     cure = "write KEY: VALUE, as the batch's metadata has it"
     pairs = tuple((name, item.text(cure)) for name, item in node.entries(cure).items())
     if node.is_mapping and not pairs:
@@ -317,6 +305,40 @@ JOB_KEYS: Final[Mapping[str, Reader]] = {
     "done": YamlNode.boolean,
 }
 
+
+def read_job_keys(
+    node: YamlNode, entries: Mapping[str, YamlNode], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a job's keys, or `defaults` themselves; notes which do not go together.
+
+    What only `defaults` has, and does not go with the job's own, is left out.
+    """
+    values = {**(defaults or {}), **node.read(entries, JOB_KEYS)}
+    has = {key for key, value in values.items() if value is not None}
+    has |= {"follow: false"} if values.get("follow") is False else set()
+    for key, how, other in (
+        ("match", "beside", "batch_ids"),
+        ("settle", "beside", "group_size"),
+        ("retry_on_error", "beside", "follow: false"),
+        ("match", "without", "since"),
+        ("since", "without", "match"),
+        ("group_by", "without", "match"),
+        ("group_size", "without", "group_by"),
+        ("settle", "without", "group_by"),
+        ("on_deadline", "without", "deadline"),
+    ):
+        is_wrong = other in has if how == "beside" else other not in has and defaults is not None
+        if key not in has or not is_wrong:
+            continue
+        if key in entries:
+            cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
+            entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
+        else:
+            values[key] = None
+            has.remove(key)
+    return values
+
+
 _HEADER_VALUE: Final = ("[!-~]{1,255}", "a header's value", "write printable ASCII without spaces")
 
 # What each type of secret has beside `type` and its value.
@@ -335,12 +357,11 @@ SECRET_KEYS: Final[Mapping[str, Mapping[str, Reader]]] = {
 
 def read_secret(name: str, node: YamlNode) -> SecretEntry | None:
     """Read one entry of `secrets`. What stands there is never echoed."""
-    noted_before = len(node.problems)
+    noted_before, sources = len(node.problems), ("value", "env", "file")
     entries = node.entries("write type: and what belongs to it, each on its own line")
     if not node.is_mapping:
         return None
     kind = str(entries["type"].node.value) if "type" in entries else ""
-    sources = ("value", "env", "file")
     cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
     readers: dict[str, Reader] = {
         "type": lambda at: at.choice(*SECRET_KEYS),
@@ -353,41 +374,15 @@ def read_secret(name: str, node: YamlNode) -> SecretEntry | None:
     if kind == "keboola" and values.get("stack_url") is None:
         node.bad("stack_url is missing", "add stack_url: https://connection.keboola.com", node.key)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        node.bad(f"{quoted(name)} is not a secret's name", "use letters, digits, ._-", node.key)
+        node.bad(f'"{name}" is not a secret\'s name', "use letters, digits, ._-", node.key)
     found = [source for source in sources if values.get(source) is not None]
     if len(found) != 1:
         node.bad(f"has {' and '.join(found) or 'no value'}", cure)
     if len(node.problems) > noted_before:
         return None
     rest = given({key: values.get(key) for key in SECRET_KEYS[kind]})
-    mark = entries[found[0]].node.start_mark
-    place = (mark.line + 1, mark.column + 1)
-    return SecretEntry(name, kind, found[0], Secret(values[found[0]]), *place, **rest)
-
-
-def check_combinations(entries: Mapping[str, YamlNode], values: dict[str, Any]) -> None:
-    """Note which keys of a job do not go together; one that only `defaults` has is left out."""
-    has = {key for key, value in values.items() if value is not None}
-    has |= {"follow: false"} if values.get("follow") is False else set()
-    for key, how, other in (
-        ("match", "beside", "batch_ids"),
-        ("settle", "beside", "group_size"),
-        ("match", "without", "since"),
-        ("since", "without", "match"),
-        ("group_by", "without", "match"),
-        ("group_size", "without", "group_by"),
-        ("settle", "without", "group_by"),
-        ("on_deadline", "without", "deadline"),
-        ("retry_on_error", "beside", "follow: false"),
-    ):
-        if key not in has or (other in has) != (how == "beside"):
-            continue
-        if key in entries:
-            cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
-            entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
-        else:
-            values[key] = None
-            has.remove(key)
+    text, mark = Secret(values[found[0]]), entries[found[0]].node.start_mark
+    return SecretEntry(name, kind, found[0], text, mark.line + 1, mark.column + 1, **rest)
 
 
 def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | None:
@@ -396,14 +391,13 @@ def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | No
     entries = node.entries("write batch_ids, config_id and so on, each on its own line")
     if not node.is_mapping:
         return None
-    values = {**defaults, **node.read(entries, JOB_KEYS)}
+    values = read_job_keys(node, entries, defaults)
     if not 0 < len(name) <= 200 or name != name.strip() or not name.isprintable() or "/" in name:
         cure = "use 1 to 200 printable characters, and no /"
-        node.bad(f"{quoted(name)} is not a job's name", cure, node.key)
+        node.bad(f"{node.shown(name)} is not a job's name", cure, node.key)
     for key in ("openai_secret", "keboola_secret", "component_id", "config_id"):
         if values.get(key) is None:
             node.bad(f"{key} is missing", f"add {key}: here or under defaults", node.key)
-    check_combinations(entries, values)
     if values.get("batch_ids") is None and values.get("match") is None:
         node.bad("batch_ids is missing", "add batch_ids: here, or match: and since:", node.key)
     if _BAD in values.values() or len(node.problems) > noted_before:
@@ -411,10 +405,9 @@ def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | No
     job = Job(name, **given(values))
     openai, keboola = node.secrets.get(job.openai_secret), node.secrets.get(job.keboola_secret)
     if openai and urllib.parse.urlsplit(openai.base_url).hostname == "api.openai.com":
-        items = entries["batch_ids"].items("") if "batch_ids" in entries else ()
-        for item, batch_id in zip(items, job.batch_ids, strict=False):
-            if not batch_id.startswith("batch_"):
-                what = f"{quoted(batch_id)} is not a batch id of api.openai.com"
+        for item in entries["batch_ids"].items("") if "batch_ids" in entries else ():
+            if not item.node.value.strip().startswith("batch_"):
+                what = f"{item.shown(item.node.value)} is not a batch id of api.openai.com"
                 item.bad(what, "write batch_ and what follows it")
     return job if openai and keboola else None
 
@@ -460,25 +453,20 @@ TOP_KEYS: Final[Mapping[str, Reader]] = {
         "follow_interval": lambda node: node.wait(5, HOUR_S),
     },
     "notify": read_notify,
-    "defaults": JOB_KEYS,
+    "defaults": lambda node: read_job_keys(node, node.entries("write keys and values")),
     "jobs": lambda node: node.entries(_NAMES),
 }
 
 
-# --- from text to tree ----------------------------------------------------------------------------
-
-
 def refuse_harm(text: str) -> None:
-    """Raise YAMLError, its note the cure, for what costs the process its stack or its memory.
-
-    The composer recurses, and an alias inside what an anchor names is what a bomb is made of.
-    """
+    """Raise YAMLError, its note the cure, for what costs the process its stack or its memory."""
     opened: list[tuple[str | None, int]] = []  # anchors, and the number of nodes before
     sizes: dict[str | None, int] = {}
     nodes = 0
     event: Any
     for event in yaml.parse(text, Loader=_LOADER):
         what = ""
+        nodes += isinstance(event, yaml.NodeEvent)
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, nodes))
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -486,13 +474,12 @@ def refuse_harm(text: str) -> None:
             sizes[anchor] = nodes - before_it
         elif isinstance(event, yaml.AliasEvent):
             nodes += sizes.get(event.anchor, 1)
-            if any(anchor for anchor, _ in opened):
+            if any(anchor for anchor, _ in opened):  # this is what a bomb is made of
                 what = "an alias stands inside what an anchor names"
                 cure = "write out what it stands for"
-        nodes += isinstance(event, yaml.NodeEvent)
         tag = getattr(event, "tag", None)  # one that is written there
         if tag and tag.removeprefix(_TAG) not in _TAGS:
-            what, cure = f"the tag {quoted(tag)} means nothing here", "remove it"
+            what, cure = "this tag means nothing here", "remove it"
         if len(opened) > MAX_DEPTH:
             what, cure = f"nests deeper than {MAX_DEPTH}", "flatten it"
         if nodes > 1_000_000:  # 10,000 jobs have some 400,000
@@ -529,10 +516,9 @@ def compose(text: str, path: Path, problems: list[Problem]) -> YamlNode | None:
 
 
 def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
-    """Return the config that `text` says, and everything that is wrong with it.
+    """Return the config that `text` says so far as it can be read, and what is wrong with it.
 
-    `path` is the file's name for messages, and what relative paths in it are relative to. Where
-    there are problems, the config holds what could be read: `status` finds the state file with it.
+    `path` is the file's name for messages, and what relative paths in it are relative to.
     """
     problems: list[Problem] = []
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -547,20 +533,13 @@ def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
         root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
     defaults, nodes = top.get("defaults", {}), top.get("jobs", {})
     jobs = {name: read_job(name, node, defaults) for name, node in nodes.items()}
-    settings = given(top.get("log", {}) | top.get("limits", {}))
+    settings = {"secrets": given(root.secrets), "notify": top.get("notify"), "jobs": given(jobs)}
+    settings = given(settings | top.get("log", {}) | top.get("limits", {}))
     settings |= {f"log_{key}": settings.pop(key) for key in settings.keys() & {"level", "format"}}
-    key_mark = (entries.get("key_file") or entries.get("secrets") or root).node.start_mark
-    config = Config(
-        path,
-        sha256,
-        path.parent / top.get("state", "teckochecker.db"),
-        path.parent / top.get("key_file", "teckochecker.key"),
-        key_mark.line + 1,
-        key_mark.column + 1,
-        path.parent / top["publish"] if "publish" in top else None,
-        secrets=given(root.secrets),
-        notify=top.get("notify", ()),
-        jobs=given(jobs),
-        **settings,
-    )
+    mark = (entries.get("key_file") or entries.get("secrets") or root).node.start_mark
+    state_path = path.parent / top.get("state", "teckochecker.db")
+    key_path = path.parent / top.get("key_file", "teckochecker.key")
+    publish_path = path.parent / top["publish"] if "publish" in top else None
+    place = (mark.line + 1, mark.column + 1)
+    config = Config(path, sha256, state_path, key_path, *place, publish_path, **settings)
     return config, problems

@@ -17,9 +17,8 @@ class FileRead:
 
     @property
     def digest(self) -> bytes:
-        """What tells this content from a different one."""
-        failure = self.error.errno if self.error else None
-        return hashlib.sha256(repr((failure, self.mode)).encode() + self.data).digest()
+        about = repr((self.error and self.error.errno, self.mode))
+        return hashlib.sha256(about.encode() + self.data).digest()
 
 
 class Files:
@@ -30,49 +29,42 @@ class Files:
 
     def read(self, path: Path) -> FileRead:
         """Return the file, at most MAX_FILE_BYTES and one byte of it."""
-        if path not in self.seen:
-            try:
-                # Without O_NONBLOCK, a named pipe would hold us until someone writes to it.
-                with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
-                    status = os.fstat(file.fileno())
-                    if not stat.S_ISREG(status.st_mode):
-                        raise OSError(errno.EINVAL, "Not a regular file")
-                    data, inode = file.read(MAX_FILE_BYTES + 1), (status.st_dev, status.st_ino)
-                self.seen[path] = FileRead(data, stat.S_IMODE(status.st_mode), inode)
-            except OSError as error:
-                self.seen[path] = FileRead(error=error)
+        if path in self.seen:
+            return self.seen[path]
+        try:
+            # Without O_NONBLOCK, a named pipe would hold us until someone writes to it.
+            with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EINVAL, "Not a regular file")
+                data, inode = file.read(MAX_FILE_BYTES + 1), (status.st_dev, status.st_ino)
+            self.seen[path] = FileRead(data, stat.S_IMODE(status.st_mode), inode)
+        except OSError as error:
+            self.seen[path] = FileRead(error=error)
         return self.seen[path]
 
 
 class Redactor:
     """Replaces every secret value it knows; of each secret it remembers the last twenty."""
 
-    # JSON may write a character as `\u0041`, and `/` as `\/`. What would end or begin something in
-    # JSON (quotes, backslashes) stays escaped, and others are no part of a token.
-    _ESCAPES: Final = re.compile(rb"\\(?:u00(?!22|5[Cc]|7[Ff])([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
-
     def __init__(self) -> None:
         self._known: dict[str, list[str]] = {}
         self.learn(())
 
     def learn(self, secrets: Iterable[tuple[str, Secret]]) -> None:
-        """Add values by name, each also in the forms in which JSON, Python and URLs write it.
-
-        Values of fewer than four characters are no tokens, and would mask half of the log.
-        """
+        """Add values by name, each also in the forms in which JSON, Python and URLs write it."""
         for name, secret in secrets:
             older = [value for value in self._known.get(name, ()) if value != secret.reveal()]
             self._known[name] = [*older, secret.reveal()][-20:]
         forms = set()
         for value in itertools.chain(*self._known.values()):
-            if len(value) >= 4:
+            if len(value) >= 4:  # shorter ones are no tokens, and would mask half of the log
                 forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
                 forms.add(urllib.parse.quote(value, safe=""))
         self._longest_first = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._longest_first)) or "(?!)")
 
     def text(self, text: str) -> str:
-        """Return `text` without any secret."""
         return self._pattern.sub("***", text)
 
     def body(self, body: bytes, *, is_data: bool) -> bytes:
@@ -80,10 +72,9 @@ class Redactor:
 
         In data only long ones are looked for: a short one could be part of an honest id.
         """
-        plain = self._ESCAPES.sub(
-            lambda escape: escape[2] or bytes.fromhex((escape[1] or b"").decode()) or escape[0],
-            body,
-        )
+        plain = body
+        with contextlib.suppress(ValueError, RecursionError):  # JSON can escape any character
+            plain = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="surrogatepass")
         for form in self._longest_first:
             if (len(form) >= 16 or not is_data) and form.encode() in plain:
                 body = plain = plain.replace(form.encode(), b"***")
@@ -91,24 +82,18 @@ class Redactor:
 
     def tree(self, value: Any) -> Any:  # noqa: ANN401 - JSON
         """Return a log field's value without any secret; what is not JSON becomes its repr."""
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, str):
-            return self.text(value)
         if isinstance(value, Mapping):
             return {self.text(str(key)): self.tree(item) for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self.tree(item) for item in value]
-        return self.text(repr(value))
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        return self.text(value if isinstance(value, str) else repr(value))
 
 
 def looks_encrypted(value: str) -> bool:
     """Return whether a value has the form of a Fernet token, whoever's key it is for."""
-    try:
-        data = base64.urlsafe_b64decode(value)
-    except (binascii.Error, ValueError):
-        return False
-    return len(data) >= 73 and data[0] == 0x80
+    return bool(re.fullmatch("gAAAAA[A-Za-z0-9_-]{91,}=*", value))
 
 
 def decrypted(keys: MultiFernet, token: str) -> str | None:
@@ -121,12 +106,12 @@ def decrypted(keys: MultiFernet, token: str) -> str | None:
 
 def token_problem(text: str, kind: str) -> tuple[str, str] | None:
     """Return what is wrong with a secret's value, and its cure, or None. Neither shows it."""
-    alone, after = "put the token there, alone", "write only what follows"
     unprintable = "has characters that no token has (it takes printable ASCII without spaces)"
-    kbc = "is a programmatic token, which is not supported"
+    alone, after = "put the token there, alone", "write only what follows"
     is_example = "YOUR-" in text or text == "https://hooks.slack.com/services/T0/B0/XYZ"
-    url = url_problem(text.partition("?")[0]) if kind == "webhook" else None
-    has_name = kind != "webhook" and re.match("[A-Za-z_][A-Za-z0-9_]*=.", text)
+    is_webhook, is_kbc = kind == "webhook", kind == "keboola" and text.startswith("kbc_")
+    url = url_problem(text.partition("?")[0]) if is_webhook else None
+    has_name = not is_webhook and re.match("[A-Za-z_][A-Za-z0-9_]*=.", text)
     for is_wrong, what, cure in (
         (not text, "is empty", alone),
         (len(text) > 65536, "is over 64 KiB", alone),
@@ -137,7 +122,7 @@ def token_problem(text: str, kind: str) -> tuple[str, str] | None:
         (is_example, "is the placeholder of the example", "put your own there"),
         (url, f"{url}", "put the https address there"),
         (has_name, "begins with NAME=", f"{after} the ="),
-        (kind == "keboola" and text.startswith("kbc_"), kbc, "make a Storage API token"),
+        (is_kbc, "is a programmatic token, which is not supported", "make a Storage API token"),
     ):
         if is_wrong:
             return what, cure
@@ -190,26 +175,24 @@ class SecretOpener:
 
     def fernet(self) -> MultiFernet | None:
         """Return the keys (the first encrypts, all decrypt) from the first place that has any."""
-        where, text = f"${KEY_VARIABLE}", self._env.get(KEY_VARIABLE, "").strip() or None
-        if text is None:
-            where, text = self._read_key_file()
-        if text is None:
-            return None
+        where, text, problem = self._read_key()
         lines = (line.split("#")[0] for line in text.splitlines())
         keys = [key for line in lines for key in line.replace(",", " ").split()]
-        with contextlib.suppress(ValueError):
-            fernet = MultiFernet([Fernet(key) for key in keys])
-            self.keys = [Secret(key) for key in keys]
-            return fernet
-        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
-        return self._bad_key(what, f"make one: {MAKE_KEY}")
-
-    def _bad_key(self, what: str, cure: str) -> None:
+        if not problem:
+            with contextlib.suppress(ValueError):
+                fernet = MultiFernet([Fernet(key) for key in keys])
+                self.keys = [Secret(key) for key in keys]
+                return fernet
+            what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
+            problem = (what, f"make one: {MAKE_KEY}")
         place = (str(self.config.path), self.config.key_line, self.config.key_column, "key_file")
-        self.problems.append(Problem(*place, what, cure))
+        self.problems.append(Problem(*place, *problem))
+        return None
 
-    def _read_key_file(self) -> tuple[str, str | None]:
-        """Return the path of the key file, and its text or None and a problem."""
+    def _read_key(self) -> tuple[str, str, tuple[str, str] | None]:
+        """Return where the keys come from, their text, and what is in the way, with its cure."""
+        if text := self._env.get(KEY_VARIABLE, "").strip():
+            return f"${KEY_VARIABLE}", text, None
         path, directory = self.config.key_path, self._env.get("CREDENTIALS_DIRECTORY")
         read, mode = self._files.read(path), self._files.read(path).mode
         if directory:
@@ -221,15 +204,13 @@ class SecretOpener:
             cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
             if read.error.errno == errno.EACCES:
                 cure = "run this as the key's owner, or as root"
-            self._bad_key(f"cannot read the key file {path}: {read.error.strerror}", cure)
-        elif mode & stat.S_IRWXO:
+            return "", "", (f"cannot read the key file {path}: {read.error.strerror}", cure)
+        if mode & stat.S_IRWXO:
             what = f"{path} can be read by others (mode {mode:04o})"
-            self._bad_key(what, f"run: chmod 600 {path}")
-        else:
-            if mode & stat.S_IRWXG:
-                self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
-            return str(path), read.data.decode("ascii", "replace")
-        return str(path), None
+            return "", "", (what, f"run: chmod 600 {path}")
+        if mode & stat.S_IRWXG:
+            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
+        return str(path), read.data.decode("ascii", "replace"), None
 
     def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> Secret | None:
         """Return a secret, or None and a problem."""
@@ -238,18 +219,14 @@ class SecretOpener:
         if entry.source == "env":
             value = self._env.get(text)
         elif entry.source == "file":
-            # Relative paths are relative to the config; an absolute one replaces that altogether.
             read = self._files.read(self.config.path.parent / text)
-            if read.error is None:
-                value = read.data[:100_000].decode("utf-8", "replace")
-            else:
-                what = f"cannot read the file: {read.error.strerror}"
-                cure = "correct the path or its permissions"
+            what = f"cannot read the file: {read.error.strerror if read.error else ''}"
+            cure = "correct the path or its permissions"
+            value = None if read.error else read.data[:100_000].decode("utf-8", "replace")
         elif keys is None:
             return None  # noted already, where the key was looked for
         else:
-            value = decrypted(keys, text)
-            what = "is not encrypted"
+            value, what = decrypted(keys, text), "is not encrypted"
             cure = f"run: teckochecker --config {self.config.path} encrypt"
             if looks_encrypted(text):
                 what = "is encrypted with another key"
@@ -259,40 +236,38 @@ class SecretOpener:
             if problem is None:
                 return Secret(value.strip())
             what, cure = f"the secret {problem[0]}", problem[1]
-        path = f"secrets.{entry.name}.{entry.source}"
-        place = (str(self.config.path), entry.line, entry.column, path)
-        self.problems.append(Problem(*place, what, cure))
+        place = (entry.line, entry.column, f"secrets.{entry.name}.{entry.source}")
+        self.problems.append(Problem(str(self.config.path), *place, what, cure))
         return None
 
 
 def read_config_file(path: Path, files: Files) -> tuple[Config, list[Problem], str]:
     """Return what the file says so far as it can be read, what is wrong with it, and its text."""
     read, place = files.read(path), (1, 1)
-    try:
-        if read.error is None and len(read.data) <= MAX_FILE_BYTES:
-            text = read.data.decode()
-            return *parse_config(text, path), text
-        what, cure = "is over 16 MiB", "a config is smaller: check the path"
-    except UnicodeDecodeError as error:
-        before = read.data[: error.start].decode().split("\n")
-        place = (len(before), len(before[-1]) + 1)
-        what, cure = "is not UTF-8 text", "save it as UTF-8"
+    what, cure = "is over 16 MiB", "a config is smaller: check the path"
     if read.error:
         what = f"cannot be read: {read.error.strerror}"
         cure = "check the path, pass --config PATH, or run `teckochecker init` for a first one"
         if read.error.errno == errno.EACCES:
             cure = "let this user read it; with all secrets encrypted, chmod 644 is safe"
+    elif len(read.data) <= MAX_FILE_BYTES:
+        try:
+            text = read.data.decode()
+            return *parse_config(text, path), text
+        except UnicodeDecodeError as error:
+            before = read.data[: error.start].decode().split("\n")
+            place = (len(before), len(before[-1]) + 1)
+            what, cure = "is not UTF-8 text", "save it as UTF-8"
     config = Config(path, "", path.parent / "teckochecker.db", path.parent / "teckochecker.key")
     return config, [Problem(str(path), *place, "", what, cure)], ""
 
 
-def load_config(
+def open_config(
     path: Path, files: Files, env: Mapping[str, str], redactor: Redactor, text: str | None = None
-) -> LoadedConfig:
-    """Return the config with its secrets opened: the one way in for start, reload and `check`.
+) -> tuple[LoadedConfig, list[Problem]]:
+    """Return the config and its secrets so far as they open, and every problem, without secrets.
 
-    `text` takes the place of what the file says. Raises ConfigError with every problem of the file,
-    the key and the secrets, in words without any secret.
+    `text` takes the place of what the file says. `redactor` learns what must be shown nowhere.
     """
     if text is None:
         config, problems, text = read_config_file(path, files)
@@ -301,18 +276,30 @@ def load_config(
     opener = SecretOpener(config, files, env)
     secrets = opener.open_all()
     redactor.learn(opener.all_known(secrets))
-    problems += opener.problems
+    loaded = LoadedConfig(config, secrets, text, (*opener.warnings, *mount_warning(path)))
+    return loaded, [
+        Problem(p.file, p.line, p.column, *map(redactor.text, (p.path, p.what, p.cure)))
+        for p in problems + opener.problems  # not cut yet: half of a token would not be known
+    ]
+
+
+def load_config(
+    path: Path, files: Files, env: Mapping[str, str], redactor: Redactor, text: str | None = None
+) -> LoadedConfig:
+    """Return a config that is fine: the one way in for start, reload and `check`.
+
+    Raises ConfigError with every problem of the file, the key and the secrets.
+    """
+    loaded, problems = open_config(path, files, env, redactor, text)
     if problems:
-        raise ConfigError(replace(p, what=redactor.text(p.what)) for p in problems)
-    warnings = [*opener.warnings, *mount_warning(path)]
-    return LoadedConfig(config, secrets, text, tuple(warnings))
+        raise ConfigError(problems)
+    return loaded
 
 
 def mount_warning(path: Path) -> Iterator[str]:
     """Warn of a config that is a mount point of its own: nobody can replace it."""
     with contextlib.suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-        target = str(path.resolve())
-        places = {line.split(" ")[4] for line in mounts.splitlines() if line.count(" ") > 5}
-        if target in {re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in places}:
+        target = re.sub(r"[ \t\n\\]", lambda m: f"\\{ord(m[0]):03o}", str(path.resolve()))
+        if any(line.split(" ")[4:5] == [target] for line in mounts.splitlines()):
             yield f"{path} is a mount of its own: its changes are not seen; mount its directory"

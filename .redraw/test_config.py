@@ -346,22 +346,14 @@ def test_http_is_for_loopback_only(url: str) -> None:
     assert (config.secrets["k"].stack_url, config.trigger_grace) == (url, 1)
 
 
-def test_a_jobs_own_values_win_and_null_takes_them_back() -> None:
-    """A null in a job means `as if it stood in neither place`."""
-    defaults = "  branch_id: '1'\n  mode: debug\n  paused: yes\n  variables: {region: eu}\n"
-    own = job_with("branch_id: 2\nmode: run\npaused: no\nvariables: {dataset: x}", defaults)
-    back = job_with("branch_id: null\nmode:\npaused: ~\nvariables: null", defaults)
-    chosen = [(j.branch_id, j.mode, j.paused, j.variables) for j in (own, back)]
-    assert chosen == [("2", "run", False, (("dataset", "x"),)), (None, "run", False, ())]
-
-
-def test_what_defaults_bring_in_vain_is_left_out() -> None:
-    """Of defaults a job takes what goes with its own keys: jobs of both kinds share them."""
-    defaults = "  since: 2026-11-25\n  group_by: day\n  settle: 5m\n  retry_on_error: 2\n"
-    plain = job_with("follow: false\nbatch_ids: [batch_a]", defaults)
-    assert (plain.since, plain.group_by, plain.retry_on_error) == (0.0, None, 0)
-    found = job_with("match: {a: b}\ngroup_size: 3", defaults)
-    assert (found.group_by, found.group_size, found.settle) == ("day", "3", 900)
+def test_what_defaults_cannot_bring_together_is_refused() -> None:
+    """Of two keys that exclude each other none is dropped silently where both are in defaults."""
+    defaults = "  group_by: day\n  group_size: 3\n  settle: 5m\n  follow: no\n  retry_on_error: 1\n"
+    job = "jobs:\n  nightly: {match: {a: b}, since: 2026-11-25}\n"
+    assert messages(GOOD + defaults + job) == [
+        "11:3: defaults.settle: settle beside group_size; keep one of them",
+        "13:3: defaults.retry_on_error: retry_on_error beside follow: false; keep one of them",
+    ]
 
 
 def test_optional_parts_may_be_null() -> None:

@@ -223,6 +223,42 @@ def test_what_must_be_shown_nowhere(with_key: Place) -> None:
     assert with_key.refusal().startswith('4:1: the key "***" is not known; ')
 
 
+LONG = "S3CR3T-" + "x" * 60
+MISPLACED = [
+    "poll_interval: {}", "mode: {}", "since: {}", "config_id: {}!", "batch_ids: [{}!, {}!]",
+    "variables: {{{}!: 1}}", "follow: {}", "{}: 1", "{{{}: 1, {}: 2}}", "match: {{{}: [1]}}",
+    "paused: &{} *{}", "mode: !{} x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", MISPLACED)
+@pytest.mark.parametrize("value", ["S3CR3T-short", LONG])
+def test_a_token_in_a_wrong_place(value: str, written: str, place: Place) -> None:
+    """A known token that stands among keys, names or values is shown nowhere, not even a part."""
+    place.write_config("env: OPENAI")
+    place.env["OPENAI"] = value
+    place.load()
+    text = written.replace("{}", value).replace("{{", "{").replace("}}", "}")
+    body = text if text.startswith("{") else f"{{{text}}}"
+    for name in ("a", value, f"a/{value}"):
+        secrets = "secrets: {prod: {type: openai, env: OPENAI}}"
+        place.config.write_text(f"{secrets}\njobs:\n  {name}: {body}\n", encoding="ascii")
+        refusal = place.refusal()
+        assert ("S3CR3T" in refusal, "; " in refusal) == (False, True)
+
+
+def test_a_long_text_is_shown_whole_or_not_at_all(place: Place) -> None:
+    """Half of a token that is not known yet would not be masked later, when it is known."""
+    place.write_config("env: OPENAI")
+    place.env["OPENAI"] = "sk-1"
+    with place.config.open("a", encoding="ascii") as file:
+        file.write(f"state: &{LONG} a\nlog: {{level: {LONG}, format: {'x' * 60}}}\n")
+    assert [line.partition(": ")[2] for line in place.refusal().splitlines()] == [
+        'log.level: "***" is not one of them; write debug, info, warning or error',
+        f'log.format: "{"x" * 60}" is not one of them; write auto, console or json',
+    ]
+
+
 def test_three_places_of_the_key_in_order(place: Place, tmp_path: Path) -> None:
     """The environment wins over the service manager's credential, and that one over key_file."""
     credentials = tmp_path / "credentials"
