@@ -1,45 +1,32 @@
 #!/usr/bin/env python3
-"""TeckoChecker: when OpenAI has finished a team's batches, their Keboola job starts, once.
+"""TeckoChecker: when OpenAI has finished a team's batches, their Keboola job runs, once, by itself.
 
-One asyncio process reads jobs and encrypted secrets from a YAML file that people edit, looks at the
-OpenAI batches of each job (1 to 10) until all have ended, starts the job's Keboola configuration
-once, and remembers what it did in a SQLite file. It opens no network port.
+One asyncio process reads jobs and encrypted secrets from a YAML file that people edit, polls the
+OpenAI batches of each job until all are finished, starts the job's Keboola configuration once,
+follows the Keboola job to its end, and keeps what it did in a SQLite file. It opens no port.
 
-    config.yaml --> Config --> Setup --+                       (3, 4: read, check, decrypt)
-                                       v
-    OpenAI  <-- look -->  Engine: decide what to do next  <--> State (SQLite)     (5, 6, 7, 8)
-                                       |               |
-              intent, search, sending, POST, result    +-----> webhooks, page, metrics  (8, 9)
-                                       v
-                                    Keboola                                       (5, 7, 8)
+    config.yaml --> Config, secrets                                            (2, 3)
+                        |
+    OpenAI --batches--> Engine: decide (4), commit (5), act (6, 7) <--> state file (SQLite)
+                        |                                                    |
+                        +--> Keboola: search, start, follow                 +--> status, logs, page,
+                                                                                  webhooks (8, 9)
+Run it: `teckochecker.py --config config.yaml` is the daemon, in the foreground; with `--once` it
+makes one pass, for cron; `teckochecker.py status` shows what it knows; --help has the others.
 
-Run it:
+Sections: 1 Errors and model - 2 Config - 3 Secrets - 4 Decisions - 5 Store and lock - 6 Http and
+Keboola - 7 Engine - 8 Showing - 9 Commands - 10 Command line. Each uses only what stands above it.
+Start with `Run` (1), the picture at the top of 4, and `drive_run` (7).
 
-    teckochecker.py --config config.yaml            the daemon, in the foreground
-    teckochecker.py --config config.yaml --once     one pass, for cron
-    teckochecker.py status                          what it knows; see --help for the other commands
-
-Sections: 1 Errors - 2 Model - 3 Config - 4 Secrets - 5 Decisions - 6 State - 7 OpenAI and Keboola -
-8 Daemon - 9 Publishing - 10 Commands - 11 main. Each uses only what stands above it. Where to look
-first: the decisions of the trigger are `next_step` and its neighbours (5), its steps `Carrier` (8).
-
-Exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config error; 75 another
-instance holds the state file; 130 interrupted.
+Exit codes: 0 fine; 1 something needs attention, or the command could not do it; 2 usage or config
+error; 75 another instance holds the state file; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import gc
-
-# What is imported stays. To look for garbage among it, now or ever, would be an eighth of a pass
-# of --once that finds nothing to do.
-gc.disable()
-
 import argparse
 import asyncio
 import base64
-import binascii
-import bisect
 import collections
 import contextlib
 import email.utils
@@ -58,6 +45,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import shlex
@@ -69,50 +57,76 @@ import ssl
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
-import unicodedata
+import traceback
 import urllib.parse
-import zlib
-from collections.abc import (
-    Callable,
-    Collection,
-    Container,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
-from dataclasses import astuple, dataclass, field, fields, replace
+import urllib.request
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Final, NoReturn
 
+import httpx
+import structlog
+import tenacity
 import yaml
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
-# What a pass of --once without work can do without is imported where it is used.
-if TYPE_CHECKING:
-    import httpx
-    import structlog
-    import tenacity
-    from cryptography.fernet import Fernet
-
-gc.freeze()
-gc.enable()
-
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 MINUTE_S: Final = 60
 HOUR_S: Final = 3600
 DAY_S: Final = 86400
-LAST_S: Final = 253402300799.0  # the last second that has a date: 9999-12-31T23:59:59Z
-MAX_PROBLEMS: Final = 1000  # of one config, that a person is shown
 
 # ==================================================================================================
-# 1. Errors: what a person is told, in one line, with the next step
+# 1. Errors and model: what a person is told, and the nouns. No I/O here
 # ==================================================================================================
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """Return one printable line of valid Unicode, at most `limit` characters long."""
+    text = text[: 4 * limit]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def quoted(text: str) -> str:
+    return f'"{one_line(text, 60)}"'
+
+
+def counted(n: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
+
+
+def compact_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def rfc3339(unix_s: float | None) -> str | None:
+    """Return a Unix time as RFC 3339 in UTC, to the second."""
+    if unix_s is None or not math.isfinite(unix_s):
+        return None
+    within = min(max(unix_s, 0.0), 253402300799.0)  # the last second that has a date
+    return datetime.fromtimestamp(int(within), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def show_duration(seconds: float) -> str:
+    """Return seconds as the config writes them, the two largest units: `1h30m`."""
+    rest = max(0, round(seconds))
+    parts = []
+    for unit, size in (("d", DAY_S), ("h", HOUR_S), ("m", MINUTE_S), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts[:2]) or "0s"
 
 
 class TeckoError(Exception):
@@ -121,123 +135,71 @@ class TeckoError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
-
-    def __str__(self) -> str:
-        message = super().__str__()
-        return f"{message}; {self.hint}" if self.hint else message
+        super().__init__(f"{message}; {hint}" if hint else message)
 
 
 class UsageError(TeckoError):
-    """The command line asks for something that is not there."""
+    """A command line or a config that cannot be meant; nothing was done."""
 
     exit_code = 2
 
 
-class ConfigError(TeckoError):
+class ConfigError(UsageError):
     """Everything that is wrong with a config, one `Problem` a line."""
 
-    exit_code = 2
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(sorted(problems, key=lambda p: p.place))
-        lines = [str(problem) for problem in self.problems[:MAX_PROBLEMS]]
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(problems, key=lambda p: (p.line, p.column))
+        lines = [str(problem) for problem in self.problems[:1000]]
         more = len(self.problems) - len(lines)
         super().__init__("\n".join([*lines, f"and {more} more problems"] if more else lines))
 
 
 class LockedError(TeckoError):
-    """Another process acts on the same state file."""
-
     exit_code = 75
 
 
 class StateError(TeckoError):
-    """The state file cannot be used as it is: damaged, too new, replaced, not readable."""
+    """The state file cannot be used as it is: damaged, of another version, replaced, unreadable."""
 
 
 class StorageError(TeckoError):
     """One transaction did not get through (full disk, locked file); nothing of it is stored."""
 
 
+@dataclass(eq=False)
 class ApiError(TeckoError):
-    """A request that did not bring what was asked for.
+    """A request that did not bring what was asked for."""
 
-    `retryable` says whether the same request may do better in a moment, `retry_after_s` how long
-    the server wants it to wait, `status` the HTTP status where there was one. `sent` is False only
-    where it is certain that the server saw nothing of the request.
-    """
+    message: str
+    status: int | None = None  # of HTTP, where there was an answer
+    retryable: bool = False  # the same request may do better in a moment
+    retry_after_s: float | None = None  # how long the server wants it to wait
+    sent: bool = True  # False only where it is certain that the server saw nothing of it
+    request_id: str = ""
 
-    def __init__(  # noqa: PLR0913 - all but the message are optional facts
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        retryable: bool = False,
-        retry_after_s: float | None = None,
-        sent: bool = True,
-        request_id: str = "",
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retryable = retryable
-        self.retry_after_s = retry_after_s
-        self.sent = sent
-        self.request_id = request_id
+    def __str__(self) -> str:
+        return self.message
 
 
-class TooLargeError(ApiError):
-    """An answer that is over the cap."""
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a config: where (line and column count from 1), what, and the cure."""
 
+    file: str
+    line: int
+    column: int
+    path: str
+    what: str
+    cure: str
 
-# ==================================================================================================
-# 2. Model: the nouns. No I/O here
-# ==================================================================================================
-
-
-class BatchStatus(enum.StrEnum):
-    """The statuses of OpenAI's Batch API; another one is kept as the text that came."""
-
-    VALIDATING = "validating"
-    IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"
-    CANCELLING = "cancelling"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    EXPIRED = "expired"
-    CANCELLED = "cancelled"
-
-
-TERMINAL: Final = frozenset(
-    {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
-)
-KNOWN_STATUSES: Final = frozenset(BatchStatus)
-
-
-class JobStatus(enum.StrEnum):
-    """What `status` says of a job."""
-
-    ACTIVE = "active"
-    PAUSED = "paused"
-    TRIGGERING = "triggering"
-    COMPLETED = "completed"
-    COMPLETED_WITH_FAILURES = "completed_with_failures"
-    FAILED = "failed"
-
-
-class TriggerState(enum.StrEnum):
-    """How far a trigger has come; see `next_step`."""
-
-    INTENT = "intent"  # decided and recorded; Keboola has certainly not seen it
-    SENDING = "sending"  # the POST may be on its way
-    SENT = "sent"  # the Keboola job's id is known
-    REJECTED = "rejected"  # Keboola said no
-    UNKNOWN = "unknown"  # the POST's outcome is not known: only a search can tell
+    def __str__(self) -> str:
+        what = f"{self.path}: {self.what}" if self.path else self.what
+        text = one_line(f"{what}; {self.cure}", 1000)
+        return f"{self.file}:{self.line}:{self.column}: {text}"
 
 
 class Secret:
-    """A token that cannot be printed by accident; `reveal` is the only way to its value."""
+    """A token that cannot be printed, copied or stored by accident; `reveal` tells its value."""
 
     __slots__ = ("_value",)
 
@@ -245,14 +207,13 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """Return the value, for a request header."""
         return self._value
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._value.encode("utf-8", "replace")).hexdigest()
 
     def __repr__(self) -> str:
         return "Secret(***)"
-
-    def __format__(self, spec: str) -> str:
-        return repr(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and other._value == self._value
@@ -264,430 +225,235 @@ class Secret:
         raise TypeError("a Secret is not for storing")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """Where something stands in a file; line and column count from 1."""
-
-    line: int = 1
-    column: int = 1
-
-
-def one_line(text: str, limit: int = 500) -> str:
-    """Return `text` as one printable line of valid Unicode, at most `limit` characters long."""
-    text = text[: 4 * limit]
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " for c in text)
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong with a config: where, what, and what to write instead."""
-
-    file: str
-    place: Place
-    path: str
-    what: str
-    cure: str
-
-    def __str__(self) -> str:
-        subject = f"{self.path}: " if self.path else ""
-        text = f"{subject}{self.what}; {self.cure}"
-        return f"{self.file}:{self.place.line}:{self.place.column}: {one_line(text, 1000)}"
-
-
-@dataclass(frozen=True, slots=True)
-class SecretSource:
-    """Where a secret's value comes from: `value` (Fernet token), `env` or `file`, and its place.
-
-    `text` is a Secret because people first write their tokens in plain. `span` is the character
-    range of the node in the config's text.
-    """
-
-    kind: str
-    text: Secret
-    place: Place
-    span: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAISecret:
-    """An entry under `secrets` with `type: openai`."""
-
-    kind: ClassVar[str] = "openai"
-
-    name: str
-    source: SecretSource
-    base_url: str
-    organization: str | None = None
-    project: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KeboolaSecret:
-    """An entry under `secrets` with `type: keboola`: a token is valid on one stack only."""
-
-    kind: ClassVar[str] = "keboola"
-
-    name: str
-    source: SecretSource
-    stack_url: str
-
-
-@dataclass(frozen=True, slots=True)
-class WebhookSecret:
-    """An entry under `secrets` with `type: webhook`: its value is an address that takes a POST."""
-
-    kind: ClassVar[str] = "webhook"
-
-    name: str
-    source: SecretSource
-
-
-AnySecret = OpenAISecret | KeboolaSecret | WebhookSecret
-
-
-class Told(enum.StrEnum):
-    """What webhooks can be told, in the order of how much a person is needed."""
-
-    JOB_FAILED = "job_failed"
-    TRIGGER_UNKNOWN = "trigger_unknown"
-    ACCOUNT_FAILING = "account_failing"
-    CONFIG_REJECTED = "config_rejected"
-    COMPLETED_WITH_FAILURES = "completed_with_failures"
-    COMPLETED = "completed"
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """An entry under `notify`: the webhook that is told, and of which events."""
-
-    secret: str
-    events: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The Keboola configuration that a job starts."""
-
-    stack_url: str
-    component_id: str
-    config_id: str
-    branch_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A job as the config has it, with `defaults` filled in."""
-
-    name: str
-    batch_ids: tuple[str, ...]
-    openai_secret: str
-    keboola_secret: str
-    component_id: str
-    config_id: str
-    branch_id: str | None = None
-    config_row_ids: tuple[str, ...] = ()
-    mode: str = "run"
-    variables: tuple[tuple[str, str], ...] = ()
-    poll_interval_s: int = 30  # see the README on how many requests that takes
-    paused: bool = False
-    done: bool = False  # by something else: nothing is to be started
-
-    @property
-    def rests(self) -> bool:
-        """Whether neither its batches are looked at nor its Keboola job is started."""
-        return self.paused or self.done
-
-
-@dataclass(frozen=True, slots=True)
-class LogSettings:
-    """The config's `log`."""
-
-    level: str = "info"
-    format: str = "auto"
-    retention_s: int = 30 * DAY_S
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The config's `limits`."""
-
-    max_concurrency: int = 10
-    request_timeout_s: int = 30
-    trigger_grace_s: int = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """A config file, read and checked, its secrets still closed."""
-
-    path: Path
-    sha256: str
-    state_path: Path
-    key_path: Path
-    key_place: Place = Place()
-    publish_path: Path | None = None
-    log: LogSettings = LogSettings()
-    limits: Limits = Limits()
-    openai: Mapping[str, OpenAISecret] = field(default_factory=dict)
-    keboola: Mapping[str, KeboolaSecret] = field(default_factory=dict)
-    webhook: Mapping[str, WebhookSecret] = field(default_factory=dict)
-    notify: tuple[Hook, ...] = ()
-    jobs: Mapping[str, Job] = field(default_factory=dict)
-
-    @property
-    def secrets(self) -> Mapping[str, AnySecret]:
-        """All entries of `secrets`, by name."""
-        return {**self.openai, **self.keboola, **self.webhook}
-
-    def target(self, job: Job) -> Target:
-        """Return what `job` starts."""
-        stack_url = self.keboola[job.keboola_secret].stack_url
-        return Target(stack_url, job.component_id, job.config_id, job.branch_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """A config with its secrets opened: what the daemon runs with, swapped as one reference."""
-
-    config: Config
-    secrets: Mapping[str, Secret]
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """One OpenAI account: the key and where it is used."""
-
-    key: Secret
-    base_url: str
-    organization: str | None
-    project: str | None
+# How far a batch has come (OpenAI's API reference, the batch object). 3: it is finished.
+STATUS_RANK: Final = {
+    "validating": 0,
+    "in_progress": 1,
+    **dict.fromkeys(("finalizing", "cancelling"), 2),
+    **dict.fromkeys(("completed", "failed", "expired", "cancelled"), 3),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is known of one batch. Times are Unix seconds as OpenAI reported them."""
+    """An OpenAI batch as last known. Times are Unix seconds; those but the last are OpenAI's."""
 
     id: str
-    status: str | None = None  # None: not looked at yet
+    status: str | None = None  # None: not polled yet. An unknown one is kept as it came
     total: int | None = None
     completed: int | None = None
     failed: int | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None
     created_at: float | None = None
+    expires_at: float | None = None
     ended_at: float | None = None
-    error: str | None = None
-    fileless_since: float | None = None  # it has ended, and its files are still waited for
+    error: str | None = None  # the first message of its `errors`
+    files_due_at: float | None = None  # finished, but counts requests whose file may yet come
 
     @property
     def is_terminal(self) -> bool:
-        """Whether it has ended, with all that is to be told of it."""
-        return self.status in TERMINAL and self.fileless_since is None
+        return STATUS_RANK.get(self.status or "") == 3
 
     @property
-    def lacks_files(self) -> bool:
-        """Whether it has ended without a file that its counts promise."""
-        return self.status in TERMINAL and bool(
-            (self.completed and not self.output_file_id) or (self.failed and not self.error_file_id)
-        )
+    def is_final(self) -> bool:
+        """Whether nothing more is expected of it."""
+        return self.files_due_at is None and self.is_terminal
+
+    @property
+    def has_failed(self) -> bool:
+        return self.is_terminal and self.status != "completed"
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """A page of an account's list of batches, which is newest first.
+class SecretEntry:
+    """An entry under `secrets`: its type, where its value comes from, and where it is used."""
 
-    `ids` are those of all rows, `batches` the watched ones among them. The times are when the first
-    and the last row were created, in Unix seconds.
-    """
-
-    ids: Sequence[str]
-    batches: Mapping[str, Batch]
-    newest_at: float | None
-    oldest_at: float | None
-    has_more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A time that can be measured from after a restart, whatever the clock was set to meanwhile.
-
-    `uptime_s` counts since the machine's boot, and `boot` tells one boot from another; where the
-    system does not say, `boot` is empty, and only the wall clock is left.
-    """
-
-    wall: float
-    boot: str = ""
-    uptime_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Trigger:
-    """One start of a Keboola job, from the decision to the job's id. Times are Unix seconds.
-
-    Until it was `sending` once, it follows the config; from then on `target`, `project_id` and
-    `payload` stay what they were. `project_id` is Keboola's, None until it is asked for. `basis` is
-    a digest of what the trigger was made from: a new one arms a rejected one again. `unknowns`
-    counts the POSTs in a row whose outcome is unknown, `asked_wait_s` is what the server asked for
-    with the last one, and `said` is what came of it.
-    """
-
-    id: str
-    rerun: int
-    state: TriggerState
-    target: Target
-    secret: str
-    payload: str
-    basis: str
-    created_at: float
-    sending_at: float | None = None
-    unknown_at: float | None = None
-    unknown_boot: str = ""
-    unknown_uptime_s: float = 0.0
-    clear_searches: int = 0
-    forced: bool = False
-    failures: int = 0
-    next_try_at: float | None = None
-    sent_at: float | None = None
-    keboola_job_id: str | None = None
-    keboola_status: str | None = None
-    url: str | None = None
-    error: str | None = None
-    project_id: str | None = None
-    unknowns: int = 0
-    asked_wait_s: float = 0.0
-    said: str | None = None
-
-    @property
-    def follows_config(self) -> bool:
-        """Whether Keboola has certainly not seen it: a mistyped stack or token is corrected."""
-        return self.state == TriggerState.INTENT and self.sending_at is None
-
-    @property
-    def made_of(self) -> tuple[object, ...]:
-        """What it takes from the config."""
-        return self.target, self.secret, self.payload, self.basis
-
-    @property
-    def unknown_since(self) -> Moment | None:
-        """When the outcome of the POST was recorded as unknown."""
-        if self.unknown_at is None:
-            return None
-        return Moment(self.unknown_at, self.unknown_boot, self.unknown_uptime_s)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A piece of work: a job's name and its set of batch ids, with all that is known of it."""
-
-    id: int
     name: str
-    batches: tuple[Batch, ...]
-    target: Target
-    position: int | None  # its place among the config's jobs; None: not in the config
-    paused: bool = False
-    done: bool = False
-    rerun: int = 0
-    error: str | None = None
-    failures: int = 0
-    last_check_at: float | None = None
-    next_check_at: float | None = None
-    completed_at: float | None = None
-    trigger: Trigger | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether every batch has ended, which is when the Keboola job is due."""
-        return all(batch.is_terminal for batch in self.batches)
-
-    @property
-    def is_finished(self) -> bool:
-        return self.trigger is not None and self.trigger.state == TriggerState.SENT
+    type: str
+    source: str  # value (a Fernet token), env or file
+    text: Secret  # what stands there: people first write their tokens in plain
+    line: int
+    column: int
+    base_url: str = "https://api.openai.com/v1"
+    organization: str | None = None
+    project: str | None = None
+    auth_header: str = "Authorization"
+    api_version: str | None = None
+    stack_url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A `retry` that someone asked for, and what the work was like when they did."""
+class Target:
+    """The Keboola configuration that a run starts. `project` is "" until Keboola has named it."""
+
+    stack_url: str
+    component_id: str
+    config_id: str
+    branch_id: str = ""
+    project: str = ""
+
+    def __str__(self) -> str:
+        branch = f", branch {self.branch_id}" if self.branch_id else ""
+        return f"{self.component_id} {self.config_id}{branch} on {self.stack_url}"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An entry under `jobs`, with `defaults` filled in. Durations are seconds."""
+
+    name: str
+    openai_secret: str
+    keboola_secret: str
+    component_id: str
+    config_id: str
+    batch_ids: tuple[str, ...] = ()
+    match: tuple[tuple[str, str], ...] = ()
+    since: float = 0.0  # Unix seconds
+    group_by: str | None = None
+    group_size: str | None = None  # a number as text, or metadata.KEY
+    settle: int = 15 * MINUTE_S
+    branch_id: str | None = None
+    config_row_ids: tuple[str, ...] = ()
+    mode: str = "run"
+    variables: tuple[tuple[str, str], ...] = ()
+    poll_interval: int = 30
+    trigger_on: str = "all_terminal"
+    deadline: int | None = None
+    on_deadline: str = "alert"
+    follow: bool = True
+    retry_on_error: int = 0
+    paused: bool = False
+    done: bool = False  # something else has started it: nothing is to be done
+
+    @property
+    def rests(self) -> bool:
+        """Whether neither its batches are polled nor its Keboola job is started."""
+        return self.paused or self.done
+
+    @property
+    def match_key(self) -> str:
+        """What tells one way of finding batches from another; "" for batch_ids."""
+        return compact_json([sorted(self.match), self.group_by]) if self.match else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A config file, read and checked, its secrets not opened. Durations are seconds."""
+
+    path: Path
+    sha256: str
+    state_path: Path
+    key_path: Path
+    key_line: int = 1
+    key_column: int = 1
+    publish_path: Path | None = None
+    log_level: str = "info"
+    log_format: str = "auto"
+    retention: int = 30 * DAY_S
+    max_concurrency: int = 10
+    request_timeout: int = 30
+    trigger_grace: int = 60
+    follow_interval: int = 30
+    secrets: Mapping[str, SecretEntry] = field(default_factory=dict)
+    notify: tuple[tuple[str, tuple[str, ...]], ...] = ()  # a webhook's secret, and its events
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+
+    def target(self, job: Job) -> Target:
+        stack_url = self.secrets[job.keboola_secret].stack_url
+        return Target(stack_url, job.component_id, job.config_id, job.branch_id or "")
+
+    def of_type(self, kind: str) -> list[str]:
+        return [name for name, secret in self.secrets.items() if secret.type == kind]
+
+
+class Phase(enum.StrEnum):
+    """How far a run has come; see the picture at the top of section 4."""
+
+    POLLING = "polling"  # not all batches are finished, or the group is not whole
+    REFUSED = "refused"  # all are, but the job's policy says no
+    INTENT = "intent"  # to be started; a search for an earlier start comes first
+    SENDING = "sending"  # the POST may be on its way
+    UNKNOWN = "unknown"  # the POST's outcome is not known: only a search can tell
+    REJECTED = "rejected"  # Keboola said no
+    SENT = "sent"  # the Keboola job exists and is followed
+    FINISHED = "finished"  # the Keboola job is finished (follow: false: was started)
+
+
+@dataclass(frozen=True, slots=True)
+class BootTime:
+    """A time that can be measured from after a restart, whatever the clock was set to meanwhile."""
+
+    wall: float  # Unix seconds
+    boot: str = ""  # which boot of the machine; empty where the system does not say
+    uptime_s: float = 0.0  # since that boot
+
+    def until_s(self, now: BootTime) -> float:
+        """Return how many seconds have certainly passed: over a reboot, `now`'s uptime at most."""
+        if self.boot and self.boot == now.boot:
+            return max(0.0, now.uptime_s - self.uptime_s)
+        by_clock_s = max(0.0, now.wall - self.wall)
+        return min(by_clock_s, now.uptime_s) if now.boot else by_clock_s
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One set of batches of a job that leads to one Keboola job: one row, its trigger inside.
+
+    Times are Unix seconds. From the first POST on, `target` and `payload` are those that were sent,
+    whatever the config says; before, they follow it.
+    """
 
     id: int
     job: str
-    force: bool
-    rerun: int
-    was_finished: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One line of the log: a stable snake_case fact and its fields."""
-
-    name: str
-    level: str = "info"
-    job: str | None = None
-    fields: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class LogRow:
-    """An event as the state file keeps it; `at` is Unix seconds."""
-
-    id: int
-    at: float
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """How the requests with one secret have fared since the state file began. Unix seconds."""
-
-    service: str  # the secret's type
-    requests: int = 0
-    errors: int = 0  # of the requests: all that brought no 2xx
-    last_success_at: float | None = None
-    refused_since: float | None = None  # the server has refused the key ever since,
-    last_refused_at: float | None = None  # and did so the last time then
-    error: str | None = None  # what became of the last request, if it failed
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What webhooks are told of an event, once; and with `is_over` once more, when it is over.
-
-    `subject` tells it from the same event elsewhere: the number of a piece of work, or a secret.
-    """
-
-    event: Told
-    subject: str
-    text: str
-    job: str | None = None
-    is_over: bool = False
+    target: Target
+    group: str = ""  # "" for a job with batch_ids
+    batches: tuple[Batch, ...] = ()
+    phase: Phase = Phase.POLLING
+    rerun: int = 0
+    trigger_id: str = ""
+    payload: str = ""
+    input_digest: str = ""  # of what Keboola judged: another one arms a rejected run again
+    next_at: float = 0.0  # when its next poll, search or follow is due; inf: not by itself
+    failures: int = 0  # in a row, of whatever is due
+    error: str | None = None
+    error_since: float | None = None
+    attention: str = ""  # the event that told what needs a person, until it is over
+    forced: bool = False  # a person said `retry --force`
+    posts: int = 0
+    post_error: str | None = None  # what became of the last POST
+    repeat_after_s: float = 0.0  # how long an unknown outcome waits before the POST is repeated
+    unknown_since: BootTime | None = None
+    empty_searches: int = 0
+    retries: int = 0  # after a Keboola job that ended in error
+    sending_at: float | None = None  # the first POST of this rerun
+    sent_at: float | None = None
+    keboola_job_id: str | None = None
+    keboola_status: str | None = None
+    keboola_error: str | None = None
+    url: str | None = None
+    size: str = ""  # what the batches' metadata says of the group's size
+    joined_at: float | None = None  # when the last batch was first seen
+    intended_at: float | None = None  # when it was to be started
+    deadline_told: bool = False
+    last_check_at: float | None = None
+    finished_at: float | None = None
 
     @property
-    def lasts(self) -> bool:
-        """Whether it is something that will be over some day."""
-        return self.event not in {Told.COMPLETED, Told.COMPLETED_WITH_FAILURES}
+    def name(self) -> str:
+        return f"{self.job}/{self.group}" if self.group else self.job
 
+    @property
+    def may_be_at_keboola(self) -> bool:
+        """Whether it goes on to its end also without its job: Keboola may have it."""
+        is_open = self.sending_at is not None and self.phase is not Phase.FINISHED
+        return is_open or self.phase is Phase.SENT
 
-@dataclass(frozen=True, slots=True)
-class Mail:
-    """Messages, and what is to be posted for them: names of webhooks with JSON bodies."""
-
-    messages: Sequence[Message] = ()
-    copies: Sequence[tuple[str, str]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """A message on its way to one webhook. Times are Unix seconds."""
-
-    id: int
-    at: float
-    secret: str
-    body: str
-    failures: int
-    next_try_at: float
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has come to an end that nobody wanted."""
+        refused = self.phase in {Phase.REFUSED, Phase.REJECTED}
+        return refused or (self.phase is Phase.FINISHED and self.error is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -696,3016 +462,2349 @@ class KeboolaJob:
 
     id: str
     status: str | None
-    url: str | None
+    is_finished: bool
+    project: str
+    message: str | None  # of its result
     created_time: datetime | None
     trigger_id: str | None
 
 
-def quoted(text: str) -> str:
-    """Return a user's text in quotes, on one line, not too long for a message."""
-    return f'"{one_line(text, 60)}"'
+# Every event: its name, its level, the groups by which webhooks may name it, and its sentence.
+EVENTS: Final[Mapping[str, tuple[str, str, str]]] = {
+    name: (level, groups, sentence)
+    for name, level, groups, sentence in (
+        line.split(maxsplit=3)
+        for line in """
+daemon_started            info    -         version {version} runs as pid {pid}: {what_text}
+daemon_stopped            info    -         teckochecker stopped
+config_loaded             info    -         config loaded: {changes_text}
+config_warning            warning -         {warning}
+config_rejected           error   attention the config has problems, an older one counts: {problem}
+config_rejected_recovered info    attention the config file is good again
+account_failing           error   attention {error}
+account_failing_recovered info    attention the secret {secret} works again, or is no longer used
+list_not_usable           warning -         the list of {secret} is not used for a while: {error}
+list_usable               info    -         the list of batches of {secret} is used again
+find_failed               warning -         new batches of {secret} cannot be found: {error}
+find_recovered            info    -         new batches of {secret} are found again
+run_found                 info    -         {batch_id} begins a new run
+batch_joined              info    -         {batch_id} joins, {count} batches now
+late_batch                warning -         {batch_id} came after the start, and starts nothing
+batch_without_group       warning -         {batch_id} has no {group_by} in its metadata
+batch_status_changed      info    -         {batch_id} {status}{counts_text}
+batch_status_unknown      warning -         {batch_id} has the unknown status {status}
+poll_failed               warning -         {error}
+poll_recovered            info    -         polls succeed again
+poll_failing              warning attention polls have failed for over ten minutes: {error}
+poll_failing_recovered    info    attention polls do not fail any more
+group_size_unclear        warning attention {error}
+group_size_unclear_recovered info attention the size of the group is clear now
+deadline_passed           warning attention the deadline has passed: {pending} of {count} unfinished
+deadline_passed_recovered info    attention the batches are finished, after the deadline
+trigger_intended          info    -         will start {target}
+trigger_search_failed     warning -         {error}
+trigger_sending           info    -         starting {target}
+trigger_not_sent          warning -         {error}
+trigger_unknown           warning -         {error}; Keboola is searched before a repeat
+trigger_rejected          error   -         Keboola rejected the start: {error}
+trigger_sent              info    -         started Keboola job {keboola_job_id} {url}
+trigger_found             info    -         found its Keboola job {keboola_job_id} {url}
+trigger_left_open         warning -         the process ends before Keboola's answer has come
+trigger_overdue           error   attention its Keboola job should have started by now: {error}
+trigger_overdue_recovered info    attention its Keboola job is known now
+keboola_job_unreadable    warning -         Keboola job {id} counts as another's: {error}
+keboola_job_status        info    -         Keboola job {keboola_job_id} is {status}
+keboola_job_retried       warning -         {error}; it is started again in {wait}
+follow_failed             warning -         cannot follow Keboola job {keboola_job_id}: {error}
+follow_failing            warning attention its Keboola job cannot be followed: {error}
+follow_failing_recovered  info    attention its Keboola job can be followed again
+completed                 info    finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
+completed_with_failures   warning finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
+job_failed                error   attention,finished failed: {error} {url}
+job_failed_recovered      info    attention it is not failed any more
+retry_taken               info    -         a person asked for a retry{how}
+retry_refused             warning -         a person asked for a retry, but {why}
+jobs_need_attention       warning -         attention is needed: {runs}
+state_is_older            warning -         the state file does not know the last POST: {wait_s} s
+state_write_failed        error   attention {error}
+state_write_failed_recovered info attention the state file can be written again
+clock_changed             warning -         the clock was set by {seconds} s, and all waits with it
+watch_failed              warning -         the config's directory cannot be watched: {error}
+notify_failed             warning -         the webhook {secret} cannot be told yet: {error}
+notify_dropped            warning -         the webhook {secret} is not told of an event: {why}
+publish_failed            warning -         cannot publish to {directory}: {error}
+publish_recovered         info    -         files are published again
+library_warning           warning -         {logger}: {message}
+internal_error            error   -         a bug was met in {where}: {error}
+""".strip().splitlines()
+    )
+}
 
 
-def compact_json(value: object) -> str:
-    """Return JSON without spaces, in ASCII."""
-    return json.dumps(value, separators=(",", ":"))
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the log: a stable name, a level, whom it is about, fields and a sentence."""
+
+    name: str
+    level: str
+    job: str | None
+    run: str | None
+    fields: Mapping[str, Any]
+    text: str
+    at: float = 0.0  # Unix seconds, once it is stored
+    id: int = 0
+
+    @classmethod
+    def of(cls, name: str, run: Run | None = None, level: str = "", /, **fields_: object) -> Event:
+        """Return an event with its sentence; a field named `..._text` is for that alone."""
+        usual, _, sentence = EVENTS[name]
+        words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})
+        text = one_line(sentence.format_map(words), 2000)
+        told = {key: value for key, value in fields_.items() if not key.endswith("_text")}
+        if run is None:
+            return cls(name, level or usual, None, None, told, text)
+        return cls(name, level or usual, run.job, run.name, told, f"{run.name}: {text}")
+
+    def document(self) -> dict[str, Any]:
+        head = {"time": rfc3339(self.at), "level": self.level, "event": self.name}
+        about = {"job": self.job, "run": self.run} if self.job else {}
+        return {**head, "text": self.text, **about, **self.fields}
 
 
-def rfc3339(unix_s: float | None) -> str | None:
-    """Return a Unix time as RFC 3339 in UTC, to the second."""
-    if unix_s is None:
-        return None
-    within = min(max(unix_s, 0.0), LAST_S)
-    return datetime.fromtimestamp(int(within), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
+Change = tuple[Run, list[Event]]
 
 # ==================================================================================================
-# 3. Config: text in, Config out; every problem with its place and its cure
+# 2. Config: text in, Config out; every problem with its place and its cure
 # ==================================================================================================
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
 MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down at some 30,000
-TOO_DEEP: Final = (f"nests deeper than {MAX_DEPTH}", "flatten it")
-MAX_NODES: Final = 1_000_000  # 10,000 jobs have some 400,000
-MAX_ALIAS_NODES: Final = 250_000  # what aliases may add: 10,000 jobs with twelve merged keys each
-BYTE_ORDER_MARK: Final = "\ufeff"
-MIN_GRACE_S: Final = 30
-OPENAI_URL: Final = "https://api.openai.com/v1"
-DEFAULT_STATE: Final = "teckochecker.db"
-DEFAULT_KEY: Final = "teckochecker.key"
 
-_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
-_YAML_TAG: Final = "tag:yaml.org,2002:"
-_TEXT_TAGS: Final = ("str", "int", "float", "bool", "timestamp", "value", "merge")
-_TRUTH: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_DURATION = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
+_TAG: Final = "tag:yaml.org,2002:"
+_TAGS: Final = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
+_BAD: Final = object()  # a value that has a problem, which is noted already
 
-_REQUIRED_OF_JOB: Final = (
-    "batch_ids",
-    "openai_secret",
-    "keboola_secret",
-    "component_id",
-    "config_id",
-)
-_BATCH_ID: Final = r"batch_[A-Za-z0-9_-]{1,249}"
-_KEBOOLA_ID: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
-_VARIABLE_NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
-_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-_HEADER_VALUE: Final = r"[!-~]{1,255}"
-
-TRIGGER_ID_VARIABLE: Final = "teckochecker_trigger_id"
-OWN_VARIABLES: Final = (
-    "batch_ids_completed",
-    "batch_ids_failed",
-    "batch_count_total",
-    "batch_count_completed",
-    "batch_count_failed",
-    "batch_statuses",
-    "batch_output_file_ids",
-    "batch_error_file_ids",
-    "teckochecker_job",
-    TRIGGER_ID_VARIABLE,
-)
-
-
-def place_of(mark: Any) -> Place:  # noqa: ANN401 - the two YAML loaders have marks of their own
-    """Return the place of a YAML mark, which counts from 0."""
-    return Place(mark.line + 1, mark.column + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """What could be read of a config, and what is wrong with it; fit for use without problems."""
-
-    config: Config
-    problems: list[Problem]
+# What makes a value of a node: a function, or the readers of a mapping's values.
+Reader = Callable[["YamlNode"], Any] | Mapping[str, Any]
 
 
 @dataclass(slots=True)
-class Cursor:
-    """A node of the YAML tree, the path to it, and the list that its problems go to."""
+class YamlNode:
+    """A node of the YAML tree, and what all nodes of a file share.
+
+    What a method returns where it notes a problem does not count.
+    """
 
     node: yaml.Node
+    key: yaml.Node  # the node itself, where it has none
     path: str
     file: str
     problems: list[Problem]
-    key: yaml.Node | None = None
-
-    @property
-    def place(self) -> Place:
-        return place_of(self.node.start_mark)
-
-    @property
-    def key_place(self) -> Place:
-        """Where the node's key stands, for what is missing or should not be there at all."""
-        return place_of((self.key or self.node).start_mark)
+    secrets: dict[str, SecretEntry | None] = field(default_factory=dict)  # None: with a problem
 
     @property
     def is_null(self) -> bool:
-        return self.node.tag == _YAML_TAG + "null"
+        return bool(self.node.tag == _TAG + "null")
 
-    def bad(self, what: str, cure: str, place: Place | None = None) -> None:
-        """Note a problem here; returns None, for `return at.bad(...)`."""
-        self.problems.append(Problem(self.file, place or self.place, self.path, what, cure))
+    @property
+    def is_mapping(self) -> bool:
+        return isinstance(self.node, yaml.MappingNode)
 
-    def text(self, cure: str) -> str | None:
-        """Return a scalar's text just as written (`0123` stays so), or None and a problem."""
-        if self.is_null:
-            return self.bad("is empty", cure)
-        if not isinstance(self.node, yaml.ScalarNode):
-            return self.bad("is not a single value", cure)
-        if not self._has_tag(_TEXT_TAGS, cure):
-            return None
-        return str(self.node.value).strip()
+    def bad(self, what: str, cure: str, at: yaml.Node | None = None) -> None:
+        """Note a problem, here or at another node; returns None, for `return node.bad(...)`."""
+        mark = (at or self.node).start_mark
+        place = (self.file, mark.line + 1, mark.column + 1, self.path)
+        self.problems.append(Problem(*place, what, cure))
 
-    def _has_tag(self, tags: Iterable[str], cure: str) -> bool:
-        """Check the node's tag: a custom one asks for what this program does not do."""
-        if self.node.tag.removeprefix(_YAML_TAG) in tags:
-            return True
-        self.bad(f"the tag {quoted(self.node.tag)} means nothing here", cure)
-        return False
+    def _is(self, node_type: type[yaml.Node], kind: str, cure: str) -> bool:
+        if not isinstance(self.node, node_type):
+            self.bad(f"is not {kind}", cure)
+        return isinstance(self.node, node_type)
 
-    def items(self, cure: str) -> list[Cursor]:
-        """Return a list's elements, or nothing and a problem."""
-        if not isinstance(self.node, yaml.SequenceNode):
-            self.bad("is not a list", cure)
-            return []
-        if not self._has_tag(("seq",), cure):
-            return []
-        return [self._child(node, f"[{i}]") for i, node in enumerate(self.node.value)]
+    def items(self, cure: str) -> list[YamlNode]:
+        nodes = enumerate(self.node.value if self._is(yaml.SequenceNode, "a list", cure) else ())
+        return [replace(self, node=n, key=n, path=f"{self.path}[{i}]") for i, n in nodes]
 
-    def entries(self, cure: str) -> dict[str, Cursor]:
-        """Return a mapping's values by key, merge keys (`<<`) resolved; duplicates are problems."""
-        if not isinstance(self.node, yaml.MappingNode):
-            self.bad("is not a mapping", cure)
-            return {}
-        if not self._has_tag(("map",), cure):
-            return {}
-        own: dict[str, Cursor] = {}
-        merged: dict[str, Cursor] = {}
-        for key, value in self.node.value:
-            if key.tag == _YAML_TAG + "merge":
-                self._merge(value, merged)
+    def entries(self, cure: str) -> dict[str, YamlNode]:
+        """Return a mapping's values by key, merge keys (`<<`) resolved."""
+        own: dict[str, YamlNode] = {}
+        merged: dict[str, YamlNode] = {}
+        for key, value in self.node.value if self._is(yaml.MappingNode, "a mapping", cure) else ():
+            if key.tag == _TAG + "merge":
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for source in reversed(sources):  # of several, the first one wins
+                    merged |= replace(self, node=source).entries("write << and a mapping")
             elif not isinstance(key, yaml.ScalarNode):
-                self.bad("a key is not a single value", cure, place_of(key.start_mark))
+                self.bad("a key is not a single value", cure, key)
             elif key.value in own:
-                line = own[key.value].key_place.line
-                what = f"the key {self._shown(key.value)} stands here and in line {line}"
-                self.bad(what, "keep one of them", place_of(key.start_mark))
+                line = own[key.value].key.start_mark.line + 1
+                what = f"the key {self.shown(key.value)} stands here and in line {line}"
+                self.bad(what, "keep one of them", key)
             else:
-                own[key.value] = self._child(value, key.value, key)
+                path = f"{self.path}.{key.value}" if self.path else key.value
+                own[key.value] = replace(self, node=value, key=key, path=path)
         return merged | own
 
-    def fields(
-        self, allowed: Iterable[str], cure: str = "write keys and values"
-    ) -> dict[str, Cursor]:
-        """Return a mapping's values by key; a key that is not allowed is a problem."""
-        return self.only(self.entries(cure), allowed)
+    def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
+        """Return what the readers make of a mapping's values: None of null, _BAD of a problem."""
+        for name in nodes.keys() - readers.keys():
+            what = f"the key {self.shown(name)} is not known"
+            self.bad(what, f"allowed here: {', '.join(readers)}", nodes[name].key)
+        values: dict[str, Any] = {}
+        for name in [name for name in readers if name in nodes]:
+            noted_before, node, reader = len(self.problems), nodes[name], readers[name]
+            if node.is_null:
+                values[name] = None
+            elif isinstance(reader, Mapping):
+                values[name] = node.read(node.entries("write keys and values"), reader)
+            else:
+                values[name] = reader(node)
+            if len(self.problems) > noted_before and not isinstance(values[name], dict):
+                values[name] = _BAD
+        return values
 
-    def only(self, entries: Mapping[str, Cursor], allowed: Iterable[str]) -> dict[str, Cursor]:
-        """Return the entries that are allowed here; the others are problems."""
-        names = tuple(allowed)
-        for name, at in entries.items():
-            if name not in names:
-                what = f"the key {self._shown(name)} is not known"
-                self.bad(what, f"allowed here: {', '.join(names)}", at.key_place)
-        return {name: at for name, at in entries.items() if name in names}
+    def shown(self, text: str) -> str:
+        """Return what is written, for a message; what is long, or among secrets, may be a token.
 
-    def _shown(self, key: str) -> str:
-        """Return a key for a message; among secrets it may be a token that someone pasted."""
-        is_plain = not self.path.startswith("secrets.") or re.fullmatch("[a-z_]{1,30}", key)
-        return quoted(key) if is_plain else "written here"
+        Nothing is cut: the redactor, which comes later, would not know the rest.
+        """
+        plain = "[a-z_]{1,30}" if self.path.startswith("secrets.") else "(?s).{,60}"
+        return quoted(text) if re.fullmatch(plain, text) else '"***"'
 
-    def _merge(self, node: yaml.Node, merged: dict[str, Cursor]) -> None:
-        """Add what a merge key brings; of several mappings the first one wins."""
-        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        for source in sources:
-            at = self._child(source, "<<", node)
-            for name, entry in at.entries("merge a mapping or a list of mappings").items():
-                merged.setdefault(name, entry)
+    def text(self, cure: str) -> str | None:
+        """Return a scalar's text just as written (`0123` stays so), or None."""
+        if self.is_null:
+            return self.bad("is empty", cure)
+        is_scalar = self._is(yaml.ScalarNode, "a single value", cure)
+        return str(self.node.value).strip() if is_scalar else None
 
-    def _child(self, node: yaml.Node, name: str, key: yaml.Node | None = None) -> Cursor:
-        joint = "." if self.path and key else ""
-        return Cursor(node, f"{self.path}{joint}{name}", self.file, self.problems, key)
+    def matching(self, pattern: str, kind: str, cure: str) -> str | None:
+        text = self.text(cure)
+        if text is None or re.fullmatch(pattern, text):
+            return text
+        return self.bad(f"{self.shown(text)} is not {kind}" if text else "is empty", cure)
+
+    def keboola_id(self) -> str | None:
+        cure = "copy the id from Keboola: letters, digits, . _ and -"
+        return self.matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", "an id of Keboola's", cure)
+
+    def batch_id(self) -> str | None:
+        cure = "copy the batch id: letters, digits, . _ = and -"
+        return self.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
+
+    def file_path(self) -> str | None:
+        return self.matching(r"[^\0]+", "a path", "write a path")
+
+    def choice(self, *choices: str) -> str | None:
+        words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        return self.matching("|".join(choices), "one of them", f"write {words}")
+
+    def boolean(self) -> bool:
+        text = self.matching("(?i)true|yes|on|false|no|off", "true or false", "write true or false")
+        return str(text).lower() in {"true", "yes", "on"}
+
+    def count(self, least: int, most: int) -> int:
+        numbers = "|".join(map(str, range(least, most + 1)))
+        kind = f"a number from {least} to {most}"
+        return int(self.matching(numbers, kind, "write a whole number") or 0)
+
+    def duration(self, least_s: int, most_s: int) -> int | None:
+        text = self.text("write 30s, 2m or 1h")
+        if text is None:
+            return None
+        units = "".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in "dhms")
+        match = re.fullmatch(units, f"{text}s" if text.isdigit() else text)
+        if not text or not match:
+            return self.bad(f"{self.shown(text)} is not a duration", "write 30s, 2m or 1h")
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        seconds += days * DAY_S + hours * HOUR_S + minutes * MINUTE_S
+        if least_s <= seconds <= most_s:
+            return seconds
+        cure = f"write {show_duration(least_s)} to {show_duration(most_s)}"
+        return self.bad(f"{self.shown(text)} is out of range", cure)
+
+    def wait(self, least_s: int, most_s: int) -> int | None:
+        """Return a duration; shorter ones are for tests, with every stack on a loopback address."""
+        stacks = (secret.stack_url for secret in self.secrets.values() if secret)
+        is_test = all(is_loopback(url) for url in stacks if url)
+        return self.duration(0 if is_test else least_s, most_s)
+
+    def secret_name(self, kind: str) -> str | None:
+        names = [name for name, secret in self.secrets.items() if secret and secret.type == kind]
+        cure = f"write {' or '.join(names)}" if names else "add one under secrets:"
+        name = self.text(cure)
+        if name is None or name in names or self.secrets.get(name, _BAD) is None:
+            return name
+        # Not echoed: it may be a token that stands in the wrong place.
+        return self.bad(f"is not the name of a secret of type {kind}", cure)
+
+    def plain_value(self) -> object:
+        """Return a node as a JSON value; what is no JSON number stays the text that was written."""
+        cure = "write what JSON knows: text, numbers, lists, and mappings with plain keys"
+        if isinstance(self.node, yaml.SequenceNode):
+            return [item.plain_value() for item in self.items(cure)]
+        if self.is_mapping:
+            return {key: item.plain_value() for key, item in self.entries(cure).items()}
+        if self.node.tag == _TAG + "bool":
+            return self.boolean()
+        text = None if self.is_null else self.text(cure)
+        is_number = re.fullmatch(r"-?(0|[1-9]\d{0,15})(\.\d+)?", text or "")
+        return json.loads(text or "") if is_number and self.node.tag != _TAG + "str" else text
 
 
-Reader = Callable[[Cursor], Any]
-T = TypeVar("T")
-
-
-def parse_duration(text: str) -> int | None:
-    """Return the seconds of `30s`, `1h30m`, `7d` or a whole number; None for anything else."""
-    if re.fullmatch("[0-9]{1,12}", text):
-        return int(text)
-    match = _DURATION.fullmatch(text)
-    if not text or not match or len(text) > 30:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return days * DAY_S + hours * HOUR_S + minutes * MINUTE_S + seconds
-
-
-def show_duration(seconds: float) -> str:
-    """Return seconds in the config's notation, the two largest units: `1h30m`."""
-    rest = max(0, round(seconds))
-    parts = []
-    for unit, size in (("d", DAY_S), ("h", HOUR_S), ("m", MINUTE_S), ("s", 1)):
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count}{unit}")
-    return "".join(parts[:2]) or "0s"
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are there and good; the model has a default for the others."""
+    return {key: v for key, v in values.items() if v is not None and v is not _BAD}
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether a URL's host is this machine."""
     host = urllib.parse.urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
 
 
 def url_problem(url: str) -> str | None:
     """Return what is wrong with a server's address, or None."""
     try:
         parts = urllib.parse.urlsplit(url)
-        _ = parts.port
+        is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
     except ValueError:
-        return "is not an address"
-    if re.search(r"[^!-~]", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
+        is_address = False
+    if not is_address or re.search(r"[^!-~]", url):
         return "is not an address"
     if "?" in url or "#" in url or "@" in parts.netloc:
         return "has more than scheme, host, port and path"
-    if parts.scheme == "http" and not is_loopback(url):
-        return "is not https"
-    return None
+    return None if parts.scheme == "https" or is_loopback(url) else "is not https"
 
 
-def webhook_problem(url: str) -> str | None:
-    """Return what is wrong with a webhook's address, whose query may be its password, or None."""
-    return url_problem(url.partition("?")[0])
-
-
-# --- readers: one value each; None where a problem was noted --------------------------------------
-
-
-def read_matching(pattern: str, cure: str) -> Callable[[Cursor], str | None]:
-    """Return a reader of text that matches `pattern` as a whole."""
-    compiled = re.compile(pattern)
-
-    def read(at: Cursor) -> str | None:
-        text = at.text(cure)
-        if text is None or compiled.fullmatch(text):
-            return text
-        return at.bad(f"{quoted(text)} is not one", cure)
-
-    return read
-
-
-def read_choice(*choices: str) -> Callable[[Cursor], str | None]:
-    """Return a reader of one word out of several."""
-
-    def read(at: Cursor) -> str | None:
-        cure = f"write {', '.join(choices[:-1])} or {choices[-1]}"
-        text = at.text(cure)
-        if text is None or text in choices:
-            return text
-        return at.bad(f"{quoted(text)} is not one of them", cure)
-
-    return read
-
-
-def read_duration(least_s: int, most_s: int) -> Callable[[Cursor], int | None]:
-    """Return a reader of a duration within limits, in seconds."""
-
-    def read(at: Cursor) -> int | None:
-        text = at.text("write 30s, 2m or 1h")
-        if text is None:
-            return None
-        seconds = parse_duration(text)
-        if seconds is None:
-            return at.bad(f"{quoted(text)} is not a duration", "write 30s, 2m or 1h")
-        if not least_s <= seconds <= most_s:
-            limits = f"{show_duration(least_s)} to {show_duration(most_s)}"
-            return at.bad(f"{quoted(text)} is out of range", f"write {limits}")
-        return seconds
-
-    return read
-
-
-def read_count(least: int, most: int) -> Callable[[Cursor], int | None]:
-    """Return a reader of a whole number within limits."""
-
-    def read(at: Cursor) -> int | None:
-        cure = f"write a whole number from {least} to {most}"
-        text = at.text(cure)
-        if text is None:
-            return None
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            return at.bad(f"{quoted(text)} is not one", cure)
-        return int(text)
-
-    return read
-
-
-def read_bool(at: Cursor) -> bool | None:
-    """Read true or false."""
-    text = at.text("write true or false")
-    if text is None:
-        return None
-    if at.node.tag != _YAML_TAG + "bool" or text.lower() not in _TRUTH:
-        return at.bad(f"{quoted(text)} is neither true nor false", "write true or false")
-    return _TRUTH[text.lower()]
-
-
-def read_url(at: Cursor) -> str | None:
-    """Read a server's address: https, or http on a loopback address. It is never echoed."""
+def read_url(node: YamlNode) -> str | None:
+    """Read the address of a Keboola stack, or of a server up to what stands before `/batches`."""
     cure = "write https://host (http only on a loopback address)"
-    text = at.text(cure)
-    if text is None:
-        return None
-    problem = url_problem(text)
-    return at.bad(problem, cure) if problem else text.rstrip("/")
+    url = node.text(cure)
+    problem = None if url is None else url_problem(url)
+    if url is None or problem:
+        return problem and node.bad(problem, cure)  # not echoed: it may hold a password
+    parts = urllib.parse.urlsplit(url.rstrip("/"))
+    host = parts.hostname or ""
+    if node.path.endswith("stack_url") and host.startswith("connection.") and parts.path:
+        return node.bad("has a path", f"write {parts.scheme}://{parts.netloc}")  # a page's address
+    if parts.path.endswith("/batches"):
+        return node.bad("ends with /batches", f"write {parts.geturl().removesuffix('/batches')}")
+    if host.endswith("openai.com") and not parts.path:
+        return node.bad("misses /v1", f"write {parts.geturl()}/v1")
+    return parts.geturl()
 
 
-def read_stack_url(at: Cursor) -> str | None:
-    """Read a Keboola stack's address; people paste the address of a page of theirs."""
-    url = read_url(at)
-    if url is None:
-        return None
-    parts = urllib.parse.urlsplit(url)
-    if parts.path and (parts.hostname or "").startswith("connection."):
-        return at.bad("has a path", f"write {parts.scheme}://{parts.netloc}")
-    return url
+def read_since(node: YamlNode) -> float | None:
+    """Read a date (UTC) or an RFC 3339 time as Unix seconds."""
+    cure = "write a date, 2026-11-25, or a time, 2026-11-25T06:00:00Z"
+    text = node.text(cure)
+    with contextlib.suppress(ValueError, OverflowError):
+        at = datetime.fromisoformat(text or "")
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    return None if text is None else node.bad(f"{node.shown(text)} is not a date", cure)
 
 
-def read_path(at: Cursor) -> str | None:
-    """Read a file's path."""
-    text = at.text("write a path")
-    if text is not None and (not text or "\0" in text):
-        return at.bad("is empty", "write a path")
-    return text
+def read_list(
+    node: YamlNode, what: str, read: Callable[[YamlNode], Any], least: int, most: int
+) -> Any:  # noqa: ANN401
+    cure = f"write a list of {least} to {most} {what}"
+    items = node.items(cure)
+    if isinstance(node.node, yaml.SequenceNode) and not least <= len(items) <= most:
+        return node.bad(f"has {len(items)} {what}", cure)
+    values: list[Any] = []
+    for item in items:
+        value = read(item)
+        if value is not None and value in values:
+            item.bad(f"{item.shown(value)} stands here twice", "keep one of them")
+        values.append(value)
+    return tuple(values)
 
 
-def read_batch_ids(at: Cursor) -> tuple[str, ...] | None:
-    """Read 1 to 10 different batch ids."""
-    cure = "write a list of 1 to 10 batch ids"
-    read_id = read_matching(_BATCH_ID, "write batch_ and then letters, digits, _ or -")
-    items = at.items(cure)
-    ids = [read_id(item) for item in items]
-    if isinstance(at.node, yaml.SequenceNode) and not 1 <= len(items) <= 10:
-        return at.bad(f"has {len(items)} batch ids", cure)
-    for i, (item, batch_id) in enumerate(zip(items, ids, strict=True)):
-        if batch_id is not None and batch_id in ids[:i]:
-            return item.bad(f"{quoted(batch_id)} stands here twice", "keep one of them")
-    good = tuple(batch_id for batch_id in ids if batch_id is not None)
-    return good if items and len(good) == len(items) else None
+# What a Keboola job gets from us (`keboola_variables` in 4); a job's own may not have these names.
+OWN_VARIABLES: Final = (
+    "batch_ids_(completed|failed|pending)|batch_count_(total|completed|failed)|batch_statuses"
+    "|batch_output_file_ids|batch_error_file_ids|batch_request_counts|batch_errors"
+    "|teckochecker_(job|group|trigger_id)"
+)
 
 
-def read_row_ids(at: Cursor) -> tuple[str, ...] | None:
-    """Read the ids of configuration rows."""
-    read_id = read_matching(_KEBOOLA_ID, "write the row's id")
-    ids = [read_id(item) for item in at.items("write a list of row ids")]
-    return None if None in ids else tuple(str(row_id) for row_id in ids)
-
-
-def plain_value(at: Cursor) -> object:
-    """Return a node as a JSON value; what is no JSON number stays the text that was written."""
-    cure = "write what JSON knows: text, numbers, lists, and mappings with plain keys"
-    if isinstance(at.node, yaml.SequenceNode):
-        return [plain_value(item) for item in at.items(cure)]
-    if isinstance(at.node, yaml.MappingNode):
-        return {key: plain_value(item) for key, item in at.entries(cure).items()}
-    text = None if at.is_null else at.text(cure)
-    if text is None:
-        return None
-    if at.node.tag == _YAML_TAG + "bool":
-        return _TRUTH.get(text.lower(), text)
-    is_number = at.node.tag in {_YAML_TAG + "int", _YAML_TAG + "float"}
-    if is_number and re.fullmatch(r"-?(0|[1-9][0-9]{0,15})(\.[0-9]+)?", text):
-        return json.loads(text)
-    return text
-
-
-def read_variables(at: Cursor) -> tuple[tuple[str, str], ...] | None:
+def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
     """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
-    values = {}
-    for name, item in at.entries("write names and values").items():
-        if name in OWN_VARIABLES:
-            item.bad("the name is taken by teckochecker", "choose another name")
-        elif not re.fullmatch(_VARIABLE_NAME, name):
-            item.bad("the name is not one", "use letters, digits, _ . and -")
-        elif isinstance(item.node, yaml.ScalarNode):
-            values[name] = item.text("write a value")
-            if values[name] == "":
-                item.bad("is empty", "write a value: Keboola takes no empty ones")
+    values: dict[str, str | None] = {}
+    for name, item in node.entries("write names and values").items():
+        if re.fullmatch(OWN_VARIABLES, name):
+            item.bad("the name is taken by teckochecker", "choose another name", item.key)
+        elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
+            cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
+            item.bad(f"{node.shown(name)} is not a variable's name", cure, item.key)
+        if isinstance(item.node, yaml.ScalarNode):
+            cure = "write a value: Keboola takes no empty ones"
+            values[name] = item.matching("(?s).+", "a value", cure)
         else:
-            values[name] = compact_json(plain_value(item))
-    good = isinstance(at.node, yaml.MappingNode) and None not in values.values()
-    return tuple((name, str(value)) for name, value in values.items()) if good else None
+            values[name] = compact_json(item.plain_value())
+    return tuple(values.items())
 
 
-def read_secret_name(kind: str, kinds: Mapping[str, str | None]) -> Reader:
-    """Return a reader of the name of a secret of one kind; `kinds` are those of all secrets.
+def read_match(node: YamlNode) -> tuple[tuple[str, str | None], ...] | None:
+    cure = "write KEY: VALUE, as the batch's metadata has it"
+    pairs = tuple((name, item.text(cure)) for name, item in node.entries(cure).items())
+    if node.is_mapping and not pairs:
+        return node.bad("is empty, and every batch would match", cure)
+    return pairs
 
-    A kind of None is one that could not be read, which is a problem of its own already.
+
+JOB_KEYS: Final[Mapping[str, Reader]] = {
+    "batch_ids": lambda node: read_list(node, "batch ids", YamlNode.batch_id, 1, 10),
+    "match": read_match,
+    "since": read_since,
+    "group_by": lambda node: node.matching(".{1,64}", "a metadata key", "name a metadata key"),
+    "group_size": lambda node: node.matching(
+        "[1-9][0-9]{0,2}|1000|metadata[.].{1,64}", "a size", "write 1 to 1000, or metadata.KEY"
+    ),
+    "settle": lambda node: node.duration(0, 7 * DAY_S),
+    "openai_secret": lambda node: node.secret_name("openai"),
+    "keboola_secret": lambda node: node.secret_name("keboola"),
+    "component_id": YamlNode.keboola_id,
+    "config_id": YamlNode.keboola_id,
+    "branch_id": YamlNode.keboola_id,
+    "config_row_ids": lambda node: read_list(node, "row ids", YamlNode.keboola_id, 0, 1000),
+    "mode": lambda node: node.choice("run", "forceRun", "debug"),
+    "variables": read_variables,
+    "poll_interval": lambda node: node.duration(1, DAY_S),
+    "trigger_on": lambda node: node.choice("all_terminal", "all_completed", "any_output"),
+    "deadline": lambda node: node.duration(1, 365 * DAY_S),
+    "on_deadline": lambda node: node.choice("alert", "start"),
+    "follow": YamlNode.boolean,
+    "retry_on_error": lambda node: node.count(0, 5),
+    "paused": YamlNode.boolean,
+    "done": YamlNode.boolean,
+}
+
+
+def read_job_keys(
+    node: YamlNode, entries: Mapping[str, YamlNode], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a job's keys, or `defaults` themselves; notes which do not go together.
+
+    What only `defaults` has, and does not go with the job's own, is left out.
     """
-    names = ", ".join(name for name in kinds if kinds[name] == kind) or "none there yet"
-    cure = f"name a secret of type {kind}: {names}"
-
-    def read(at: Cursor) -> str | None:
-        name = at.text(cure)
-        if name is None or kinds.get(name, "") in {kind, None}:
-            return name
-        if name in kinds:
-            return at.bad(f"{quoted(name)} is a secret of another type", cure)
-        return at.bad("is not the name of a secret", cure)  # not echoed: it may be a token itself
-
-    return read
-
-
-# --- the parts of the file ------------------------------------------------------------------------
-
-_DURATIONS: Final = {"retention", "request_timeout", "trigger_grace", "poll_interval"}
-_BAD: Final = object()  # a key is there, but its value has a problem that is already noted
-
-
-def read_values(found: Mapping[str, Cursor], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """Return what the readers make of the values that are there; null is `not there`."""
-    values: dict[str, Any] = {}
-    for key, at in found.items():
-        if at.is_null:
-            values[key] = None
+    values = {**(defaults or {}), **node.read(entries, JOB_KEYS)}
+    has = {key for key, value in values.items() if value is not None}
+    has |= {"follow: false"} if values.get("follow") is False else set()
+    for key, how, other in (
+        ("match", "beside", "batch_ids"),
+        ("settle", "beside", "group_size"),
+        ("retry_on_error", "beside", "follow: false"),
+        ("match", "without", "since"),
+        ("since", "without", "match"),
+        ("group_by", "without", "match"),
+        ("group_size", "without", "group_by"),
+        ("settle", "without", "group_by"),
+        ("on_deadline", "without", "deadline"),
+    ):
+        is_wrong = other in has if how == "beside" else other not in has and defaults is not None
+        if key not in has or not is_wrong:
+            continue
+        if key in entries:
+            cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
+            entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
         else:
-            value = readers[key](at)
-            values[key] = _BAD if value is None else value
+            values[key] = None
+            has.remove(key)
     return values
 
 
-def is_good(values: Mapping[str, Any]) -> bool:
-    """Return whether every value could be read."""
-    return all(value is not _BAD for value in values.values())
+_HEADER_VALUE: Final = ("[!-~]{1,255}", "a header's value", "write printable ASCII without spaces")
 
-
-def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are there and could be read, by attribute of the model.
-
-    What is left out takes its default there. Durations carry their unit in the model only.
-    """
-    good = {key: value for key, value in values.items() if value is not None and value is not _BAD}
-    return {f"{key}_s" if key in _DURATIONS else key: value for key, value in good.items()}
-
-
-def read_log(at: Cursor) -> LogSettings:
-    """Read `log`."""
-    readers: dict[str, Reader] = {
-        "level": read_choice("debug", "info", "warning", "error"),
-        "format": read_choice("auto", "console", "json"),
-        "retention": read_duration(HOUR_S, 3650 * DAY_S),
-    }
-    return LogSettings(**given(read_values(at.fields(readers), readers)))
-
-
-def read_limits(at: Cursor, *, loopback_only: bool) -> Limits:
-    """Read `limits`; a short grace is for tests, where the stack is on a loopback address."""
-    least_grace_s = 0 if loopback_only else MIN_GRACE_S
-    readers: dict[str, Reader] = {
-        "max_concurrency": read_count(1, 100),
-        "request_timeout": read_duration(1, 60),
-        "trigger_grace": read_duration(least_grace_s, DAY_S),
-    }
-    return Limits(**given(read_values(at.fields(readers), readers)))
-
-
-def read_source(at: Cursor, found: dict[str, Cursor]) -> SecretSource | None:
-    """Read where a secret's value comes from. What stands there is never echoed."""
-    kinds = [kind for kind in ("value", "env", "file") if kind in found]
-    cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
-    if len(kinds) != 1:
-        return at.bad(f"has {' and '.join(kinds)}" if kinds else "has no value", cure)
-    source = found[kinds[0]]
-    text = source.text(cure)
-    if text is None:
-        return None
-    if not text or "\0" in text:
-        return source.bad("is empty", cure)
-    span = (source.node.start_mark.index, source.node.end_mark.index)
-    return SecretSource(kinds[0], Secret(text), source.place, span)
-
-
-_HEADER = read_matching(_HEADER_VALUE, "write printable ASCII without spaces")
-_SECRET_READERS: Final[Mapping[str, Mapping[str, Reader]]] = {
-    "openai": {"base_url": read_url, "organization": _HEADER, "project": _HEADER},
-    "keboola": {"stack_url": read_stack_url},
+# What each type of secret has beside `type` and its value.
+SECRET_KEYS: Final[Mapping[str, Mapping[str, Reader]]] = {
+    "openai": {
+        "base_url": read_url,
+        "organization": lambda node: node.matching(*_HEADER_VALUE),
+        "project": lambda node: node.matching(*_HEADER_VALUE),
+        "auth_header": lambda node: node.choice("Authorization", "api-key"),
+        "api_version": lambda node: node.matching(*_HEADER_VALUE),
+    },
+    "keboola": {"stack_url": read_url},
     "webhook": {},
 }
 
 
-def read_secret_kind(at: Cursor, entries: Mapping[str, Cursor]) -> str | None:
-    """Read which type of secret an entry is. What stands there is never echoed."""
-    cure = "write type: openai, type: keboola or type: webhook"
-    if "type" not in entries:
-        return at.bad("type is missing", cure, at.key_place)
-    kind = entries["type"].text(cure)
-    if kind is not None and kind not in _SECRET_READERS:
-        return entries["type"].bad("is not a type of secret", cure)
-    return kind
-
-
-def read_secret(name: str, at: Cursor) -> AnySecret | None:
-    """Read one entry of `secrets`."""
-    entries = at.entries("write type: and what belongs to it, each on its own line")
-    if not isinstance(at.node, yaml.MappingNode):
+def read_secret(name: str, node: YamlNode) -> SecretEntry | None:
+    """Read one entry of `secrets`. What stands there is never echoed."""
+    noted_before, sources = len(node.problems), ("value", "env", "file")
+    entries = node.entries("write type: and what belongs to it, each on its own line")
+    if not node.is_mapping:
         return None
-    kind = read_secret_kind(at, entries)
-    if kind is None:
-        return None
-    noted_before = len(at.problems)
-    readers = _SECRET_READERS[kind]
-    found = at.only(entries, ("type", "value", "env", "file", *readers))
-    values = read_values({key: found[key] for key in readers if key in found}, readers)
-    source = read_source(at, found)
-    if not re.fullmatch(_NAME, name):
-        at.bad("the name is not one", "use letters, digits, . _ and -", at.key_place)
-    if kind == "keboola" and values.get("stack_url") is None:
-        cure = "add stack_url: https://connection.keboola.com"
-        at.bad("stack_url is missing", cure, at.key_place)
-    if source is None or len(at.problems) > noted_before:
-        return None
-    if kind == "keboola":
-        return KeboolaSecret(name, source, **given(values))
-    if kind == "webhook":
-        return WebhookSecret(name, source)
-    return OpenAISecret(name, source, **({"base_url": OPENAI_URL} | given(values)))
-
-
-def job_readers(secret_kinds: Mapping[str, str | None]) -> dict[str, Reader]:
-    """Return the readers of a job's keys, which are also those of `defaults`."""
-    keboola_id = read_matching(_KEBOOLA_ID, "copy the id from Keboola: letters, digits, . _ and -")
-    return {
-        "batch_ids": read_batch_ids,
-        "openai_secret": read_secret_name("openai", secret_kinds),
-        "keboola_secret": read_secret_name("keboola", secret_kinds),
-        "component_id": keboola_id,
-        "config_id": keboola_id,
-        "branch_id": keboola_id,
-        "config_row_ids": read_row_ids,
-        "mode": read_choice("run", "forceRun", "debug"),
-        "variables": read_variables,
-        "poll_interval": read_duration(1, DAY_S),
-        "paused": read_bool,
-        "done": read_bool,
-    }
-
-
-def read_job(
-    name: str, at: Cursor, readers: Mapping[str, Reader], defaults: Mapping[str, Any]
-) -> Job | None:
-    """Read one job; its own values win over `defaults`."""
-    found = at.fields(readers, "write batch_ids, config_id and so on, each on its own line")
-    if not isinstance(at.node, yaml.MappingNode):
-        return None
-    values = {**defaults, **read_values(found, readers)}
-    missing = [key for key in _REQUIRED_OF_JOB if values.get(key) is None]
-    for key in missing:
-        also = "" if key == "batch_ids" else " or under defaults"
-        at.bad(f"{key} is missing", f"add {key}: here{also}", at.key_place)
-    if len(name) > 200 or name != name.strip() or not name or not name.isprintable():
-        return at.bad("the name is not one", "use 1 to 200 printable characters", at.key_place)
-    if missing or not is_good(values):
-        return None
-    return Job(name, **given(values))
-
-
-def read_hooks(at: Cursor, secret_kinds: Mapping[str, str | None]) -> tuple[Hook, ...]:
-    """Read `notify`; without `events`, a webhook is told all of them."""
-    read_event = read_choice(*Told)
-
-    def read_events(events: Cursor) -> tuple[str, ...] | None:
-        cure = "write a list of events, or none of the key for all"
-        words = [read_event(item) for item in events.items(cure)]
-        if isinstance(events.node, yaml.SequenceNode) and not words:
-            return events.bad("is empty", cure)
-        return tuple(str(word) for word in words) if words and None not in words else None
-
-    cure = "write - {secret: NAME, events: [job_failed]}"
+    kind = str(entries["type"].node.value) if "type" in entries else ""
+    cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
     readers: dict[str, Reader] = {
-        "secret": read_secret_name("webhook", secret_kinds),
-        "events": read_events,
+        "type": lambda at: at.choice(*SECRET_KEYS),
+        **dict.fromkeys(sources, lambda at: at.matching(r"[^\0]+", "text", cure)),
+        **SECRET_KEYS.get(kind, dict.fromkeys(entries.keys() - {"type", *sources}, str)),
     }
-    hooks = []
-    for item in at.items(cure):
-        values = read_values(item.fields(readers, cure), readers)
-        if isinstance(item.node, yaml.MappingNode) and values.get("secret") is None:
+    values = node.read(entries, readers)
+    if values.get("type") is None:
+        node.bad("type is missing", "add type: openai, keboola or webhook", node.key)
+    if kind == "keboola" and values.get("stack_url") is None:
+        node.bad("stack_url is missing", "add stack_url: https://connection.keboola.com", node.key)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        node.bad(f'"{name}" is not a secret\'s name', "use letters, digits, ._-", node.key)
+    found = [source for source in sources if values.get(source) is not None]
+    if len(found) != 1:
+        node.bad(f"has {' and '.join(found) or 'no value'}", cure)
+    if len(node.problems) > noted_before:
+        return None
+    rest = given({key: values.get(key) for key in SECRET_KEYS[kind]})
+    text, mark = Secret(values[found[0]]), entries[found[0]].node.start_mark
+    return SecretEntry(name, kind, found[0], text, mark.line + 1, mark.column + 1, **rest)
+
+
+def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | None:
+    """Read one job; its own values win over `defaults`."""
+    noted_before = len(node.problems)
+    entries = node.entries("write batch_ids, config_id and so on, each on its own line")
+    if not node.is_mapping:
+        return None
+    values = read_job_keys(node, entries, defaults)
+    if not 0 < len(name) <= 200 or name != name.strip() or not name.isprintable() or "/" in name:
+        cure = "use 1 to 200 printable characters, and no /"
+        node.bad(f"{node.shown(name)} is not a job's name", cure, node.key)
+    for key in ("openai_secret", "keboola_secret", "component_id", "config_id"):
+        if values.get(key) is None:
+            node.bad(f"{key} is missing", f"add {key}: here or under defaults", node.key)
+    if values.get("batch_ids") is None and values.get("match") is None:
+        node.bad("batch_ids is missing", "add batch_ids: here, or match: and since:", node.key)
+    if _BAD in values.values() or len(node.problems) > noted_before:
+        return None
+    job = Job(name, **given(values))
+    openai, keboola = node.secrets.get(job.openai_secret), node.secrets.get(job.keboola_secret)
+    if openai and urllib.parse.urlsplit(openai.base_url).hostname == "api.openai.com":
+        for item in entries["batch_ids"].items("") if "batch_ids" in entries else ():
+            if not item.node.value.strip().startswith("batch_"):
+                what = f"{item.shown(item.node.value)} is not a batch id of api.openai.com"
+                item.bad(what, "write batch_ and what follows it")
+    return job if openai and keboola else None
+
+
+def read_notify(node: YamlNode) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Read which webhook is told of which events; without `events`, of what needs attention."""
+    names = "|".join(("attention", "finished", *EVENTS))
+    cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
+    readers: dict[str, Reader] = {
+        "secret": lambda at: at.secret_name("webhook"),
+        "events": lambda at: read_list(
+            at, "events", lambda item: item.matching(names, "an event", cure), 1, 100
+        ),
+    }
+    rules = []
+    for item in node.items("write - {secret: NAME, events: [attention]}"):
+        values = item.read(item.entries("write secret: NAME, events: [attention]"), readers)
+        if item.is_mapping and values.get("secret") is None:
             item.bad("secret is missing", "name a secret of type webhook")
-        elif "secret" in values and is_good(values):
-            hooks.append(Hook(values["secret"], values.get("events", tuple(Told))))
-    return tuple(hooks)
+        rules.append((values.get("secret", ""), values.get("events") or ("attention",)))
+    return tuple(rules)
 
 
-def read_entries(at: Cursor | None, read: Callable[[str, Cursor], T | None]) -> dict[str, T | None]:
-    """Return what `read` makes of each entry of a mapping, by name; None is what it refused."""
-    entries = at.entries("write names, each with its own keys below it") if at else {}
-    return {name: read(name, child) for name, child in entries.items()}
+_NAMES: Final = "write names, each with its own keys below it"
+
+# Where a part names what is in another one, that one stands above it.
+TOP_KEYS: Final[Mapping[str, Reader]] = {
+    "state": YamlNode.file_path,
+    "key_file": YamlNode.file_path,
+    "publish": YamlNode.file_path,
+    "log": {
+        "level": lambda node: node.choice("debug", "info", "warning", "error"),
+        "format": lambda node: node.choice("auto", "console", "json"),
+        "retention": lambda node: node.duration(HOUR_S, 3650 * DAY_S),
+    },
+    "secrets": lambda node: node.secrets.update(
+        (name, read_secret(name, at)) for name, at in node.entries(_NAMES).items()
+    ),
+    "limits": {
+        "max_concurrency": lambda node: node.count(1, 100),
+        "request_timeout": lambda node: node.duration(1, 60),
+        "trigger_grace": lambda node: node.wait(30, DAY_S),
+        "follow_interval": lambda node: node.wait(5, HOUR_S),
+    },
+    "notify": read_notify,
+    "defaults": lambda node: read_job_keys(node, node.entries("write keys and values")),
+    "jobs": lambda node: node.entries(_NAMES),
+}
 
 
-_PATHS: Final = ("state", "key_file", "publish")
-_PARTS: Final = (*_PATHS, "log", "limits", "secrets", "notify", "defaults", "jobs")
-
-
-def read_config(root: Cursor, path: Path, sha256: str) -> Config:
-    """Read the whole tree."""
-    found = {k: at for k, at in root.fields(_PARTS).items() if not at.is_null}
-    paths = {key: read_path(found[key]) for key in _PATHS if key in found}
-    secrets = read_entries(found.get("secrets"), read_secret)
-    openai = {name: s for name, s in secrets.items() if isinstance(s, OpenAISecret)}
-    keboola = {name: s for name, s in secrets.items() if isinstance(s, KeboolaSecret)}
-    webhook = {name: s for name, s in secrets.items() if isinstance(s, WebhookSecret)}
-    kinds = {name: getattr(secret, "kind", None) for name, secret in secrets.items()}
-    readers = job_readers(kinds)
-    defaults: dict[str, Any] = {}
-    if "defaults" in found:
-        defaults = read_values(found["defaults"].fields(readers), readers)
-    if "jobs" not in found:
-        root.bad("jobs is missing or empty", "list them under jobs:, or write jobs: {} for none")
-    jobs = read_entries(found.get("jobs"), lambda name, at: read_job(name, at, readers, defaults))
-    config = Config(
-        path=path,
-        sha256=sha256,
-        state_path=path.parent / (paths.get("state") or DEFAULT_STATE),
-        key_path=path.parent / (paths.get("key_file") or DEFAULT_KEY),
-        key_place=(found.get("key_file") or found.get("secrets") or root).place,
-        publish_path=path.parent / publish if (publish := paths.get("publish")) else None,
-        openai=openai,
-        keboola=keboola,
-        webhook=webhook,
-        jobs={
-            name: job
-            for name, job in jobs.items()
-            if job and job.openai_secret in openai and job.keboola_secret in keboola
-        },
-    )
-    if "log" in found:
-        config = replace(config, log=read_log(found["log"]))
-    if "notify" in found:
-        config = replace(config, notify=read_hooks(found["notify"], kinds))
-    if "limits" in found:
-        loopback_only = all(is_loopback(secret.stack_url) for secret in keboola.values())
-        config = replace(config, limits=read_limits(found["limits"], loopback_only=loopback_only))
-    return config
-
-
-# --- from text to tree ----------------------------------------------------------------------------
-
-
-class RefusedError(Exception):
-    """A file that is not even given to the YAML composer."""
-
-    def __init__(self, place: Place, what: str, cure: str) -> None:
-        super().__init__(what)
-        self.place, self.what, self.cure = place, what, cure
-
-
-class SizeGuard:
-    """Counts the nodes that a file will have once its aliases stand for what they name.
-
-    The size of what an alias names counts the aliases inside it, so that a bomb is seen before it
-    goes off.
-    """
-
-    def __init__(self) -> None:
-        self._sizes: dict[str, int] = {}  # of what has an anchor
-        self._open: list[tuple[str | None, int]] = []  # anchor, and the count when it was opened
-        self._count = 0
-        self._added = 0
-
-    def see(self, event: yaml.Event) -> None:
-        """Take the next event of the YAML parser. Raises RefusedError."""
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = self._open.pop()
-            if anchor:
-                self._sizes[anchor] = self._count - before
-        if not isinstance(event, yaml.NodeEvent):
-            return
-        place = place_of(event.start_mark)
+def refuse_harm(text: str) -> None:
+    """Raise YAMLError, its note the cure, for what costs the process its stack or its memory."""
+    opened: list[tuple[str | None, int]] = []  # anchors, and the number of nodes before
+    sizes: dict[str | None, int] = {}
+    nodes = 0
+    event: Any
+    for event in yaml.parse(text, Loader=_LOADER):
+        what = ""
+        nodes += isinstance(event, yaml.NodeEvent)
         if isinstance(event, yaml.CollectionStartEvent):
-            self._open.append((event.anchor, self._count))
-            if len(self._open) > MAX_DEPTH:
-                raise RefusedError(place, *TOO_DEEP)
-        if isinstance(event, yaml.AliasEvent):
-            self._see_alias(str(event.anchor), place)
-        self._count += 1
-        if self._count > MAX_NODES:
-            raise RefusedError(place, f"has over {MAX_NODES:,} values", "split it up")
-
-    def _see_alias(self, anchor: str, place: Place) -> None:
-        if any(anchor == name for name, _ in self._open):
-            raise RefusedError(place, "an alias stands inside what it names", "take it out")
-        size = self._sizes.get(anchor, 1)
-        self._added += size
-        self._count += size
-        if self._added > MAX_ALIAS_NODES:
-            raise RefusedError(place, "aliases repeat too much", "write fewer of them")
-
-
-def guard(text: str) -> None:
-    """Refuse what would cost the process its stack, its memory or its time, before composing it."""
-    if not text.strip("\ufeff \t\r\n"):
-        raise RefusedError(Place(), "the file is empty", "write a config; see config.example.yaml")
-    unprintable = _UNPRINTABLE.search(text)
-    if unprintable:
-        line = text.count("\n", 0, unprintable.start()) + 1
-        column = unprintable.start() - (text.rfind("\n", 0, unprintable.start()) + 1) + 1
-        what = f"has the control character {ord(unprintable[0]):#04x}"
-        raise RefusedError(Place(line, column), what, "a config is plain text: take it out")
-    sizes = SizeGuard()
-    for event in yaml.parse(text, Loader=_YAML_LOADER):
-        sizes.see(event)
+            opened.append((event.anchor, nodes))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before_it = opened.pop()
+            sizes[anchor] = nodes - before_it
+        elif isinstance(event, yaml.AliasEvent):
+            nodes += sizes.get(event.anchor, 1)
+            if any(anchor for anchor, _ in opened):  # this is what a bomb is made of
+                what = "an alias stands inside what an anchor names"
+                cure = "write out what it stands for"
+        tag = getattr(event, "tag", None)  # one that is written there
+        if tag and tag.removeprefix(_TAG) not in _TAGS:
+            what, cure = "this tag means nothing here", "remove it"
+        if len(opened) > MAX_DEPTH:
+            what, cure = f"nests deeper than {MAX_DEPTH}", "flatten it"
+        if nodes > 1_000_000:  # 10,000 jobs have some 400,000
+            what, cure = "there are too many values from here on", "split it up"
+        if what:
+            raise yaml.MarkedYAMLError(None, None, what, event.start_mark, cure)
 
 
-def compose(text: str, path: Path, problems: list[Problem]) -> Cursor | None:
-    """Return a cursor at the root of the YAML tree, or None and a problem."""
+def compose(text: str, path: Path, problems: list[Problem]) -> YamlNode | None:
+    """Return the root of the YAML tree, or None and a problem."""
+    text = text.removeprefix("\ufeff")  # libyaml would not count it in its marks
     try:
-        text = text.removeprefix(BYTE_ORDER_MARK)  # libyaml would not count it in its marks
-        guard(text)
-        node = yaml.compose(text, Loader=_YAML_LOADER)
-    except RefusedError as refused:
-        problems.append(Problem(str(path), refused.place, "", refused.what, refused.cure))
-        return None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        what = " ".join(
-            filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))
-        )
-        place = place_of(mark) if mark else Place()
-        if "nesting depth" in what:  # a libyaml with a limit of its own reads ahead, and is faster
-            problems.append(Problem(str(path), place, "", *TOO_DEEP))
-            return None
-        cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
-        problems.append(Problem(str(path), place, "", f"is not YAML: {what or 'unreadable'}", cure))
-        return None
-    if not isinstance(node, yaml.MappingNode):
-        where = place_of(node.start_mark) if node else Place()  # None: nothing but comments
-        cure = "write secrets:, jobs: and so on; see config.example.yaml"
-        problems.append(Problem(str(path), where, "", "is not a mapping of keys", cure))
-        return None
-    return Cursor(node, "", str(path), problems)
+        refuse_harm(text)
+        node = yaml.compose(text, Loader=_LOADER)
+        if isinstance(node, yaml.MappingNode):
+            return YamlNode(node, node, "", str(path), problems)
+        what = "is not a mapping of keys" if node else "is empty"
+        cure = "write secrets:, jobs: and so on; `teckochecker init` makes a first one"
+        raise yaml.MarkedYAMLError(None, None, what, getattr(node, "start_mark", None), cure)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line, mark.column) if mark else (0, 0)
+        what, cure = str(error.problem), error.note or ""
+        if not cure:
+            what = f"is not YAML: {error.context or ''} {what}"
+            cure = "mend the YAML here or just above: indentation (no tabs), quotes, brackets"
+    except yaml.reader.ReaderError as error:  # its position counts bytes
+        before = text.encode()[: error.position].decode(errors="replace").split("\n")
+        line, column = len(before) - 1, len(before[-1])
+        what = f"has the control character {error.character:#04x}"
+        cure = "a config is plain text: remove it"
+    problems.append(Problem(str(path), line + 1, column + 1, "", what, cure))
+    return None
 
 
-def parse_config(text: str, path: Path) -> Draft:
-    """Return the config that `text` says, and everything that is wrong with it.
+def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
+    """Return the config that `text` says so far as it can be read, and what is wrong with it.
 
-    `path` is the file's name for messages, and what relative paths in it are relative to. Where
-    there are problems, the config holds what could be read: `status` finds the state file with it.
+    `path` is the file's name for messages, and what relative paths in it are relative to.
     """
     problems: list[Problem] = []
     sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
-    state_path = path.parent / (state[1].strip() if state else DEFAULT_STATE)
-    nothing = Config(path, sha256, state_path, path.parent / DEFAULT_KEY)
     root = compose(text, path, problems)
     if root is None:
-        return Draft(nothing, problems)
-    try:
-        return Draft(read_config(root, path, sha256), problems)
-    except RecursionError:  # aliases inside aliases go deeper than what is written
-        problems.append(Problem(str(path), Place(), "", "nests too deep", "write fewer aliases"))
-        return Draft(nothing, problems)
-
-
-def secret_entries(text: str, path: Path, problems: list[Problem]) -> dict[str, dict[str, Cursor]]:
-    """Return what stands under each name in `secrets`, whatever else is wrong with the config."""
-
-    def entries(at: Cursor | None) -> dict[str, Cursor]:
-        return at.entries("") if at and isinstance(at.node, yaml.MappingNode) else {}
-
-    root = compose(text, path, problems)
-    return {name: entries(at) for name, at in entries(entries(root).get("secrets")).items()}
-
-
-def secret_values(text: str, path: Path, problems: list[Problem]) -> dict[str, Cursor]:
-    """Return where each `secrets.NAME.value` stands."""
-    inside = secret_entries(text, path, problems)
-    return {name: found["value"] for name, found in inside.items() if "value" in found}
+        state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
+        state_path = path.parent / (state[1].strip() if state else "teckochecker.db")
+        return Config(path, sha256, state_path, path.parent / "teckochecker.key"), problems
+    entries = root.entries("write keys and values")
+    top = given(root.read(entries, TOP_KEYS))
+    if "jobs" not in entries:
+        root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
+    defaults, nodes = top.get("defaults", {}), top.get("jobs", {})
+    jobs = {name: read_job(name, node, defaults) for name, node in nodes.items()}
+    settings = {"secrets": given(root.secrets), "notify": top.get("notify"), "jobs": given(jobs)}
+    settings = given(settings | top.get("log", {}) | top.get("limits", {}))
+    settings |= {f"log_{key}": settings.pop(key) for key in settings.keys() & {"level", "format"}}
+    mark = (entries.get("key_file") or entries.get("secrets") or root).node.start_mark
+    state_path = path.parent / top.get("state", "teckochecker.db")
+    key_path = path.parent / top.get("key_file", "teckochecker.key")
+    publish_path = path.parent / top["publish"] if "publish" in top else None
+    place = (mark.line + 1, mark.column + 1)
+    config = Config(path, sha256, state_path, key_path, *place, publish_path, **settings)
+    return config, problems
 
 
 # ==================================================================================================
-# 4. Secrets: keys, opening, and keeping values out of sight
+# 3. Secrets: keys, opening, and keeping values out of sight
 # ==================================================================================================
 
-MIN_MASKED: Final = 4  # characters; real tokens have dozens, and "1" would mask half of the log
-MAX_SECRET_BYTES: Final = 65536
 KEY_VARIABLE: Final = "TECKOCHECKER_KEY"
 MAKE_KEY: Final = "head -c 32 /dev/urandom | base64 | tr +/ -_"
 
 
 @dataclass(frozen=True, slots=True)
 class FileRead:
-    """A file as it was read at one moment: its bytes and permission bits, or why not."""
+    """A file as it was read at one moment: its bytes, permission bits and inode, or why not."""
 
     data: bytes = b""
     mode: int = 0
+    inode: tuple[int, int] = (0, 0)
     error: OSError | None = None
 
+    @property
     def digest(self) -> bytes:
-        """Return what tells this reading from a different one."""
-        failure = self.error.errno if self.error else None
-        return hashlib.sha256(repr((failure, self.mode)).encode() + self.data).digest()
+        about = repr((self.error and self.error.errno, self.mode))
+        return hashlib.sha256(about.encode() + self.data).digest()
 
 
 class Files:
     """Reads each file once, so that what is compared and what is parsed are the same bytes."""
 
     def __init__(self) -> None:
-        self._read: dict[Path, FileRead] = {}
+        self.seen: dict[Path, FileRead] = {}
 
     def read(self, path: Path) -> FileRead:
         """Return the file, at most MAX_FILE_BYTES and one byte of it."""
-        if path not in self._read:
-            self._read[path] = self._read_now(path)
-        return self._read[path]
-
-    def fingerprint(self) -> Mapping[Path, bytes]:
-        """Return a digest of every file that was read."""
-        return {path: read.digest() for path, read in self._read.items()}
-
-    @staticmethod
-    def _read_now(path: Path) -> FileRead:
+        if path in self.seen:
+            return self.seen[path]
         try:
-            # Without O_NONBLOCK, a named pipe would hold the process until someone writes to it.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-                status = os.fstat(fd)
+            # Without O_NONBLOCK, a named pipe would hold us until someone writes to it.
+            with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError(errno.EINVAL, "Not a regular file")
-                return FileRead(file.read(MAX_FILE_BYTES + 1), stat.S_IMODE(status.st_mode))
+                data, inode = file.read(MAX_FILE_BYTES + 1), (status.st_dev, status.st_ino)
+            self.seen[path] = FileRead(data, stat.S_IMODE(status.st_mode), inode)
         except OSError as error:
-            return FileRead(error=error)
+            self.seen[path] = FileRead(error=error)
+        return self.seen[path]
 
 
 class Redactor:
-    """Replaces every secret value it knows; it never forgets one, not even after a reload."""
-
-    MASK: Final = "***"
+    """Replaces every secret value it knows; of each secret it remembers the last twenty."""
 
     def __init__(self) -> None:
-        self._longest_first: list[str] = []
-        self._pattern = re.compile("(?!)")  # matches nothing
+        self._known: dict[str, list[str]] = {}
+        self.learn(())
 
-    def learn(self, secrets: Iterable[Secret]) -> None:
-        """Add values, each also in the forms in which JSON, Python and URLs write it."""
-        known = set(self._longest_first)
-        for secret in secrets:
-            value = secret.reveal()
-            if len(value) < MIN_MASKED:
-                continue
-            known |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
-            known.add(urllib.parse.quote(value, safe=""))
-        self._longest_first = sorted(known - {""}, key=len, reverse=True)
+    def learn(self, secrets: Iterable[tuple[str, Secret]]) -> None:
+        """Add values by name, each also in the forms in which JSON, Python and URLs write it."""
+        for name, secret in secrets:
+            older = [value for value in self._known.get(name, ()) if value != secret.reveal()]
+            self._known[name] = [*older, secret.reveal()][-20:]
+        forms = set()
+        for value in itertools.chain(*self._known.values()):
+            if len(value) >= 4:  # shorter ones are no tokens, and would mask half of the log
+                forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
+                forms.add(urllib.parse.quote(value, safe=""))
+        self._longest_first = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._longest_first)) or "(?!)")
 
     def text(self, text: str) -> str:
-        """Return `text` without any secret."""
-        return self._pattern.sub(self.MASK, text)
+        return self._pattern.sub("***", text)
 
     def body(self, body: bytes, *, is_data: bool) -> bytes:
         """Return a server's answer without the tokens that it may echo.
 
         In data only long ones are looked for: a short one could be part of an honest id.
         """
-        plain = self._ESCAPES.sub(self._unescaped, body) if b"\\" in body else body
+        plain = body
+        with contextlib.suppress(ValueError, RecursionError):  # JSON can escape any character
+            plain = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="surrogatepass")
         for form in self._longest_first:
             if (len(form) >= 16 or not is_data) and form.encode() in plain:
-                body = plain = plain.replace(form.encode(), self.MASK.encode())
+                body = plain = plain.replace(form.encode(), b"***")
         return body
 
-    # JSON may write a character as `\u0041`, and `/` as `\/`; others are no part of a token.
-    _ESCAPES: Final = re.compile(rb"\\(?:u00([2-7][0-9A-Fa-f])|(/)|.)", re.DOTALL)
-
-    @staticmethod
-    def _unescaped(escape: re.Match[bytes]) -> bytes:
-        """Return what an escape stands for, unless it would end or begin something in JSON."""
-        if escape[2]:
-            return b"/"
-        character = bytes.fromhex(escape[1].decode()) if escape[1] else b'"'
-        return escape[0] if character in b'"\\\x7f' else character
-
-    def tree(self, value: object) -> object:
+    def tree(self, value: Any) -> Any:  # noqa: ANN401 - JSON
         """Return a log field's value without any secret; what is not JSON becomes its repr."""
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if isinstance(value, str):
-            return self.text(value)
         if isinstance(value, Mapping):
             return {self.text(str(key)): self.tree(item) for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self.tree(item) for item in value]
-        return self.text(repr(value))
-
-
-class Keyring:
-    """The Fernet keys (AES-128-CBC with HMAC-SHA256): the first encrypts, all decrypt."""
-
-    def __init__(self, keys: Sequence[Secret]) -> None:
-        """Take keys in order; raises ValueError for what is not a Fernet key."""
-        from cryptography.fernet import Fernet, MultiFernet
-
-        self._fernet = MultiFernet([Fernet(key.reveal()) for key in keys])
-
-    def encrypt(self, value: Secret) -> str:
-        """Return a token that only these keys open."""
-        return self._fernet.encrypt(value.reveal().encode()).decode()
-
-    def decrypt(self, token: str) -> Secret | None:
-        """Return what is in a token, or None if these keys do not open it."""
-        from cryptography.fernet import InvalidToken
-
-        try:
-            return Secret(self._fernet.decrypt(token.encode()).decode())
-        except (InvalidToken, ValueError):  # ValueError: non-ASCII token, or binary inside
-            return None
-
-    def rotate(self, token: str) -> str:
-        """Return the token closed again with the first key, its time stamp kept."""
-        return self._fernet.rotate(token).decode()
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        return self.text(value if isinstance(value, str) else repr(value))
 
 
 def looks_encrypted(value: str) -> bool:
     """Return whether a value has the form of a Fernet token, whoever's key it is for."""
+    return bool(re.fullmatch("gAAAAA[A-Za-z0-9_-]{91,}=*", value))
+
+
+def decrypted(keys: MultiFernet, token: str) -> str | None:
+    """Return what is in a token, or None if these keys do not open it."""
     try:
-        data = base64.urlsafe_b64decode(value)
-    except (binascii.Error, ValueError):
-        return False
-    return len(data) >= 73 and data[0] == 0x80
+        return keys.decrypt(token.encode()).decode().strip()
+    except (InvalidToken, ValueError):  # ValueError: a non-ASCII token, or binary inside
+        return None
 
 
-def check_secret_value(text: str) -> str | None:
-    """Return what is wrong with a secret's value, or None."""
-    if not text:
-        return "is empty"
-    # A newline inside a header value makes httpx print the whole value in its exception.
-    if not all(" " <= c <= "~" for c in text):
-        return "has characters that are not printable ASCII"
+PLACEHOLDER: Final = re.compile("YOUR-|^https://hooks.slack.com/services/T0/B0/XYZ$")
+
+
+def token_problem(text: str, kind: str) -> tuple[str, str] | None:
+    """Return what is wrong with a secret's value, and its cure, or None. Neither shows it."""
+    unprintable = "has characters that no token has (it takes printable ASCII without spaces)"
+    alone, after = "put the token there, alone", "write only what follows"
+    is_webhook, is_kbc = kind == "webhook", kind == "keboola" and text.startswith("kbc_")
+    url = url_problem(text.partition("?")[0]) if is_webhook else None
+    has_name = not is_webhook and re.match("[A-Za-z_][A-Za-z0-9_]*=.", text)
+    for is_wrong, what, cure in (
+        (not text, "is empty", alone),
+        (len(text) > 65536, "is over 64 KiB", alone),
+        # A newline inside a header value makes httpx print the whole value in its exception.
+        (re.search("[^!-~]", text.removeprefix("Bearer ")), unprintable, alone),
+        (re.search("^[\"']|[\"']$", text), "has quotes around it", "write it without them"),
+        (text.startswith("Bearer "), "begins with Bearer", f"{after} it"),
+        (PLACEHOLDER.search(text), "is the placeholder of the example", "put your own there"),
+        (url, f"{url}", "put the https address there"),
+        (has_name, "begins with NAME=", f"{after} the ="),
+        (is_kbc, "is a programmatic token, which is not supported", "make a Storage API token"),
+    ):
+        if is_wrong:
+            return what, cure
     return None
 
 
-class Opener:
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A config with its secrets opened: what the engine runs with, swapped as one reference."""
+
+    config: Config
+    secrets: Mapping[str, Secret]
+    text: str
+    warnings: tuple[str, ...] = ()
+
+    def access(self, job: Job) -> tuple[object, ...]:
+        """Return all that a job reaches its servers with, to tell whether it has changed."""
+        entries = [self.config.secrets[name] for name in (job.openai_secret, job.keboola_secret)]
+        values = [self.secrets[entry.name] for entry in entries]
+        return (*values, *(replace(e, text=Secret(""), line=0, column=0) for e in entries))
+
+
+class SecretOpener:
     """Opens a config's secrets, and notes what is in the way, each problem at its place."""
 
     def __init__(self, config: Config, files: Files, env: Mapping[str, str]) -> None:
         self.config = config
-        self.files = files
-        self.env = env
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
-        self.keys: tuple[Secret, ...] = ()
-        self.has_credential = False  # the key is the service manager's copy, made at the start
-
-    def bad(self, place: Place, path: str, what: str, cure: str) -> None:
-        """Note a problem; returns None, for `return self.bad(...)`."""
-        self.problems.append(Problem(str(self.config.path), place, path, what, cure))
+        self.keys: list[Secret] = []
+        self._files = files
+        self._env = env
 
     def open_all(self) -> dict[str, Secret]:
         """Return every secret that opens, by name; `problems` tells of the others."""
-        sources = {name: secret.source for name, secret in self.config.secrets.items()}
-        keyring = None
-        if any(source.kind == "value" for source in sources.values()):
-            keyring = self.keyring()
-        opened = {name: self._open(name, source, keyring) for name, source in sources.items()}
-        found = {name: secret for name, secret in opened.items() if secret is not None}
-        for name in self.config.webhook.keys() & found.keys():
-            self._check_address(name, found[name])
-        return found
+        entries = self.config.secrets.values()
+        keys = self.fernet() if any(entry.source == "value" for entry in entries) else None
+        opened = {entry.name: self._open(entry, keys) for entry in entries}
+        return {name: secret for name, secret in opened.items() if secret}
 
-    def _check_address(self, name: str, address: Secret) -> None:
-        """Check what a webhook's secret holds."""
-        problem = webhook_problem(address.reveal())
-        if problem:
-            source = self.config.webhook[name].source
-            path = f"secrets.{name}.{source.kind}"
-            self.bad(source.place, path, f"the secret {problem}", "put the https address there")
+    def all_known(self, secrets: Mapping[str, Secret]) -> Iterator[tuple[str, Secret]]:
+        """Yield what must be shown nowhere: values, keys, and the paths of webhooks' addresses."""
+        yield from secrets.items()
+        yield from ((KEY_VARIABLE, key) for key in self.keys)
+        for name in self.config.of_type("webhook"):
+            parts = urllib.parse.urlsplit(secrets[name].reveal() if name in secrets else "")
+            target = parts._replace(scheme="", netloc="").geturl()
+            secret_parts = (("target", target), ("path", parts.path))
+            yield from ((f"{name} {k}", Secret(text)) for k, text in secret_parts if len(text) > 8)
 
-    def webhook_paths(self, secrets: Mapping[str, Secret]) -> list[Secret]:
-        """Return what is secret in the addresses of webhooks, apart from their hosts."""
-        names = self.config.webhook.keys() & secrets.keys()
-        parts = [urllib.parse.urlsplit(secrets[name].reveal()) for name in names]
-        targets = [part._replace(scheme="", netloc="").geturl() for part in parts]
-        return [
-            Secret(text) for text in (*targets, *(part.path for part in parts)) if len(text) > 8
-        ]
+    def fernet(self) -> MultiFernet | None:
+        """Return the keys (the first encrypts, all decrypt) from the first place that has any."""
+        where, text, problem = self._read_key()
+        lines = (line.split("#")[0] for line in text.splitlines())
+        keys = [key for line in lines for key in line.replace(",", " ").split()]
+        if not problem:
+            with contextlib.suppress(ValueError):
+                fernet = MultiFernet([Fernet(key) for key in keys])
+                self.keys = [Secret(key) for key in keys]
+                return fernet
+            what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
+            problem = (what, f"make one: {MAKE_KEY}")
+        place = (str(self.config.path), self.config.key_line, self.config.key_column, "key_file")
+        self.problems.append(Problem(*place, *problem))
+        return None
 
-    def keyring(self) -> Keyring | None:
-        """Return the keys from the first of the three places that has any."""
-        text = self.env.get(KEY_VARIABLE, "").strip()
-        if text:
-            return self._parse_keys(text, f"${KEY_VARIABLE}")
-        directory = self.env.get("CREDENTIALS_DIRECTORY")
+    def _read_key(self) -> tuple[str, str, tuple[str, str] | None]:
+        """Return where the keys come from, their text, and what is in the way, with its cure."""
+        if text := self._env.get(KEY_VARIABLE, "").strip():
+            return f"${KEY_VARIABLE}", text, None
+        path, directory = self.config.key_path, self._env.get("CREDENTIALS_DIRECTORY")
+        read, mode = self._files.read(path), self._files.read(path).mode
         if directory:
-            credential = Path(directory) / DEFAULT_KEY
-            read = self.files.read(credential)
-            if not isinstance(read.error, FileNotFoundError):
-                self.has_credential = True
-                return self._read_keys(credential, read)
-        read = self.files.read(self.config.key_path)
-        if read.error is None and not self._is_private(read.mode):
-            return None
-        return self._read_keys(self.config.key_path, read)
-
-    def _is_private(self, mode: int) -> bool:
-        """Check a key file's permissions: others must not read it, the group should not."""
-        path = self.config.key_path
-        if mode & stat.S_IRWXO:
-            what = f"{path} can be read by others (mode {mode:04o})"
-            self.bad(self.config.key_place, "key_file", what, f"run: chmod 600 {path}")
-        elif mode & stat.S_IRWXG:
-            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
-        return not mode & stat.S_IRWXO
-
-    def _read_keys(self, path: Path, read: FileRead) -> Keyring | None:
+            credential = Path(directory, "teckochecker.key")
+            found = self._files.read(credential)
+            if not isinstance(found.error, FileNotFoundError):
+                path, read, mode = credential, found, 0  # its mode is the service manager's matter
         if read.error:
-            what = f"cannot read the key file {path}: {read.error.strerror}"
             cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
             if read.error.errno == errno.EACCES:
                 cure = "run this as the key's owner, or as root"
-            return self.bad(self.config.key_place, "key_file", what, cure)
-        return self._parse_keys(read.data.decode("ascii", "replace"), str(path))
+            return "", "", (f"cannot read the key file {path}: {read.error.strerror}", cure)
+        if mode & stat.S_IRWXO:
+            what = f"{path} can be read by others (mode {mode:04o})"
+            return "", "", (what, f"run: chmod 600 {path}")
+        if mode & stat.S_IRWXG:
+            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
+        return str(path), read.data.decode("ascii", "replace"), None
 
-    def _parse_keys(self, text: str, where: str) -> Keyring | None:
-        lines = (line.split("#")[0] for line in text.splitlines())
-        keys = [Secret(key) for line in lines for key in line.replace(",", " ").split()]
-        try:
-            if keys:
-                keyring = Keyring(keys)
-                self.keys = tuple(keys)
-                return keyring
-        except ValueError:
-            pass
-        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
-        return self.bad(self.config.key_place, "key_file", what, f"make one: {MAKE_KEY}")
-
-    def _open(self, name: str, source: SecretSource, keyring: Keyring | None) -> Secret | None:
-        path = f"secrets.{name}.{source.kind}"
-        text = source.text.reveal()
-        if source.kind == "value":
-            secret = self._decrypt(source, path, keyring)
-        elif source.kind == "env":
-            value = self.env.get(text)
-            secret = (
-                Secret(value.strip())
-                if value is not None
-                else self.bad(
-                    source.place,
-                    path,
-                    "the environment has no such variable",
-                    "set it, or correct the name",
-                )
-            )
-        else:
-            secret = self._read_secret_file(source, path, text)
-        if secret is None:
-            return None
-        problem = check_secret_value(secret.reveal())
-        if problem:
-            return self.bad(
-                source.place, path, f"the secret {problem}", "put the token there, alone"
-            )
-        return secret
-
-    def _decrypt(self, source: SecretSource, path: str, keyring: Keyring | None) -> Secret | None:
-        if keyring is None:
+    def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> Secret | None:
+        """Return a secret, or None and a problem."""
+        text, value = entry.text.reveal(), None
+        what, cure = "the environment has no such variable", "set it, or correct the name"
+        if entry.source == "env":
+            value = self._env.get(text)
+        elif entry.source == "file":
+            read = self._files.read(self.config.path.parent / text)
+            what = f"cannot read the file: {read.error.strerror if read.error else ''}"
+            cure = "correct the path or its permissions"
+            value = None if read.error else read.data[:100_000].decode("utf-8", "replace")
+        elif keys is None:
             return None  # noted already, where the key was looked for
-        secret = keyring.decrypt(source.text.reveal())
-        if secret is not None:
-            return Secret(secret.reveal().strip())
-        command = f"run: teckochecker --config {self.config.path} encrypt"
-        if looks_encrypted(source.text.reveal()):
-            cure = f"bring that key back, or write the token in plain and {command}"
-            if self.has_credential:
-                cure = f"if the key is new, restart the service; else {cure}"
-            return self.bad(source.place, path, "is encrypted with another key", cure)
-        return self.bad(source.place, path, "is not encrypted", command)
-
-    def _read_secret_file(self, source: SecretSource, path: str, text: str) -> Secret | None:
-        # Relative paths are relative to the config; an absolute one replaces that altogether.
-        read = self.files.read(self.config.path.parent / text)
-        if read.error:
-            what = f"cannot read the file: {read.error.strerror}"
-            return self.bad(source.place, path, what, "correct the path or its permissions")
-        if len(read.data) > MAX_SECRET_BYTES:
-            return self.bad(
-                source.place, path, "the file is over 64 KiB", "put the token there, alone"
-            )
-        return Secret(read.data.decode("utf-8", "replace").strip())
+        else:
+            value, what = decrypted(keys, text), "is not encrypted"
+            value = text if PLACEHOLDER.search(text) else value
+            cure = f"run: teckochecker --config {self.config.path} encrypt"
+            if looks_encrypted(text):
+                what = "is encrypted with another key"
+                cure = f"bring that key back, or write the token in plain and {cure}"
+        if value is not None:
+            problem = token_problem(value.strip(), entry.type)
+            if problem is None:
+                return Secret(value.strip())
+            what, cure = f"the secret {problem[0]}", problem[1]
+        place = (entry.line, entry.column, f"secrets.{entry.name}.{entry.source}")
+        self.problems.append(Problem(str(self.config.path), *place, what, cure))
+        return None
 
 
-def read_draft(path: Path, files: Files) -> Draft:
-    """Return what the file says so far as it can be read; never raises for what is in it."""
-    read = files.read(path)
-    nothing = Config(path, "", path.parent / DEFAULT_STATE, path.parent / DEFAULT_KEY)
-
-    def refuse(what: str, cure: str, place: Place | None = None) -> Draft:
-        return Draft(nothing, [Problem(str(path), place or Place(), "", what, cure)])
-
+def read_config_file(path: Path, files: Files) -> tuple[Config, list[Problem], str]:
+    """Return what the file says so far as it can be read, what is wrong with it, and its text."""
+    read, place = files.read(path), (1, 1)
+    what, cure = "is over 16 MiB", "a config is smaller: check the path"
     if read.error:
-        cure = "check the path, or pass --config PATH"
+        what = f"cannot be read: {read.error.strerror}"
+        cure = "check the path, pass --config PATH, or run `teckochecker init` for a first one"
         if read.error.errno == errno.EACCES:
             cure = "let this user read it; with all secrets encrypted, chmod 644 is safe"
-        return refuse(f"cannot be read: {read.error.strerror}", cure)
-    if len(read.data) > MAX_FILE_BYTES:
-        return refuse("is over 16 MiB", "a config is smaller: check the path")
-    try:
-        return parse_config(read.data.decode(), path)
-    except UnicodeDecodeError as error:
-        before = read.data[: error.start]
-        place = Place(before.count(b"\n") + 1, len(before) - before.rfind(b"\n"))
-        return refuse("is not UTF-8 text", "save it as UTF-8", place)
+    elif len(read.data) <= MAX_FILE_BYTES:
+        try:
+            text = read.data.decode()
+            return *parse_config(text, path), text
+        except UnicodeDecodeError as error:
+            before = read.data[: error.start].decode().split("\n")
+            place = (len(before), len(before[-1]) + 1)
+            what, cure = "is not UTF-8 text", "save it as UTF-8"
+    config = Config(path, "", path.parent / "teckochecker.db", path.parent / "teckochecker.key")
+    return config, [Problem(str(path), *place, "", what, cure)], ""
 
 
-def without_secrets(problems: Iterable[Problem], redactor: Redactor) -> list[Problem]:
-    """Return problems that show no known token: someone may have pasted it in the wrong place."""
-    return [replace(problem, what=redactor.text(problem.what)) for problem in problems]
+def open_config(
+    path: Path, files: Files, env: Mapping[str, str], redactor: Redactor, text: str | None = None
+) -> tuple[LoadedConfig, list[Problem]]:
+    """Return the config and its secrets so far as they open, and every problem, without secrets.
+
+    `text` takes the place of what the file says. `redactor` learns what must be shown nowhere.
+    """
+    if text is None:
+        config, problems, text = read_config_file(path, files)
+    else:
+        config, problems = parse_config(text, path)
+    opener = SecretOpener(config, files, env)
+    secrets = opener.open_all()
+    redactor.learn(opener.all_known(secrets))
+    loaded = LoadedConfig(config, secrets, text, (*opener.warnings, *mount_warning(path)))
+    return loaded, [
+        Problem(p.file, p.line, p.column, *map(redactor.text, (p.path, p.what, p.cure)))
+        for p in problems + opener.problems  # not cut yet: half of a token would not be known
+    ]
 
 
-def load_setup(path: Path, files: Files, env: Mapping[str, str], redactor: Redactor) -> Setup:
-    """Return the config with its secrets opened: the one way in for start, reload and `check`.
+def load_config(
+    path: Path, files: Files, env: Mapping[str, str], redactor: Redactor, text: str | None = None
+) -> LoadedConfig:
+    """Return a config that is fine: the one way in for start, reload and `check`.
 
     Raises ConfigError with every problem of the file, the key and the secrets.
     """
-    draft = read_draft(path, files)
-    opener = Opener(draft.config, files, env)
-    secrets = opener.open_all()
-    redactor.learn((*secrets.values(), *opener.keys, *opener.webhook_paths(secrets)))
-    problems = without_secrets([*draft.problems, *opener.problems], redactor)
+    loaded, problems = open_config(path, files, env, redactor, text)
     if problems:
         raise ConfigError(problems)
-    return Setup(draft.config, secrets, tuple(opener.warnings))
+    return loaded
 
 
-def account_of(setup: Setup, job: Job) -> Account:
-    """Return the OpenAI account that a job's batches are looked at with."""
-    secret = setup.config.openai[job.openai_secret]
-    key = setup.secrets[secret.name]
-    return Account(key, secret.base_url, secret.organization, secret.project)
+def mount_warning(path: Path) -> Iterator[str]:
+    """Warn of a config that is a mount point of its own: nobody can replace it."""
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        target = re.sub(r"[ \t\n\\]", lambda m: f"\\{ord(m[0]):03o}", str(path.resolve()))
+        if any(line.split(" ")[4:5] == [target] for line in mounts.splitlines()):
+            yield f"{path} is a mount of its own: its changes are not seen; mount its directory"
 
 
 # ==================================================================================================
-# 5. Decisions: pure functions. No I/O, no clock, no randomness of their own
+# 4. Decisions: a run and what came in, the next run and its events out. No I/O, no clock
 # ==================================================================================================
+#
+#   polling --ready--> intent --search: empty--> sending --POST--> sent --followed--> finished
+#      |                 ^  ^                       |                                     |
+#      +--> refused      |  +------ not sent -------+---> rejected --(config, retry)--> intent
+#                        |                          |                                     ^
+#                        +-- retry --force -- unknown --search: found--> sent             |
+#                                                   |                   (retry, retry_on_error)
+#                                                   +--two empty searches, the last one begun at
+#                                                      least the grace later--> sending
+#
+# A `sending` that is found at the start is `unknown`. A search comes before every POST.
 
-MAX_BACKOFF_S: Final = HOUR_S
-FILES_WAIT_S: Final = 5 * MINUTE_S  # for the files of a batch that has ended,
-FILES_LOOK_S: Final = 30.0  # with looks at most so far apart
-FIRST_TRIGGER_BACKOFF_S: Final = 5
-FIRST_REJECTED_BACKOFF_S: Final = 5 * MINUTE_S
-CLEAR_SEARCHES_NEEDED: Final = 2
-SEARCH_BACK_S: Final = DAY_S  # how far clocks may be apart without hiding a job
-SEARCH_AGAIN_S: Final = 5 * MINUTE_S  # the most between two searches for an unknown trigger
-CURABLE_REJECTIONS: Final = frozenset({401, 402, 403, 404, 409, 423})
-REJECTING: Final = frozenset(range(400, 500)) - {408, 429}  # after these, no job was made
-RETRYABLE: Final = frozenset({408, 409, 429})
+LASTING_S: Final = 10 * MINUTE_S  # an error that lasts longer does not settle by itself
+FILES_WAIT_S: Final = 5 * MINUTE_S
+UNCLEAR_SIZE: Final = "the size of the group is unclear"
+NO_ERROR: Final[Mapping[str, Any]] = {"error": None, "error_since": None, "failures": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is decided by beside the run: its job, the time, chance, and what the config allows."""
+
+    job: Job | None  # None: it is not in the config now
+    boot_time: BootTime
+    jitter: float = 0.0  # from 0 to 1
+    grace_s: float = 60.0
+    follow_interval_s: float = 30.0
+    may_post: bool = False
+
+    @property
+    def now(self) -> float:
+        return self.boot_time.wall
 
 
 def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | None = None) -> float:
     """Return how long to wait after the n-th failure in a row: doubling, an hour at most.
 
-    `jitter` from 0 to 1 spreads the wait over its upper quarter; `asked_s` is what a server asked
-    for: obeyed where it is longer, but an hour is the most here too.
+    `jitter` from 0 to 1 spreads it over its upper quarter; `asked_s` is what the server asked for.
     """
-    doubled = min(MAX_BACKOFF_S, first_s * 2.0 ** min(max(failures, 1) - 1, 16))
-    spread = doubled * (0.75 + 0.25 * jitter)
-    return min(MAX_BACKOFF_S, max(spread, asked_s or 0.0))
+    doubled = min(HOUR_S, first_s * 2.0 ** min(max(failures, 1) - 1, 16))
+    return min(HOUR_S, max(doubled * (0.75 + 0.25 * jitter), asked_s or 0.0))
 
 
-def seen_again(known: Batch, seen: Batch, now: float) -> Batch:
-    """Return what to remember of a batch after a look: a terminal status is never overwritten.
+def with_error(run: Run, error: str, now: float, wait_s: float) -> Run:
+    since = now if run.error_since is None else run.error_since
+    failures, next_at = run.failures + 1, now + wait_s
+    return replace(run, error=error, error_since=since, failures=failures, next_at=next_at)
 
-    What has not changed stays the same object, which is quickly compared. Gateways tell the end of
-    a batch before its files: one without a file that its counts promise waits for some minutes.
+
+def new_trigger_id(job: str, group: str, batch_ids: Iterable[str], rerun: int) -> str:
+    """Return the id that makes a run recognizable at Keboola, also after the state file is lost."""
+    identity = [2, job, group, rerun] if group else [1, job, sorted(batch_ids), rerun]
+    return hashlib.sha256(compact_json(identity).encode()).hexdigest()
+
+
+# --- polls ----------------------------------------------------------------------------------------
+
+
+def merged(known: Batch, came: Batch, now: float) -> Batch:
+    """Return what to remember of a batch after its own answer.
+
+    A terminal status is never overwritten; only files and counts may still come, for a while.
     """
-    if known.is_terminal or seen == known:
+    if known.is_final:
         return known
-    if known.fileless_since is not None:
-        if seen.status != known.status:  # what has ended has ended
-            seen = replace(known, fileless_since=None)
-        since = min(known.fileless_since, now)
-    else:
-        since = now
-    if not seen.lacks_files or now - since >= FILES_WAIT_S:
-        return seen
-    waiting = replace(seen, fileless_since=since)
-    return known if waiting == known else waiting
+    due_at = now + FILES_WAIT_S
+    if known.is_terminal:
+        due_at = known.files_due_at or now
+        came = replace(
+            came,
+            status=known.status,
+            ended_at=known.ended_at,
+            output_file_id=came.output_file_id or known.output_file_id,
+            error_file_id=came.error_file_id or known.error_file_id,
+            error=came.error or known.error,
+        )
+    if came.is_terminal:
+        lacks_output = came.completed and not came.output_file_id
+        lacks_errors = came.failed and not came.error_file_id
+        if (lacks_output or lacks_errors) and now < due_at:
+            came = replace(came, files_due_at=due_at)
+    return came
 
 
-def trigger_id(name: str, batch_ids: Iterable[str], rerun: int) -> str:
-    """Return the id that makes a trigger recognizable at Keboola, the same on every machine.
+def after_poll(run: Run, job: Job, answers: Mapping[str, Batch | ApiError], terms: Terms) -> Change:
+    """Return a run after a poll of its batches; a failed poll never fails it, but makes it wait."""
+    now, batches, events = terms.now, [], []
+    for known in run.batches:
+        came = answers.get(known.id)
+        batch = merged(known, came, now) if isinstance(came, Batch) else known
+        if batch.files_due_at is not None and batch.files_due_at <= now:
+            batch = replace(batch, files_due_at=None)
+        if batch.status != known.status:
+            events.append(batch_event(run, batch))
+        batches.append(batch)
+    errors = {key: came for key, came in answers.items() if isinstance(came, ApiError)}
+    after = replace(run, batches=tuple(batches), last_check_at=now)
+    if errors:
+        batch_id, error = next(iter(errors.items()))
+        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        asked_s = max(e.retry_after_s or 0.0 for e in errors.values())
+        wait_s = backoff_s(run.failures + 1, job.poll_interval, terms.jitter, asked_s)
+        after = with_error(after, f"{batch_id}: {error}{others}", now, wait_s)
+        facts: dict[str, Any] = {"status": error.status, "request_id": error.request_id}
+        if after.error != run.error:
+            facts |= {"batch_id": batch_id, "error": after.error}
+            events.append(Event.of("poll_failed", run, **facts))
+    elif answers or run.failures:
+        is_waiting = any(batch.files_due_at is not None for batch in batches)
+        interval_s = min(30, job.poll_interval) if is_waiting else job.poll_interval
+        after = replace(after, **NO_ERROR, next_at=now + interval_s)
+        if run.error and run.failures:
+            events.append(Event.of("poll_recovered", run))
+    return decide(after, job, now), events
 
-    It is the SHA-256 of ASCII JSON, so that it survives the loss of the state file.
-    """
-    identity = compact_json([1, name, sorted(batch_ids), rerun])
-    return hashlib.sha256(identity.encode()).hexdigest()
+
+def batch_event(run: Run, batch: Batch) -> Event:
+    counts = f", {batch.completed or 0:,} of {batch.total:,} requests" if batch.total else ""
+    facts: dict[str, Any] = {"batch_id": batch.id, "status": batch.status, "counts_text": counts}
+    facts |= {"completed": batch.completed, "failed": batch.failed, "total": batch.total}
+    if batch.status not in STATUS_RANK:
+        return Event.of("batch_status_unknown", run, **facts)
+    return Event.of("batch_status_changed", run, "warning" if batch.has_failed else "", **facts)
 
 
-def keboola_variables(job: Job, batches: Sequence[Batch], trigger: str) -> dict[str, str]:
-    """Return the variables that a Keboola job gets, all of them non-empty text."""
-    completed = [batch.id for batch in batches if batch.status == BatchStatus.COMPLETED]
-    failed = [batch.id for batch in batches if batch.status != BatchStatus.COMPLETED]
-    outputs = {batch.id: batch.output_file_id for batch in batches if batch.output_file_id}
-    errors = {batch.id: batch.error_file_id for batch in batches if batch.error_file_id}
+# --- when a run starts ----------------------------------------------------------------------------
+
+
+def decide(run: Run, job: Job, now: float) -> Run:
+    """Return a polled run with what follows from its batches: start, refusal, or another poll."""
+    is_whole, whole_at, unclear = wholeness(run, job, now)
+    pending = [batch for batch in run.batches if not batch.is_final]
+    created = [batch.created_at for batch in run.batches if batch.created_at]
+    due_at = min(created) + job.deadline if job.deadline and created else math.inf
+    if (is_whole and not pending and run.batches) or (now >= due_at and job.on_deadline == "start"):
+        if refusal := policy_refusal(run, job):
+            return replace(with_error(run, refusal, now, math.inf), phase=Phase.REFUSED)
+        return as_intended(run, now)
+    next_at = run.next_at if pending else whole_at
+    if now < due_at:
+        next_at = min(next_at, due_at)
+    if unclear and not run.error:
+        run = replace(run, error=unclear, error_since=now)
+    return replace(run, next_at=next_at, deadline_told=run.deadline_told or now >= due_at)
+
+
+def wholeness(run: Run, job: Job, now: float) -> tuple[bool, float, str]:
+    """Return whether a run has all its batches, else when it may have, and what is unclear."""
+    if not job.group_by:
+        return True, now, ""
+    if job.group_size is None:
+        whole_at = (run.joined_at or now) + job.settle
+        return now >= whole_at, whole_at, ""
+    size = job.group_size if job.group_size.isdigit() else run.size
+    if not re.fullmatch("[0-9]{1,4}", size):
+        return False, math.inf, f"{UNCLEAR_SIZE}: {size or 'it is missing'}"
+    return len(run.batches) >= int(size), math.inf, ""
+
+
+def policy_refusal(run: Run, job: Job) -> str:
+    """Return why a job's `trigger_on` keeps a run from starting, or ""."""
+    cure = "`retry --force` starts it"
+    bad = [b for b in run.batches if b.status != "completed" or b.completed == 0]
+    if job.trigger_on == "all_completed" and bad:
+        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        what = "has no successful request" if bad[0].status == "completed" else bad[0].status
+        what = f"{bad[0].id} {what or 'is not finished'}{others}"
+        return f"trigger_on: all_completed, but {what}; {cure}"
+    if job.trigger_on == "any_output" and not any(b.output_file_id for b in run.batches):
+        return f"trigger_on: any_output, but no batch has an output file; {cure}"
+    return ""
+
+
+def as_intended(run: Run, now: float) -> Run:
+    own_id = new_trigger_id(run.job, run.group, (b.id for b in run.batches), run.rerun)
+    due: dict[str, Any] = {"next_at": now, "intended_at": now, **NO_ERROR}
+    return replace(run, phase=Phase.INTENT, trigger_id=run.trigger_id or own_id, **due)
+
+
+def as_rerun(run: Run, now: float, wait_s: float = 0.0, error: str | None = None) -> Run:
+    """Return a run that is to be started once more, as its next rerun."""
+    fresh = Run(run.id, run.job, run.target, run.group, run.batches, rerun=run.rerun + 1)
+    kept = ("attention", "retries", "size", "joined_at", "deadline_told", "last_check_at")
+    fresh = replace(fresh, **{name: getattr(run, name) for name in kept})
+    after = as_intended(fresh, now + wait_s)
+    return replace(after, error=error, error_since=now if error else None)
+
+
+# --- what Keboola gets ----------------------------------------------------------------------------
+
+
+def keboola_variables(run: Run, job: Job) -> dict[str, str]:
+    """Return the variables of a run's Keboola job, all of them non-empty text."""
+    ids: dict[str, list[str]] = {"completed": [], "failed": [], "pending": []}
+    counts: dict[str, dict[str, int | None]] = {}
+    for b in run.batches:
+        kind = "pending" if not b.is_terminal else "failed" if b.has_failed else "completed"
+        ids[kind].append(b.id)
+        if b.total is not None:
+            counts[b.id] = {"total": b.total, "completed": b.completed, "failed": b.failed}
+    by_id = {
+        "batch_statuses": {b.id: b.status for b in run.batches},
+        "batch_output_file_ids": {b.id: b.output_file_id for b in run.batches if b.output_file_id},
+        "batch_error_file_ids": {b.id: b.error_file_id for b in run.batches if b.error_file_id},
+        "batch_request_counts": counts,
+        "batch_errors": {b.id: b.error for b in run.batches if b.error},
+    }
     return {
         **dict(job.variables),
-        "batch_ids_completed": compact_json(completed),
-        "batch_ids_failed": compact_json(failed),
-        "batch_count_total": str(len(batches)),
-        "batch_count_completed": str(len(completed)),
-        "batch_count_failed": str(len(failed)),
-        "batch_statuses": compact_json({batch.id: batch.status for batch in batches}),
-        "batch_output_file_ids": compact_json(outputs),
-        "batch_error_file_ids": compact_json(errors),
-        "teckochecker_job": job.name,
-        TRIGGER_ID_VARIABLE: trigger,
+        **{f"batch_ids_{kind}": compact_json(found) for kind, found in ids.items()},
+        "batch_count_total": str(len(run.batches)),
+        "batch_count_completed": str(len(ids["completed"])),
+        "batch_count_failed": str(len(ids["failed"])),
+        **{name: compact_json(found) for name, found in by_id.items()},
+        "teckochecker_job": run.job,
+        **({"teckochecker_group": run.group} if run.group else {}),
+        "teckochecker_trigger_id": run.trigger_id,
     }
 
 
-def keboola_payload(job: Job, target: Target, batches: Sequence[Batch], trigger: str) -> str:
-    """Return the body of `POST /jobs` (Keboola Job Queue API)."""
-    variables = keboola_variables(job, batches, trigger)
-    body: dict[str, object] = {
+def as_aimed(run: Run, job: Job, target: Target, token: Secret) -> Run:
+    """Return an intent with what the config says now; nothing of it has reached Keboola yet."""
+    values = [{"name": name, "value": v} for name, v in keboola_variables(run, job).items()]
+    body = {
         "component": target.component_id,
         "config": target.config_id,
         "mode": job.mode,
+        **({"branchId": target.branch_id} if target.branch_id else {}),
+        **({"configRowIds": list(job.config_row_ids)} if job.config_row_ids else {}),
+        "variableValuesData": {"values": values},
     }
-    if target.branch_id:
-        body["branchId"] = target.branch_id
-    if job.config_row_ids:
-        body["configRowIds"] = list(job.config_row_ids)
-    values = [{"name": name, "value": value} for name, value in variables.items()]
-    body["variableValuesData"] = {"values": values}
-    return compact_json(body)
+    digest = input_digest(job, target, token)
+    return replace(run, target=target, payload=compact_json(body), input_digest=digest)
 
 
-def trigger_basis(job: Job, target: Target, token: Secret) -> str:
-    """Return a digest of what Keboola judges a trigger by.
-
-    A rejected one is worth another try when target, variables or token are different ones.
-    """
-    digest = hashlib.sha256(token.reveal().encode()).hexdigest()
-    parts = [repr(target), job.mode, job.config_row_ids, sorted(job.variables), digest]
+def input_digest(job: Job, target: Target, token: Secret) -> str:
+    """Return a digest of what Keboola judges a start by, apart from the batches."""
+    aim = [target.stack_url, target.component_id, target.config_id, target.branch_id]
+    parts = [*aim, job.mode, job.config_row_ids, sorted(job.variables), token.digest()]
     return hashlib.sha256(compact_json(parts).encode()).hexdigest()
 
 
-def new_trigger(work: Work, job: Job, target: Target, token: Secret, now: float) -> Trigger:
-    """Return the intent to start the work's Keboola job; an id that was stored is kept."""
-    old = work.trigger if work.trigger and work.trigger.rerun == work.rerun else None
-    ids = [batch.id for batch in work.batches]
-    own_id = old.id if old else trigger_id(work.name, ids, work.rerun)
-    basis = trigger_basis(job, target, token)
-    return Trigger(
-        id=own_id,
-        rerun=work.rerun,
-        state=TriggerState.INTENT,
-        target=target,
-        secret=job.keboola_secret,
-        payload=keboola_payload(job, target, work.batches, own_id),
-        basis=basis,
-        created_at=now,
-        failures=old.failures if old and old.basis == basis else 0,
-    )
-
-
-def search_from(batches: Sequence[Batch], now: float, behind_s: float = 0.0) -> float | None:
-    """Return since when a Keboola job for these batches can exist, as Unix seconds, or None.
-
-    By Keboola's clock, which is `behind_s` behind this one. A day covers clocks that differ; an end
-    in the future is nonsense and would hide every job.
-    """
-    ended = [batch.ended_at for batch in batches if batch.ended_at]
-    created = [batch.created_at for batch in batches if batch.created_at]
-    if not ended and not created:
-        return None
-    bound = min(max(ended) if ended else min(created), now)
-    return max(0.0, bound - SEARCH_BACK_S - max(0.0, behind_s))
-
-
-def ours_oldest_first(jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJob]:
-    """Return the Keboola jobs that carry a trigger id, the oldest first: that one is ours."""
-    never = datetime.max.replace(tzinfo=UTC)
-    ours = [job for job in jobs if job.trigger_id == trigger]
-    return sorted(ours, key=lambda job: (job.created_time or never, len(job.id), job.id))
-
-
-def is_failure(batch: Batch) -> bool:
-    """Return whether a batch has ended otherwise than completed."""
-    return batch.is_terminal and batch.status != BatchStatus.COMPLETED
-
-
-def job_status(work: Work) -> JobStatus:
-    """Return the status of a piece of work, as people see it."""
-    if work.is_finished:
-        whole = all(batch.status == BatchStatus.COMPLETED for batch in work.batches)
-        return JobStatus.COMPLETED if whole else JobStatus.COMPLETED_WITH_FAILURES
-    if work.done:  # elsewhere: what is known of its batches may be old, or nothing
-        return JobStatus.COMPLETED
-    if work.paused:
-        return JobStatus.PAUSED
-    if work.trigger and work.trigger.state == TriggerState.REJECTED:
-        return JobStatus.FAILED
-    return JobStatus.TRIGGERING if work.is_ready or work.trigger else JobStatus.ACTIVE
-
-
-def error_of(work: Work) -> str | None:
-    """Return what is wrong with a piece of work now, or None."""
-    if work.is_finished or work.done:
-        return None
-    return (work.trigger.error if work.trigger else None) or work.error
-
-
-def needs_person(work: Work) -> bool:
-    """Return whether a job has an error or waits for someone, which is what exit code 1 says."""
-    if work.is_finished or work.paused or work.done:
-        return False
-    unsettled = work.trigger is not None and work.trigger.state != TriggerState.SENT
-    return unsettled or error_of(work) is not None
-
-
 # --- the trigger, step by step --------------------------------------------------------------------
-#
-#   (ready) --> intent --search: clear--> sending --POST--> sent
-#                 ^  ^                       |
-#                 |  +------ not sent -------+------ rejected --(a new basis, retry)--> intent
-#                 |                          |
-#                 |                          +------ unknown --search: found----------> sent
-#                 |                                     |
-#                 +---- retry --force ------------------+--two clear searches, the last one at
-#                                                          least the grace later--> sending
-#   A `sending` that is found at start becomes `unknown`. Any search that finds ours: sent.
 
 
-class Step(enum.Enum):
-    """What to do next for a trigger."""
+def search_since(run: Run, now: float) -> float:
+    """Return since when a Keboola job for a run can exist, as Unix seconds of our clock.
 
-    REST = "rest"  # nothing, until a person or the config changes something
-    WAIT = "wait"
-    ARM = "arm"  # make a fresh intent, of what the config says now
-    SEARCH = "search"
-    POST = "post"
-
-
-def next_step(trigger: Trigger, *, may_post: bool, is_due: bool) -> Step:
-    """Return what to do next for a trigger.
-
-    A POST comes only after a search: see `after_clear_search`.
+    A day covers clocks of OpenAI and ours that differ by hours; Keboola's is corrected elsewhere.
     """
-    match trigger.state:
-        case TriggerState.SENT:
-            return Step.REST
-        case TriggerState.REJECTED:
-            if not may_post or trigger.next_try_at is None:
-                return Step.REST
-            return Step.ARM if is_due else Step.WAIT
-        case TriggerState.INTENT if not may_post:
-            return Step.REST
-        case _:
-            return Step.SEARCH if is_due else Step.WAIT
-
-
-def elapsed_s(since: Moment, now: Moment) -> float:
-    """Return how many seconds have certainly passed between two moments.
-
-    Within one boot, the machine's uptime tells. Over a reboot, no more than it has been up for:
-    the wall clock alone may have been set forward.
-    """
-    if since.boot and since.boot == now.boot:
-        return max(0.0, now.uptime_s - since.uptime_s)
-    by_clock_s = max(0.0, now.wall - since.wall)
-    return min(by_clock_s, now.uptime_s) if now.boot else by_clock_s
+    ended = [batch.ended_at for batch in run.batches if batch.ended_at]
+    created = [batch.created_at for batch in run.batches if batch.created_at]
+    all_ended = len(ended) == len(run.batches)
+    known = max(ended) if ended and all_ended else min(created, default=now)
+    return min(known, now, run.sending_at or now) - DAY_S
 
 
 def search_spacing_s(grace_s: float) -> float:
-    """Return how far apart the searches for an unknown trigger are, apart from the grace itself."""
+    """Return how far apart the searches for an unknown run are, apart from the grace itself."""
     return min(10.0, max(0.1, grace_s / 4))
 
 
-def unknown_wait_s(trigger: Trigger, grace_s: float) -> float:
-    """Return how long after an unknown outcome the next POST may come, at the earliest.
-
-    The grace; after each repeated POST twice as long, up to an hour, or what the server asked for.
-    """
-    doubled = grace_s * 2.0 ** min(max(trigger.unknowns - 1, 0), 16)
-    return max(grace_s, min(MAX_BACKOFF_S, max(doubled, trigger.asked_wait_s)))
-
-
-def unknown_text(trigger: Trigger, more: str = "") -> str:
-    """Return what a person is told of an unknown trigger: what came of its POST, above all."""
-    said = f": {trigger.said}" if trigger.said else ""
-    return f"it is not known whether Keboola took the job{more}{said}"
-
-
-def after_clear_search(
-    trigger: Trigger, *, unknown_for_s: float, grace_s: float, may_post: bool, now: float
-) -> tuple[Trigger, Step]:
-    """Return the trigger after a complete search without errors that did not find it, and a step.
-
-    `unknown_for_s` is the time between the record of the unknown outcome and the search's start.
-    """
-    if trigger.state != TriggerState.UNKNOWN:
-        return trigger, Step.POST if may_post else Step.REST
-    clear = replace(
-        trigger,
-        clear_searches=trigger.clear_searches + 1,
-        failures=0,
-        error=unknown_text(trigger, "; a search did not find it"),
+def as_sending(run: Run, now: float) -> Change:
+    after = replace(
+        run,
+        phase=Phase.SENDING,
+        posts=run.posts + 1,
+        sending_at=run.sending_at or now,
+        unknown_since=None,
+        empty_searches=0,
+        forced=False,
+        next_at=math.inf,
     )
-    needed_s = unknown_wait_s(trigger, grace_s)
-    is_late = unknown_for_s >= needed_s
-    if is_late and clear.clear_searches >= CLEAR_SEARCHES_NEEDED:
-        if may_post:
-            return clear, Step.POST
+    facts = {"trigger_id": run.trigger_id, "target": str(run.target)}
+    return after, [Event.of("trigger_sending", run, **facts)]
+
+
+def as_unknown(run: Run, error: str, terms: Terms, asked_s: float = 0.0) -> Change:
+    """Return a run when the outcome of its POST cannot be told.
+
+    The first repeat waits for the grace; then the wait doubles each time, up to an hour.
+    """
+    grace_s = terms.grace_s
+    doubled = min(max(grace_s, HOUR_S), max(1.0, 2 * run.repeat_after_s))
+    wait_s = max(grace_s if run.repeat_after_s == 0 else doubled, min(asked_s, HOUR_S))
+    text = f"it is not known whether Keboola took the job: {error}"
+    after = replace(
+        with_error(run, text, terms.now, search_spacing_s(grace_s)),
+        phase=Phase.UNKNOWN,
+        failures=0,
+        post_error=error,
+        repeat_after_s=max(wait_s, 0.001),  # 0 says that none was unknown yet
+        unknown_since=terms.boot_time,
+        empty_searches=0,
+    )
+    return after, [Event.of("trigger_unknown", run, trigger_id=run.trigger_id, error=text)]
+
+
+def after_search(  # noqa: PLR0911 - a table
+    run: Run, came: Sequence[KeboolaJob] | ApiError, began: BootTime, terms: Terms
+) -> Change:
+    """Return a run after a search for its Keboola job: found, SENDING, or searched for again.
+
+    `came` are the jobs that carry the trigger id, the oldest first, or why the search is
+    incomplete: then it says nothing, and nothing is sent unless a person said `retry --force`.
+    `began` is when the search did. A run that comes back SENDING is to be committed and posted with
+    nothing awaited in between: what was found out and what is sent belong together.
+    """
+    now = terms.now
+    if isinstance(came, ApiError):
+        if run.forced and terms.may_post:
+            return as_sending(run, now)
+        text = f"cannot search Keboola for an earlier start: {came}"
+        if run.post_error:
+            text += f"; the start brought: {run.post_error}"
+        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
+        event = Event.of("trigger_search_failed", run, error=text, status=came.status)
+        return with_error(run, text, now, wait_s), [event] if text != run.error else []
+    if came:
+        return as_started(run, came, "trigger_found", terms)
+    if run.phase is not Phase.UNKNOWN:
+        return as_sending(run, now) if terms.may_post else (replace(run, next_at=now + HOUR_S), [])
+    elapsed_s = run.unknown_since.until_s(began) if run.unknown_since else 0.0
+    is_late = elapsed_s >= run.repeat_after_s
+    after = replace(run, empty_searches=run.empty_searches + 1, failures=0)
+    if run.post_error:
+        text = f"a search did not find the Keboola job, and the start brought: {run.post_error}"
+        after = replace(after, error=text)
+    if is_late and after.empty_searches >= 2:
+        if terms.may_post:
+            return as_sending(after, now)
         # Paused or removed: an earlier POST's job may still show up, so the search goes on.
-        return replace(clear, next_try_at=now + HOUR_S), Step.WAIT
-    left_s = min(needed_s - unknown_for_s, max(grace_s, SEARCH_AGAIN_S))
-    wait_s = search_spacing_s(grace_s) if is_late else max(left_s, 0.1)
-    return replace(clear, next_try_at=now + wait_s), Step.WAIT
+        return replace(after, next_at=now + HOUR_S), []
+    spacing_s = search_spacing_s(terms.grace_s)
+    wait_s = spacing_s if is_late else max(run.repeat_after_s - elapsed_s, 0.1)
+    return replace(after, next_at=now + wait_s), []
 
 
-def after_failed_search(
-    trigger: Trigger, error: ApiError, *, may_post: bool, now: float, jitter: float
-) -> tuple[Trigger, Step]:
-    """Return the trigger after a search that could not be completed, and a step.
-
-    It says nothing, so nothing is sent; unless a person has said `retry --force`. Without a token
-    that is known to be of the trigger's project there is no POST either way (`may_post`).
-    """
-    if trigger.forced and may_post:
-        return trigger, Step.POST
-    failures = trigger.failures + 1
-    wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
-    text = f"cannot search Keboola for an earlier start: {error}"
-    if trigger.state == TriggerState.UNKNOWN:
-        text = f"{text}; {unknown_text(trigger)}"
-    return replace(trigger, failures=failures, error=text, next_try_at=now + wait_s), Step.WAIT
-
-
-def as_sent(trigger: Trigger, job: KeboolaJob, now: float) -> Trigger:
-    """Return the trigger once its Keboola job is known."""
-    return replace(
-        trigger,
-        state=TriggerState.SENT,
-        sent_at=now,
-        keboola_job_id=job.id,
-        keboola_status=job.status,
-        url=job.url,
-        error=None,
-        said=None,
-        failures=0,
-        unknowns=0,
+def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) -> Change:
+    """Return a run once its Keboola job is known; of several, the first one is ours."""
+    (ours, *others), now = jobs, terms.now
+    created_at = ours.created_time.timestamp() if ours.created_time else now
+    project = ours.project or run.target.project
+    page = f"{run.target.stack_url}/admin/projects/{project}/queue/{ours.id}" if project else None
+    after = replace(
+        run,
+        phase=Phase.SENT,
+        keboola_job_id=ours.id,
+        keboola_status=ours.status,
+        url=page,
+        sent_at=min(created_at, now) if name == "trigger_found" else now,
+        next_at=now,
         forced=False,
-        next_try_at=None,
+        posts=0,
+        post_error=None,
+        repeat_after_s=0.0,
+        unknown_since=None,
+        **NO_ERROR,
     )
+    facts: dict[str, Any] = {"keboola_job_id": ours.id, "trigger_id": run.trigger_id, "url": page}
+    if others:
+        facts["other_keboola_job_ids"] = [job.id for job in others]
+    events = [Event.of(name, run, "warning" if others else "", **facts)]
+    if terms.job and not terms.job.follow:
+        ended: dict[str, Any] = {"finished_at": after.sent_at, "next_at": math.inf}
+        after = replace(after, phase=Phase.FINISHED, **ended)
+        events.append(end_event(after, "was started"))
+    return after, events
 
 
-def as_sending(trigger: Trigger, now: float) -> Trigger:
-    """Return the trigger as it must be stored before its POST."""
-    return replace(
-        trigger,
-        state=TriggerState.SENDING,
-        sending_at=now,
-        unknown_at=None,
-        clear_searches=0,
-        forced=False,
-        next_try_at=None,
-    )
+def after_post(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
+    """Return a run after its POST: sent, certainly not sent, rejected, or unknown."""
+    if isinstance(came, KeboolaJob):
+        return as_started(run, [came], "trigger_sent", terms)
+    facts = {"trigger_id": run.trigger_id, "status": came.status, "request_id": came.request_id}
+    if not came.sent:
+        text = f"Keboola was not reached: {came}"
+        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
+        after = replace(with_error(run, text, terms.now, wait_s), phase=Phase.INTENT)
+        return after, [Event.of("trigger_not_sent", run, error=text, **facts)]
+    if came.status is None or not 400 <= came.status < 500 or came.status in {408, 429}:
+        return as_unknown(run, str(came), terms, came.retry_after_s or 0.0)
+    is_curable = came.status in {401, 402, 403, 404, 409, 423}
+    wait_s = backoff_s(run.failures + 1, 5 * MINUTE_S, terms.jitter, came.retry_after_s)
+    after = with_error(run, str(came), terms.now, wait_s if is_curable else math.inf)
+    after = replace(after, phase=Phase.REJECTED, sending_at=None, repeat_after_s=0.0)
+    return after, [Event.of("trigger_rejected", run, error=str(came), **facts)]
 
 
-def as_unknown(
-    trigger: Trigger, error: str, *, grace_s: float, now: Moment, asked_s: float | None = None
-) -> Trigger:
-    """Return the trigger when the outcome of its POST cannot be told.
-
-    `asked_s` is how long the server wants not to be asked again.
-    """
-    after = replace(trigger, said=error, unknowns=trigger.unknowns + 1)
-    return replace(
-        after,
-        state=TriggerState.UNKNOWN,
-        unknown_at=now.wall,
-        unknown_boot=now.boot,
-        unknown_uptime_s=now.uptime_s,
-        clear_searches=0,
-        failures=0,
-        asked_wait_s=min(MAX_BACKOFF_S, asked_s or 0.0),
-        error=unknown_text(after),
-        next_try_at=now.wall + search_spacing_s(grace_s),
-    )
+# --- following ------------------------------------------------------------------------------------
 
 
-def after_failed_post(
-    trigger: Trigger, error: ApiError, *, grace_s: float, now: Moment, jitter: float
-) -> Trigger:
-    """Return the trigger after a POST that brought no job id: not sent, rejected or unknown.
-
-    A gateway may answer 429 after the job was made, as it may answer 500.
-    """
-    failures = trigger.failures + 1
-    next_try_at: float | None
-    if not error.sent:
-        wait_s = backoff_s(failures, FIRST_TRIGGER_BACKOFF_S, jitter, error.retry_after_s)
-        next_try_at = now.wall + wait_s
-        text, state = f"Keboola was not reached: {error}", TriggerState.INTENT
-    elif error.status in REJECTING:
-        curable = error.status in CURABLE_REJECTIONS
-        wait_s = backoff_s(failures, FIRST_REJECTED_BACKOFF_S, jitter, error.retry_after_s)
-        next_try_at = now.wall + wait_s if curable else None
-        text, state = str(error), TriggerState.REJECTED
-    else:
-        asked_s = error.retry_after_s
-        return as_unknown(trigger, str(error), grace_s=grace_s, now=now, asked_s=asked_s)
-    return replace(trigger, state=state, failures=failures, error=text, next_try_at=next_try_at)
+def end_event(run: Run, ended: str) -> Event:
+    completed = sum(batch.status == "completed" for batch in run.batches)
+    failed_requests = sum(batch.failed or 0 for batch in run.batches)
+    counts = f"{completed} of {counted(len(run.batches), 'batch')} completed"
+    if failed_requests:
+        counts += f", {counted(failed_requests, 'request')} failed"
+    name = "completed" if completed == len(run.batches) else "completed_with_failures"
+    facts = {"keboola_job_id": run.keboola_job_id, "keboola_status": run.keboola_status}
+    return Event.of(name, run, **facts, ended=ended, counts=counts, url=run.url)
 
 
-def as_of_now(trigger: Trigger, now: float) -> Trigger:
-    """Return a stored trigger with no time in the future that this program would not have set.
+def after_follow(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
+    """Return a run after its Keboola job was asked for: running, finished, failed, or due again."""
+    now, job = terms.now, terms.job
+    poll_interval_s = job.poll_interval if job else HOUR_S
+    wait_s = max(terms.follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
+    facts = {"keboola_job_id": run.keboola_job_id, "url": run.url}
+    if isinstance(came, ApiError) and came.status != 404:
+        wait_s = backoff_s(run.failures + 1, wait_s, terms.jitter, came.retry_after_s)
+        event = Event.of("follow_failed", run, **facts, error=str(came), status=came.status)
+        return with_error(run, str(came), now, wait_s), [event] if str(came) != run.error else []
+    if isinstance(came, ApiError):
+        came = KeboolaJob("", "deleted", True, "", str(came), None, None)  # noqa: FBT003
+    after = replace(run, **NO_ERROR, last_check_at=now, keboola_status=came.status)
+    if not came.is_finished:
+        event = Event.of("keboola_job_status", run, **facts, status=came.status)
+        events = [event] if came.status != run.keboola_status else []
+        return replace(after, next_at=now + wait_s), events
+    after = replace(after, phase=Phase.FINISHED, finished_at=now, next_at=math.inf)
+    if came.status in {"success", "warning"}:
+        ended = "succeeded" if came.status == "success" else "ended with a warning"
+        return after, [end_event(after, ended)]
+    message = f": {came.message}" if came.message else ""
+    error = f"Keboola job {run.keboola_job_id} ended in {came.status}{message}"
+    retries = job.retry_on_error if job and terms.may_post else 0
+    if came.status == "error" and run.retries < retries:
+        wait_s = min(HOUR_S, 5 * MINUTE_S * 2.0**run.retries)
+        again = as_rerun(replace(run, retries=run.retries + 1), now, wait_s, error)
+        wait = show_duration(wait_s)
+        return again, [Event.of("keboola_job_retried", run, **facts, error=error, wait=wait)]
+    return replace(after, error=error, error_since=now, keboola_error=came.message or error), []
 
-    They tell that the clock was set back meanwhile, and would else hold the trigger until it
-    has caught up.
-    """
-    stamps = (trigger.created_at, trigger.sending_at, trigger.unknown_at)
-    is_ahead = any(at is not None and at > now for at in stamps)
-    longest_s = DAY_S if trigger.state == TriggerState.UNKNOWN else MAX_BACKOFF_S  # the grace's
-    next_try_at = trigger.next_try_at
-    if next_try_at is not None and (is_ahead or next_try_at > now + longest_s):
-        next_try_at = now
-    unknown_at = None if trigger.unknown_at is None else min(trigger.unknown_at, now)
-    return replace(trigger, next_try_at=next_try_at, unknown_at=unknown_at)
 
-
-# --- which row of the state file a job of the config is -------------------------------------------
+# --- what a person asked for ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A row of the state file, as far as it matters for whose it is."""
+class RetryRequest:
+    """A `retry` that someone asked for, and what the run was like when they did."""
 
     id: int
-    name: str
-    batch_ids: frozenset[str]
-    target: Target
-    is_finished: bool
-    position: int | None = None  # in the config so far
+    run_id: int
+    force: bool
+    rerun: int
+    phase: Phase
 
 
-def known_of(work: Work) -> Known:
-    """Return what matters of a piece of work for whose it is."""
-    ids = frozenset(batch.id for batch in work.batches)
-    return Known(work.id, work.name, ids, work.target, work.is_finished, work.position)
+def after_retry(  # noqa: C901, PLR0911 - a table
+    run: Run, job: Job | None, request: RetryRequest, now: float
+) -> Change | str:
+    """Return a run after `retry`, or why nothing could be done."""
+    if job is None:
+        return "its job is not in the config"
+    if job.done:
+        return "the config says done: true; remove that to start it"
+    force, now_due = request.force, replace(run, failures=0, next_at=now)
+    finished = {Phase.FINISHED, Phase.REJECTED, Phase.REFUSED}
+    if run.rerun != request.rerun or (request.phase in finished and run.phase != request.phase):
+        return "its Keboola job was started or found meanwhile"
+    match run.phase:
+        case Phase.SENDING:
+            return "its Keboola job is being started now"
+        case Phase.SENT:
+            return f"its Keboola job {run.keboola_job_id} is running; wait for its end"
+        case Phase.FINISHED if run.error or force:
+            after = replace(as_rerun(run, now), retries=0)
+        case Phase.FINISHED:
+            return "its Keboola job has run; --force starts it once more"
+        case Phase.REFUSED if not force:
+            return "its policy refuses it; --force starts it all the same"
+        case Phase.REFUSED | Phase.REJECTED:
+            after = as_intended(run, now)
+        case Phase.UNKNOWN | Phase.INTENT if force:
+            after = replace(now_due, phase=Phase.INTENT, forced=True)
+        case _:
+            after = now_due
+    return after, [Event.of("retry_taken", run, how=" by force" if force else "")]
 
 
-def is_live(work: Work) -> bool:
-    """Return whether a process works on it: it is in the config, or may be at Keboola unseen.
+# --- status and attention -------------------------------------------------------------------------
 
-    A rejected trigger is not: Keboola said no; if its job comes back, it is in the config again.
+
+def status_of(run: Run, job: Job | None) -> str:
+    """Return the status of a run, as people see it (design: `status --json`)."""
+    if job and job.done and not run.may_be_at_keboola:
+        return "completed"
+    if run.has_failed:
+        return "failed"
+    if run.phase is Phase.FINISHED:
+        is_clean = all(batch.status == "completed" for batch in run.batches)
+        return "completed" if is_clean else "completed_with_failures"
+    if job and job.paused:
+        return "paused"
+    if run.phase is Phase.POLLING:
+        return "active"
+    return "running" if run.phase is Phase.SENT else "triggering"
+
+
+def attention_of(  # noqa: PLR0911 - a table
+    run: Run, job: Job | None, grace_s: float, now: float
+) -> str:
+    """Return the event that says what a person has to do something about, or "".
+
+    What settles by itself is none: an error counts once it has lasted, a start once it is overdue.
     """
-    settled = (TriggerState.SENT, TriggerState.REJECTED)
-    is_open = work.trigger is not None and work.trigger.state not in settled
-    return work.position is not None or is_open
+    if job and job.done:
+        return ""
+    if run.has_failed:
+        return "job_failed"
+    if job is None or job.paused:
+        return ""
+    is_lasting = run.error_since is not None and now - run.error_since > LASTING_S
+    match run.phase:
+        case Phase.POLLING if run.deadline_told:
+            return "deadline_passed"
+        case Phase.POLLING if (run.error or "").startswith(UNCLEAR_SIZE):
+            return "group_size_unclear"
+        case Phase.POLLING:
+            return "poll_failing" if is_lasting else ""
+        case Phase.SENT:
+            return "follow_failing" if is_lasting else ""
+        case Phase.FINISHED:
+            return ""
+    if run.attention == "job_failed" and run.error:
+        return "job_failed"  # a rejected start is tried again, and is not right for that
+    is_overdue = now - (run.intended_at or now) > max(LASTING_S, 10 * grace_s)
+    return "trigger_overdue" if is_overdue else ""
 
 
-def as_in_config(work: Work, job: Job, target: Target, position: int) -> Work:
-    """Return a piece of work as the config has it now."""
-    batches = work.batches
-    if tuple(batch.id for batch in batches) != job.batch_ids:
-        by_id = {batch.id: batch for batch in batches}
-        batches = tuple(by_id[batch_id] for batch_id in job.batch_ids)
-    after = replace(
-        work,
-        name=job.name,
-        batches=batches,
-        target=target,
-        position=position,
-        paused=job.paused,
-        done=job.done,
+def after_attention(run: Run, job: Job | None, grace_s: float, now: float) -> Change:
+    """Return a run that remembers what needs a person, with the events that tell of a change."""
+    reason = attention_of(run, job, grace_s, now)
+    if reason == run.attention:
+        return run, []
+    events = [Event.of(f"{run.attention}_recovered", run)] if run.attention else []
+    if reason:
+        pending = sum(not batch.is_terminal for batch in run.batches)
+        facts = {"error": run.error, "url": run.url, "pending": pending, "count": len(run.batches)}
+        events.append(Event.of(reason, run, **facts))
+    return replace(run, attention=reason), events
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+def shifted(run: Run, by_s: float) -> Run:
+    """Return a run whose pending times follow the clock that was set."""
+    names = ("next_at", "error_since", "intended_at", "joined_at")
+    moved = {n: getattr(run, n) + by_s for n in names if getattr(run, n) is not None}
+    due = (b.files_due_at and b.files_due_at + by_s for b in run.batches)
+    return replace(with_files_due(run, due), **moved)
+
+
+def with_files_due(run: Run, due_at: Iterable[float | None]) -> Run:
+    batches = map(
+        lambda b, at: b if at is None else replace(b, files_due_at=at), run.batches, due_at
     )
-    return work if after == work else after
+    return replace(run, batches=tuple(batches))
 
 
-def claim_order(row: Known) -> tuple[bool, bool, int, int]:
-    """Return what sorts rows that may be taken over: finished ones, then the config's order."""
-    return (not row.is_finished, row.position is None, row.position or 0, row.id)
+def as_loaded(run: Run, terms: Terms) -> Change:
+    """Return a stored run as a new process takes it up.
+
+    A POST that an earlier process was about to send, or had sent, is unknown. A recorded time in
+    the future counts as now; polls begin at once, and no other wait is longer than an hour.
+    """
+    names = ("error_since", "intended_at", "joined_at", "sent_at", "finished_at", "last_check_at")
+    times, now = {name: getattr(run, name) for name in names}, terms.now
+    late: dict[str, Any] = {n: now for n, at in times.items() if at is not None and at > now}
+    if run.phase is Phase.POLLING or now + HOUR_S < run.next_at < math.inf:
+        late["next_at"] = now
+    due = (b.files_due_at and min(b.files_due_at, now + FILES_WAIT_S) for b in run.batches)
+    loaded = replace(with_files_due(run, due), **late)
+    if run.phase is Phase.SENDING:
+        return as_unknown(loaded, "the process ended before the answer was recorded", terms)
+    return loaded if loaded != run else run, []
+
+
+# --- which run a job of the config is, and which batches are a group ------------------------------
 
 
 def assign(
-    jobs: Mapping[str, Job], targets: Mapping[str, Target], rows: Sequence[Known]
-) -> dict[str, int]:
-    """Return the row of each job that has one; the others are new work.
+    jobs: Mapping[str, Job], targets: Mapping[str, Target], runs: Iterable[Run]
+) -> dict[str, Run]:
+    """Return the run of each job with batch_ids that has one; the others are new.
 
-    A piece of work is a name and a set of ids. A new one with the ids and the target of a job that
-    has left the config is that job under a new name, not new work.
+    A run is a name and a set of ids. A new job with the ids and the target of a job that has left
+    the config is that job under a new name, not new work.
     """
-    by_work = {(row.name, row.batch_ids): row.id for row in rows}
-    absent: dict[tuple[frozenset[str], Target], list[Known]] = {}
-    for row in sorted(rows, key=claim_order, reverse=True):
-        if row.name not in jobs:
-            absent.setdefault((row.batch_ids, row.target), []).append(row)
+    own: dict[tuple[str, frozenset[str]], Run] = {}
+    left: dict[tuple[frozenset[str], Target], list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.phase is not Phase.FINISHED, run.id)):
+        ids = frozenset(batch.id for batch in run.batches)
+        own[run.job, ids] = run
+        if run.job not in jobs:  # Keboola has not named the project of a job that is new here
+            left.setdefault((ids, replace(run.target, project="")), []).append(run)
     assigned = {}
     for name, job in jobs.items():
         ids = frozenset(job.batch_ids)
-        if (name, ids) in by_work:
-            assigned[name] = by_work[name, ids]
-        elif absent.get((ids, targets[name])):
-            assigned[name] = absent[ids, targets[name]].pop().id
+        claims = left.get((ids, targets[name]), [])
+        if (name, ids) in own:
+            assigned[name] = own[name, ids]
+        elif claims and not job.match:
+            assigned[name] = claims.pop(0)
     return assigned
 
 
-# --- where batches stand in their account's list --------------------------------------------------
-
-LIST_MIN: Final = 20  # due batches; fewer are asked for one by one, and no page is risked
-PAGE_ROWS: Final = 100  # of a page; OpenAI gives no more
-NEAR: Final = 5  # batches created close together, which are worth a page that may show them
-ONE_PAGE_S: Final = 180.0  # in which OpenAI's limit, 2,000 an hour, lets a page of batches be made
-BARREN_PAGES: Final = 3  # in a row, after which a walk along the list is given up
-UNCHARTED: Final = 1_000_000_000  # rows between parts of the list that no page has connected
-MAX_MARKS: Final = 5000
-MAX_ROWS: Final = 1000  # remembered beyond twice the watched ones
-END_OF_IDS: Final = "\x7f"  # sorts after every batch id
-
-
-class Spot(NamedTuple):
-    """Where a batch stands: `row` counts from anywhere, `after` is the id of the row before it."""
-
-    row: int
-    after: str | None  # None: it was the first one of the list
+def in_order(job: Job, batches: Iterable[Batch]) -> tuple[Batch, ...]:
+    """Return a run's batches in the config's order, or in that of creation."""
+    if not job.match:
+        place = {batch_id: i for i, batch_id in enumerate(job.batch_ids)}
+        return tuple(sorted(batches, key=lambda batch: place.get(batch.id, 0)))
+    return tuple(sorted(batches, key=lambda batch: (batch.created_at or 0.0, batch.id)))
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """A way along the list, page by page from a cursor, to a batch; or to any that are due."""
+class Row:
+    """A row of an account's list of batches, as far as it can be read."""
 
-    cursor: str | None
-    goal: Batch | None = None
+    batch: Batch
+    metadata: Mapping[str, str]
 
-    def ends_at(self, page: Page) -> bool:
-        """Return whether to go no further than a page: the goal is there, or cannot follow."""
-        if not page.ids or not page.has_more:
-            return True
-        if self.goal is None:
-            return False
-        created_at = self.goal.created_at or 0.0
-        return self.goal.id in page.batches or (page.oldest_at or 0.0) < created_at
+    def is_of(self, job: Job) -> bool:
+        """Return whether a job that matches metadata is to take it."""
+        is_new = (self.batch.created_at or 0.0) >= job.since
+        return is_new and all(self.metadata.get(key) == value for key, value in job.match)
 
 
-class Chart:
-    """Where an account's batches stand in its list, so far as pages have shown it.
+def group_batches(
+    job: Job, target: Target, rows: Sequence[Row], runs: Mapping[str, Run], now: float
+) -> list[tuple[Run, list[Event], list[Batch]]]:
+    """Return the runs that new batches begin (with the number 0) or join, and who came late."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        group = row.metadata.get(job.group_by, "") if job.group_by else row.batch.id
+        if group:
+            groups.setdefault(group, []).append(row)
+    changes = []
+    for group, found in groups.items():
+        run = runs.get(group) or Run(0, job.name, target, group, next_at=now)
+        known = {batch.id for batch in run.batches}
+        new = [row for row in found if row.batch.id not in known]
+        room = 1000 - len(known) if run.phase is Phase.POLLING else 0  # the most of a run
+        joined, late = new[:room], new[room:]
+        batches = in_order(job, [*run.batches, *(row.batch for row in joined)])
+        after = run
+        if joined:
+            size = group_size_of(run.size, job, joined)
+            after = replace(run, batches=batches, joined_at=now, next_at=now, size=size)
+        events = []
+        for count, row in enumerate(joined, len(known) + 1):
+            name = "batch_joined" if count > 1 else "run_found"
+            events.append(Event.of(name, run, batch_id=row.batch.id, count=count))
+        events += [Event.of("late_batch", run, batch_id=row.batch.id) for row in late]
+        if new:
+            changes.append((after, events, [row.batch for row in late]))
+    return changes
 
-    The list has no filter, only a cursor: the id of the row before. New batches push all rows down
-    alike and deleted ones let them up, so that what lasts is each batch's neighbour, and about how
-    many rows lie between two batches. What is wrong here costs a request, never a result: whatever
-    no page shows is asked for by itself.
-    """
+
+def group_size_of(known: str, job: Job, joined: Iterable[Row]) -> str:
+    """Return the size of a group as its metadata tells it: a number, or what is wrong with it."""
+    if not (job.group_size or "").startswith("metadata."):
+        return ""
+    key = str(job.group_size).removeprefix("metadata.")
+    sizes = {row.metadata.get(key, "") for row in joined} | ({known} if known else set())
+    if len(sizes) > 1:
+        return f"the batches differ in {key}"
+    (size,) = sizes
+    if not re.fullmatch("[1-9][0-9]{0,3}", size):
+        return f"{quoted(size)} is no number" if size else f"a batch has no {key}"
+    return size
+
+
+# ==================================================================================================
+# 5. Store and lock: what must survive a crash, in one SQLite file
+# ==================================================================================================
+
+SCHEMA_VERSION: Final = 5
+STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
+Statement = tuple[str, Sequence[object]]
+
+
+@functools.cache
+def columns(cls: type) -> Mapping[str, str]:
+    """Return the name and SQL type of the columns for a dataclass's fields, but for nested ones."""
+    kinds = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
+    kinds |= dict.fromkeys(("str", "Phase", "Mapping[str, Any]"), "TEXT")
+    found = {}
+    for name, (kind, _, null) in ((f.name, str(f.type).partition(" | ")) for f in fields(cls)):
+        if kind in kinds:
+            found[name] = kinds[kind] if null else f"{kinds[kind]} NOT NULL"
+    return found
+
+
+def insert(into: str, *items: object, **own: object) -> Statement:
+    """Return what stores dataclasses and further columns as one row, in place of the one before."""
+    row = {name: getattr(item, name) for item in items for name in columns(type(item))}  # type: ignore[arg-type]
+    row |= own
+    names, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+    return f"INSERT OR REPLACE INTO {into} ({names}) VALUES ({marks})", [*row.values()]
+
+
+def create_table(name: str, key: str, *classes: type, **own: str) -> str:
+    """Return the SQL of a table of dataclasses; `own` are further columns, or other types."""
+    types = {column: sql for cls in classes for column, sql in columns(cls).items()} | own
+    lines = [*(f'"{column}" {sql}' for column, sql in types.items()), f"PRIMARY KEY ({key})"]
+    what, body = str(classes[0].__doc__).partition("\n")[0], ",\n    ".join(lines)
+    options = "STRICT" if key == "id" else "STRICT, WITHOUT ROWID"
+    return f"-- {what}\nCREATE TABLE {name} (\n    {body}\n) {options}"
+
+
+# Times are Unix seconds; a column is explained at the field of its name. Nothing here is a secret.
+SCHEMA: Final[Sequence[str]] = (
+    create_table(
+        "runs",
+        "id",
+        *(Run, Target),
+        batch_key="TEXT NOT NULL /* JSON: its sorted batch ids; empty for a group */",
+        **{f"unknown_{name}": sql.split()[0] for name, sql in columns(BootTime).items()},
+    ),
+    'CREATE INDEX runs_by_job ON runs (job, "group")',
+    "CREATE INDEX runs_by_batches ON runs (batch_key) WHERE batch_key <> ''",
+    "CREATE INDEX runs_open ON runs (phase) WHERE phase <> 'finished' OR attention <> ''",
+    "CREATE INDEX runs_by_end ON runs (job, finished_at DESC) WHERE phase = 'finished'",
+    create_table(
+        "batches",
+        "run_id, id",
+        Batch,
+        run_id="INTEGER NOT NULL",
+        place="INTEGER NOT NULL /* -1: late */",
+    ),
+    "CREATE INDEX batches_by_id ON batches (id)",
+    create_table("events", "id", Event),
+    "CREATE INDEX events_by_job ON events (job, id) WHERE job IS NOT NULL",
+    create_table("requests", "id", RetryRequest),
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    """-- told_up_to: the last event that it has had, or was not to have
+CREATE TABLE webhooks (secret TEXT PRIMARY KEY, told_up_to INTEGER NOT NULL,
+    failures INTEGER NOT NULL, next_at REAL NOT NULL) STRICT, WITHOUT ROWID""",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SecretStats:
+    """How the requests with one secret have fared in this process. Times are Unix seconds."""
+
+    name: str
+    type: str
+    requests: int = 0
+    errors: int = 0  # of the requests: all that brought no 2xx
+    last_success_at: float | None = None
+    error: str | None = None  # what became of the last request, if it failed
+    refused_since: float | None = None  # the server has refused it ever since
+    find_error: str | None = None  # what has kept new batches from being found for long
+
+    @property
+    def trouble(self) -> str:
+        """What a person has to do something about, or ""."""
+        if self.refused_since is not None:
+            return f"the secret {self.name} is refused: {self.error}"
+        return f"no new batches can be found: {self.find_error}" if self.find_error else ""
+
+    def after(self, error: ApiError | None, now: float) -> SecretStats:
+        """Return how it has fared after one more request."""
+        after = replace(self, requests=self.requests + 1)
+        if error is None:
+            return replace(after, error=None, last_success_at=now, refused_since=None)
+        after = replace(after, errors=self.errors + 1, error=str(error))
+        if error.status == 401:
+            return replace(after, refused_since=self.refused_since or now)
+        # A server that says anything else of the request takes the key.
+        takes_key = (error.status or 500) < 500 and error.status not in {408, 429}
+        return replace(after, refused_since=None) if takes_key else after
+
+
+class Clock:
+    """The process's one clock: Unix time at its start, and the boot-time clock from then on."""
 
     def __init__(self) -> None:
-        self._spots: dict[str, Spot] = {}
-        self._ends: list[tuple[float, str]] = []  # the last rows of pages, by creation
-        self._misses: collections.Counter[str] = collections.Counter()
-        self._parts = 0
-        self._page_s = ONE_PAGE_S
-        self._looks = 0
-        self._rest_until = 0
-        self._fruitless = 0
-
-    def begin_look(self, watched: Mapping[str, object]) -> None:
-        """Count a look, and forget what is no longer watched."""
-        self._looks += 1
-        if len(self._spots) > 2 * len(watched) + MAX_ROWS:
-            self._spots = {key: spot for key, spot in self._spots.items() if key in watched}
-        if len(self._misses) > 2 * len(watched):
-            self._misses = collections.Counter(
-                {key: count for key, count in self._misses.items() if key in watched}
-            )
-
-    def pages(self, wanted: Iterable[str]) -> list[tuple[str | None, str]]:
-        """Return the fewest pages that show at least two of `wanted` each.
-
-        A page is the cursor that it starts after, and the batch that has to be its first row.
-        """
-        placed = sorted((self._spots[key].row, key) for key in wanted if key in self._spots)
-        pages = []
-        start = 0
-        while start < len(placed):
-            row, key = placed[start]
-            end = bisect.bisect_left(placed, (row + PAGE_ROWS,))
-            if end - start > 1:
-                pages.append((self._spots[key].after, key))
-            start = end
-        return pages
-
-    def learn(self, cursor: str | None, page: Page) -> None:
-        """Remember where a page has shown the watched batches."""
-        rows = list(dict.fromkeys(page.ids))  # one that is there twice would be its own neighbour
-        first = self._first_row(cursor, rows, page.batches)
-        # The next page may begin after the last row, and belongs to the same part then.
-        last = rows[-1:] if page.has_more else []
-        before = cursor
-        for offset, key in enumerate(rows):
-            if key in page.batches or key in last:
-                self._spots[key] = Spot(first + offset, before)
-                self._misses.pop(key, None)
-            before = key
-        if page.has_more and page.oldest_at is not None and page.newest_at is not None:
-            self._page_s = max(1.0, page.newest_at - page.oldest_at)
-            end = (page.oldest_at, page.ids[-1])
-            place = bisect.bisect_left(self._ends, end)
-            if self._ends[place : place + 1] != [end]:
-                self._ends.insert(place, end)
-                if len(self._ends) > MAX_MARKS:  # the oldest are the least likely to be wanted
-                    del self._ends[: MAX_MARKS // 2]
-
-    def _first_row(self, cursor: str | None, rows: Sequence[str], batches: Container[str]) -> int:
-        """Return the row of a page's beginning, by what it shows and where it was asked for."""
-        if cursor in self._spots:
-            return self._spots[cursor].row + 1
-        for offset, key in enumerate(rows):
-            if key in self._spots and key in batches:
-                return self._spots[key].row - offset
-        self._parts += 1
-        return self._parts * UNCHARTED
-
-    def lose(self, batch_id: str) -> None:
-        """Forget where a batch stands: it was not there."""
-        self._spots.pop(batch_id, None)
-
-    def lose_cursor(self, cursor: str) -> None:
-        """Forget a row that is no longer in the list."""
-        self._ends = [end for end in self._ends if end[1] != cursor]
-        for key in [key for key, spot in self._spots.items() if spot.after == cursor]:
-            del self._spots[key]
-
-    def allowance(self, due_count: int) -> int:
-        """Return how many pages may be risked for which no savings have been made yet.
-
-        Some in a hundred, and after a look that risked them in vain none for a while.
-        """
-        return 0 if self._looks < self._rest_until else max(1, min(3, due_count // 100))
-
-    def note_risk(self, *, paid_off: bool) -> None:
-        """Remember whether the risk that a look has taken was worth it."""
-        self._fruitless = 0 if paid_off else self._fruitless + 1
-        rest = 0 if paid_off else 2 ** min(self._fruitless, 10)
-        self._rest_until = self._looks + rest
-
-    def unplaced(self, batches: Iterable[Batch]) -> list[Batch]:
-        """Return the batches to look for: those of unknown age first, then the newest."""
-        found = [
-            batch
-            for batch in batches
-            if batch.id not in self._spots
-            and not self._looks % 2 ** min(self._misses[batch.id], 10)
-        ]
-        return sorted(found, key=lambda batch: -(batch.created_at or math.inf))
-
-    def note_miss(self, batch_id: str) -> None:
-        """Remember that a batch was looked for in vain: it is the longer not looked for again."""
-        self._misses[batch_id] += 1
-
-    def guesses(
-        self, unplaced: Sequence[Batch], ages: Sequence[tuple[float, str]], most: int
-    ) -> list[Walk]:
-        """Return pages that, by the times of creation, show several of `unplaced` each.
-
-        `ages` are the times of creation and ids of all that is watched, the oldest first.
-        """
-        walks: list[Walk] = []
-        known = sorted((batch for batch in unplaced if batch.created_at), key=_age)
-        end = len(known)
-        while end and len(walks) < most:
-            goal = known[end - 1]
-            mark, reach = self._newer(goal, ages), goal.created_at or 0.0
-            if not mark or mark[0] - reach > self._page_s:
-                mark = self._alike(goal, ages)
-            if mark:
-                start = bisect.bisect_left(known, mark[0] - self._page_s, key=_age)
-                if end - start >= NEAR:
-                    walks.append(Walk(mark[1], goal))
-                    end = min(start, end - 1)
-                    continue
-            end -= 1
-        return walks
-
-    def ways(
-        self, unplaced: Sequence[Batch], ages: Sequence[tuple[float, str]], most: int
-    ) -> list[Walk]:
-        """Return walks to batches that have neighbours, each from the nearest newer row known."""
-        walks: list[Walk] = []
-        for goal in unplaced:
-            if goal.created_at is None:
-                return [Walk(None)]
-            start = bisect.bisect_left(ages, (goal.created_at - self._page_s,))
-            end = bisect.bisect_left(ages, (goal.created_at + self._page_s,))
-            if end - start >= NEAR and goal.id not in self._spots and len(walks) < most:
-                mark = self._newer(goal, ages)
-                walks.append(Walk(mark[1] if mark else None, goal))
-        return walks
-
-    def _newer(self, goal: Batch, ages: Sequence[tuple[float, str]]) -> tuple[float, str] | None:
-        """Return the row known to be newer than a batch, by as little as possible."""
-        marks: list[tuple[float, str]] = []
-        for rows in (self._ends, ages):
-            place = bisect.bisect_right(rows, (goal.created_at or 0.0, END_OF_IDS))
-            marks += rows[place : place + 1]
-        return min(marks, default=None)
-
-    def _alike(self, goal: Batch, ages: Sequence[tuple[float, str]]) -> tuple[float, str] | None:
-        """Return a batch of the same second, which may be newer: at each look another one."""
-        start = bisect.bisect_left(ages, (goal.created_at or 0.0,))
-        end = bisect.bisect_right(ages, (goal.created_at or 0.0, END_OF_IDS))
-        alike = [row for row in ages[start:end] if row[1] != goal.id]
-        return alike[self._looks % len(alike)] if alike else None
-
-
-def _age(batch: Batch) -> float:
-    return batch.created_at or 0.0
-
-
-# --- what a look and a person's request make of a piece of work -----------------------------------
-
-
-def is_old_news(work: Work, seen: Mapping[str, Batch | ApiError]) -> bool:
-    """Return whether a look has shown only what is known: this is so nearly every time."""
-    return (
-        work.error is None
-        and work.failures == 0
-        and all(batch.is_terminal or seen.get(batch.id) == batch for batch in work.batches)
-    )
-
-
-def is_whole_look(work: Work, seen: Container[str]) -> bool:
-    """Return whether all that was unfinished of a work has been seen."""
-    return all(batch.is_terminal or batch.id in seen for batch in work.batches)
-
-
-def next_look_s(interval_s: float, lag_s: float) -> float:
-    """Return how long after a look the next one begins: an interval after its own beginning.
-
-    So works looked at together stay together. After a look that took long, there is half of it.
-    """
-    return max(interval_s - lag_s, interval_s / 2)
-
-
-def look_error(errors: Mapping[str, ApiError]) -> str | None:
-    """Return what is wrong with the last look at a job, or None."""
-    if not errors:
-        return None
-    batch_id, error = next(iter(errors.items()))
-    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{batch_id}: {error}{others}"
-
-
-def batch_event(work: Work, batch: Batch) -> Event:
-    """Return the news that a batch has a new status."""
-    fields_ = {"batch_id": batch.id, "status": batch.status}
-    if batch.status not in KNOWN_STATUSES:
-        return Event("batch_status_unknown", "warning", work.name, fields_)
-    level = "warning" if is_failure(batch) else "info"
-    return Event("batch_status_changed", level, work.name, fields_)
-
-
-def look_events(before: Work, after: Work, errors: Mapping[str, ApiError]) -> list[Event]:
-    """Return the news of a look that went wrong, or right again; an old error is no news."""
-    if after.error == before.error:
-        return []
-    if after.error is None:
-        return [Event("look_recovered", "info", after.name)]
-    batch_id, error = next(iter(errors.items()))
-    fields_ = {"batch_id": batch_id, "error": after.error, "status": error.status}
-    return [
-        Event("look_failed", "warning", after.name, {**fields_, "request_id": error.request_id})
-    ]
-
-
-def after_look(  # noqa: PLR0913 - what it goes by is named at each call
-    work: Work,
-    seen: Mapping[str, Batch | ApiError],
-    *,
-    interval_s: float,
-    now: float,
-    jitter: float,
-    lag_s: float = 0.0,
-) -> tuple[Work, list[Event]]:
-    """Return the work after a look at its unfinished batches, and what is worth telling of it.
-
-    One failed look never fails a job: it shows the error and is looked at again, each time later.
-    Where only some of the batches were seen, it is a glimpse: the look itself is still due.
-    `lag_s` is how long ago the look began.
-    """
-    found = {key: value for key, value in seen.items() if isinstance(value, Batch)}
-    batches = tuple(seen_again(b, found.get(b.id, b), now) for b in work.batches)
-    events = [
-        batch_event(work, b)
-        for b, old in zip(batches, work.batches, strict=True)
-        if b.status != old.status
-    ]
-    if not is_whole_look(work, seen):
-        return replace(work, batches=batches), events
-    errors = {key: value for key, value in seen.items() if isinstance(value, ApiError)}
-    failures = work.failures + 1 if errors else 0
-    wait_s = next_look_s(interval_s, lag_s)
-    if any(batch.fileless_since is not None for batch in batches):
-        wait_s = min(wait_s, FILES_LOOK_S)
-    if errors:
-        asked_s = max(error.retry_after_s or 0.0 for error in errors.values())
-        wait_s = backoff_s(failures, interval_s, jitter, asked_s)
-    after = replace(
-        work,
-        batches=batches,
-        error=look_error(errors),
-        failures=failures,
-        last_check_at=now - lag_s,
-        next_check_at=None if all(b.is_terminal for b in batches) else now + wait_s,
-    )
-    return after, events + look_events(work, after, errors)
-
-
-def after_retry(
-    work: Work, *, force: bool, now: float, is_posting: bool = False
-) -> tuple[Work, str | None]:
-    """Return the work after `retry`, and why nothing could be done, if so.
-
-    A `sending` without `is_posting` is what an earlier process has left behind: as `unknown`.
-    """
-    trigger = work.trigger
-    if is_posting:
-        return work, "its Keboola job is being started now"
-    if work.done:
-        return work, "the config says that it is done; take done: out of it"
-    if trigger is None:
-        return replace(work, failures=0, next_check_at=now), None
-    again = replace(trigger, failures=0, next_try_at=now)
-    match trigger.state:
-        case TriggerState.SENT if force:
-            return replace(work, rerun=work.rerun + 1, completed_at=None, trigger=None), None
-        case TriggerState.SENT:
-            return work, "it is triggered; --force starts the Keboola job once more"
-        case TriggerState.UNKNOWN | TriggerState.SENDING | TriggerState.INTENT if force:
-            again = replace(again, state=TriggerState.INTENT, forced=True, unknowns=0)
-        case _:
-            pass
-    return replace(work, trigger=again), None
-
-
-# --- how the requests with a secret fare, and what webhooks are told ------------------------------
-
-REFUSED: Final = frozenset({401, 403})
-REFUSED_LONG_S: Final = 10 * MINUTE_S
-NOTICE_BACKOFF_S: Final = 5
-NOTICE_LIFE_S: Final = DAY_S
-NOTICE_TRIES: Final = 5
-NO_MAIL: Final = Mail()
-
-Alarm = tuple[str, str]  # the event and the subject of what has been told and is not over
-
-
-def after_request(usage: Usage, status: int | None, error: str | None, now: float) -> Usage:
-    """Return how a secret has fared after one more request; no `error` is a success.
-
-    Whatever a server says of a request other than that it refuses the key, it has taken the key.
-    """
-    requests = usage.requests + 1
-    if error is None:
-        return Usage(usage.service, requests, usage.errors, now)
-    after = replace(usage, requests=requests, errors=usage.errors + 1, error=error)
-    if status in REFUSED:
-        since = now if usage.refused_since is None else usage.refused_since
-        return replace(after, refused_since=since, last_refused_at=now)
-    if status is not None and status < 500 and status not in RETRYABLE:
-        return replace(after, refused_since=None)
-    return after
-
-
-def alarm_of(work: Work) -> Told | None:
-    """Return what is wrong with a piece of work that a person should be told of, or None."""
-    state = work.trigger.state if work.trigger else None
-    if work.position is None or work.done:
-        return None
-    if state == TriggerState.REJECTED:
-        return Told.JOB_FAILED
-    return Told.TRIGGER_UNKNOWN if state == TriggerState.UNKNOWN else None
-
-
-def has_ended(alarm: str, work: Work) -> bool:
-    """Return whether an alarm is over: not while the trigger is merely tried again."""
-    if work.is_finished or work.position is None or work.done:
-        return True
-    return alarm == Told.TRIGGER_UNKNOWN and alarm_of(work) == Told.JOB_FAILED
-
-
-def outcome_message(work: Work) -> Message:
-    """Return the news that a piece of work is finished."""
-    failed = sum(map(is_failure, work.batches))
-    trigger_ = work.trigger
-    job_id = trigger_.keboola_job_id if trigger_ else None
-    counts = f"{len(work.batches) - failed} of {len(work.batches)} batches completed"
-    link = f" {trigger_.url}" if trigger_ and trigger_.url else ""
-    text = f"job {work.name} has started Keboola job {job_id}: {counts}{link}"
-    return Message(Told(job_status(work)), str(work.id), text, work.name)
-
-
-def work_messages(before: Work, after: Work, standing: Container[Alarm]) -> list[Message]:
-    """Return what webhooks are told of a change; where `before` is the same, of what stands."""
-    subject, messages = str(after.id), []
-    for event in (Told.JOB_FAILED, Told.TRIGGER_UNKNOWN):
-        if (event, subject) in standing and has_ended(event, after):
-            why = "is taken out of the config"
-            if after.is_finished and after.trigger:
-                why = f"has its Keboola job {after.trigger.keboola_job_id} now"
-            elif after.position is not None:
-                why = "is done" if after.done else "has Keboola's answer now"
-            text = f"{event} is over: job {after.name} {why}"
-            messages.append(Message(event, subject, text, after.name, is_over=True))
-    alarm = alarm_of(after)
-    if alarm and (alarm, subject) not in standing:
-        what = "has failed" if alarm == Told.JOB_FAILED else "may have been started, or not"
-        text = f"job {after.name} {what}: {error_of(after)}"
-        messages.append(Message(alarm, subject, text, after.name))
-    if after.is_finished and not before.is_finished:
-        messages.append(outcome_message(after))
-    return messages
-
-
-def gone_messages(works: Iterable[Work], standing: Mapping[Alarm, str | None]) -> list[Message]:
-    """Return what webhooks are told of alarms whose work is not among those that are live."""
-    live = {str(work.id) for work in works}
-    return [
-        Message(
-            Told(event),
-            subject,
-            f"{event} is over: job {job} is taken out of the config",
-            job,
-            is_over=True,
-        )
-        for (event, subject), job in standing.items()
-        if event in {Told.JOB_FAILED, Told.TRIGGER_UNKNOWN} and subject not in live
-    ]
-
-
-def account_messages(usages: Mapping[str, Usage], standing: Iterable[Alarm]) -> list[Message]:
-    """Return what webhooks are told of keys that are refused for long, or no longer.
-
-    `usages` are those of the secrets that the config has. What counts is the time between two
-    refusals, not that since one: nothing may have been asked meanwhile.
-    """
-    event = Told.ACCOUNT_FAILING
-    messages = []
-    for _, name in sorted(alarm for alarm in standing if alarm[0] == event):
-        if name not in usages or usages[name].refused_since is None:
-            text = f"{event} is over: the secret {name} works again, or is no longer used"
-            messages.append(Message(event, name, text, is_over=True))
-    for name, usage in usages.items():
-        since, last = usage.refused_since, usage.last_refused_at
-        is_long = since is not None and last is not None and last - since > REFUSED_LONG_S
-        if is_long and (event, name) not in standing:
-            text = f"the secret {name} has been refused for over 10 minutes: {usage.error}"
-            messages.append(Message(event, name, text))
-    return messages
-
-
-def config_messages(error: str | None, standing: Container[Alarm]) -> list[Message]:
-    """Return what webhooks are told of a config that was refused, or is good again."""
-    event = Told.CONFIG_REJECTED
-    if error is None and (event, "") in standing:
-        return [Message(event, "", f"{event} is over: the config file is good again", is_over=True)]
-    if error is None or (event, "") in standing:
-        return []
-    text = f"the config file has problems, the previous one still counts: {error}"
-    return [Message(event, "", text)]
-
-
-def message_body(message: Message) -> str:
-    """Return the JSON of a message. Angle brackets would be commands to some chat programs."""
-    text = one_line(f"TeckoChecker: {message.text}", 1000)
-    text = text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}")
-    text = text.replace(">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}")
-    body = {"text": text, "event": message.event, "job": message.job}
-    return compact_json(body | ({"over": True} if message.is_over else {}))
-
-
-def mail_of(messages: Sequence[Message], hooks: Iterable[Hook]) -> Mail:
-    """Return messages with a copy for each webhook that wants to be told of them."""
-    hooks = tuple(hooks)
-    copies = [
-        (hook.secret, message_body(message))
-        for message in messages
-        for hook in hooks
-        if message.event in hook.events
-    ]
-    return Mail(messages, copies)
-
-
-def after_failed_notice(notice: Notice, error: ApiError, now: float, jitter: float) -> Notice:
-    """Return a notice that could not be delivered: it is tried again, each time later."""
-    failures = notice.failures + 1
-    wait_s = backoff_s(failures, NOTICE_BACKOFF_S, jitter, error.retry_after_s)
-    return replace(notice, failures=failures, next_try_at=now + wait_s)
-
-
-# ==================================================================================================
-# 6. State: what must survive a crash, in one SQLite file
-# ==================================================================================================
-
-# Each migration is a list of statements, run in one transaction; its number is the user_version
-# that it leads to. Times are Unix seconds. Nothing here is ever a secret.
-MIGRATIONS: Final[Sequence[Sequence[str]]] = (
-    (
-        """
-        CREATE TABLE jobs (            -- one row for each piece of work, for ever
-            id            INTEGER PRIMARY KEY,
-            name          TEXT NOT NULL,
-            batch_key     TEXT NOT NULL,  -- JSON list of the sorted batch ids
-            stack_url     TEXT NOT NULL,
-            component_id  TEXT NOT NULL,
-            config_id     TEXT NOT NULL,
-            branch_id     TEXT,
-            position      INTEGER,        -- in the config; NULL: not in it now
-            paused        INTEGER NOT NULL DEFAULT 0,
-            rerun         INTEGER NOT NULL DEFAULT 0,
-            error         TEXT,
-            failures      INTEGER NOT NULL DEFAULT 0,
-            last_check_at REAL,
-            next_check_at REAL,
-            completed_at  REAL,
-            UNIQUE (name, batch_key)
-        ) STRICT""",
-        """
-        CREATE TABLE batches (
-            job_id         INTEGER NOT NULL REFERENCES jobs (id),
-            position       INTEGER NOT NULL,  -- in the config's list
-            id             TEXT NOT NULL,
-            status         TEXT,              -- NULL: not looked at yet
-            total          INTEGER,
-            completed      INTEGER,
-            failed         INTEGER,
-            output_file_id TEXT,
-            error_file_id  TEXT,
-            created_at     REAL,
-            ended_at       REAL,
-            error          TEXT,
-            PRIMARY KEY (job_id, id)
-        ) STRICT, WITHOUT ROWID""",
-        """
-        CREATE TABLE triggers (
-            job_id         INTEGER NOT NULL REFERENCES jobs (id),
-            rerun          INTEGER NOT NULL,
-            id             TEXT NOT NULL,
-            state          TEXT NOT NULL CHECK (
-                state IN ('intent', 'sending', 'sent', 'rejected', 'unknown')),
-            stack_url      TEXT NOT NULL,
-            component_id   TEXT NOT NULL,
-            config_id      TEXT NOT NULL,
-            branch_id      TEXT,
-            secret         TEXT NOT NULL,     -- the name of the secret
-            payload        TEXT NOT NULL,
-            basis          TEXT NOT NULL,
-            created_at     REAL NOT NULL,
-            sending_at     REAL,
-            unknown_at     REAL,
-            clear_searches INTEGER NOT NULL DEFAULT 0,
-            forced         INTEGER NOT NULL DEFAULT 0,
-            failures       INTEGER NOT NULL DEFAULT 0,
-            next_try_at    REAL,
-            sent_at        REAL,
-            keboola_job_id TEXT,
-            keboola_status TEXT,
-            url            TEXT,
-            error          TEXT,
-            PRIMARY KEY (job_id, rerun)
-        ) STRICT, WITHOUT ROWID""",
-        "CREATE INDEX triggers_by_state ON triggers (state) WHERE state <> 'sent'",
-        """
-        CREATE TABLE logs (
-            id     INTEGER PRIMARY KEY,
-            at     REAL NOT NULL,
-            level  TEXT NOT NULL,
-            event  TEXT NOT NULL,
-            job    TEXT,
-            fields TEXT NOT NULL              -- JSON object
-        ) STRICT""",
-        "CREATE INDEX logs_by_time ON logs (at)",
-        """
-        CREATE TABLE requests (               -- what people asked for with `retry`
-            id      INTEGER PRIMARY KEY,
-            at      REAL NOT NULL,
-            job     TEXT NOT NULL,
-            force   INTEGER NOT NULL,
-            rerun   INTEGER NOT NULL,         -- what the person saw: the rerun,
-            was_finished INTEGER NOT NULL,    -- and whether it was finished
-            done_at REAL
-        ) STRICT""",
-        """
-        CREATE TABLE meta (                   -- about the process: which config it runs with
-            key   TEXT PRIMARY KEY,
-            value TEXT NOT NULL
-        ) STRICT, WITHOUT ROWID""",
-    ),
-    (
-        # Beside unknown_at: the boot it was in, and how long the machine had been up.
-        "ALTER TABLE triggers ADD COLUMN unknown_boot TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE triggers ADD COLUMN unknown_uptime_s REAL NOT NULL DEFAULT 0",
-        "CREATE INDEX jobs_by_batches ON jobs (batch_key)",  # a renamed job is found by its ids
-    ),
-    (
-        "ALTER TABLE jobs ADD COLUMN done INTEGER NOT NULL DEFAULT 0",
-        "CREATE INDEX logs_by_job ON logs (job, id) WHERE job IS NOT NULL",
-        """
-        CREATE TABLE accounts (               -- how the requests with each secret have fared
-            secret          TEXT PRIMARY KEY, -- its name
-            service         TEXT NOT NULL,
-            requests        INTEGER NOT NULL,
-            errors          INTEGER NOT NULL,
-            last_success_at REAL,
-            refused_since   REAL,
-            last_refused_at REAL,
-            error           TEXT
-        ) STRICT, WITHOUT ROWID""",
-        """
-        CREATE TABLE alarms (                 -- what webhooks have been told and is not over
-            event   TEXT NOT NULL,
-            subject TEXT NOT NULL,
-            job     TEXT,
-            at      REAL NOT NULL,
-            PRIMARY KEY (event, subject)
-        ) STRICT, WITHOUT ROWID""",
-        """
-        CREATE TABLE notices (                -- what webhooks are still to be told
-            id          INTEGER PRIMARY KEY,
-            at          REAL NOT NULL,
-            secret      TEXT NOT NULL,        -- the webhook
-            body        TEXT NOT NULL,        -- JSON object
-            failures    INTEGER NOT NULL DEFAULT 0,
-            next_try_at REAL NOT NULL
-        ) STRICT""",
-    ),
-    (
-        "ALTER TABLE triggers ADD COLUMN project_id TEXT",  # NULL: not asked for yet
-        "ALTER TABLE triggers ADD COLUMN unknowns INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE triggers ADD COLUMN asked_wait_s REAL NOT NULL DEFAULT 0",
-        "ALTER TABLE triggers ADD COLUMN said TEXT",  # what came of the last POST, if unknown
-        # Since when a batch has ended, but without files that its counts promise.
-        "ALTER TABLE batches ADD COLUMN fileless_since REAL",
-    ),
-)
-
-# The columns are the model's own names; a target has four, wherever it stands.
-_TARGET_COLUMNS: Final = tuple(f.name for f in fields(Target))
-_BATCH_COLUMNS: Final = tuple(f.name for f in fields(Batch))
-_USAGE_COLUMNS: Final = tuple(f.name for f in fields(Usage))
-_NOTICE_COLUMNS: Final = tuple(f.name for f in fields(Notice))
-_TRIGGER_COLUMNS: Final = tuple(f.name for f in fields(Trigger) if f.name != "target")
-_WORK_COLUMNS: Final = tuple(
-    f.name for f in fields(Work) if f.name not in {"batches", "target", "trigger"}
-)
-
-COMMAND_TIMEOUT_S: Final = 5.0  # how long a command waits for another writer
-
-STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
-_STATE_HINTS: Final = {
-    sqlite3.SQLITE_FULL: "free the disk",
-    sqlite3.SQLITE_BUSY: "see who else has the file open",
-    sqlite3.SQLITE_READONLY: "give this user the right to write the file and its directory",
-    sqlite3.SQLITE_CANTOPEN: "check the path, and this user's rights to the file and its directory",
-    sqlite3.SQLITE_IOERR: "look into the system's log for disk errors",
-}
-
-# What a process works on, see `is_live`, as SQL.
-LIVE: Final = (
-    "(position IS NOT NULL OR id IN"
-    " (SELECT job_id FROM triggers WHERE state IN ('intent', 'sending', 'unknown')))"
-)
+        self._boot = ""
+        with contextlib.suppress(OSError):  # not Linux: the wall clock has to do
+            self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        self._kind = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        self._started_at = time.time() - self.uptime_s()
+
+    def uptime_s(self) -> float:
+        """Return seconds that only grow, also while the machine is suspended."""
+        return time.clock_gettime(self._kind)
+
+    def now(self) -> float:
+        return self._started_at + self.uptime_s()
+
+    def boot_time(self) -> BootTime:
+        return BootTime(self.now(), self._boot, self.uptime_s())
+
+    def jitter(self) -> float:
+        return random.random()  # noqa: S311 - spreads load, guards nothing
+
+    def changed(self) -> float:
+        """Return by how many seconds the system's clock was set, and follow it; or 0."""
+        by_s = time.time() - self.now()
+        if abs(by_s) <= MINUTE_S:
+            return 0.0
+        self._started_at += by_s
+        return by_s
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a file exists. Raises StateError where this user may not even ask."""
+    """Return whether there is such a file. Raises StateError where that may not be asked."""
     try:
-        path.stat()
+        return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         hint = "run this as root, or as the daemon's user"
         raise StateError(f"cannot access {path}: {error.strerror}", hint) from None
-    return True
+
+
+def owner_of(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
 
 
 def open_own(path: Path) -> int:
-    """Open or make a file beside the state, for reading and writing; returns the descriptor.
+    """Open or make a file beside the state; returns the descriptor. Raises StateError.
 
     What root makes here is given to the directory's owner, who has to work with it too. Links are
-    not followed: that owner could have root write somewhere else. Raises StateError.
+    not followed: that owner could have root write somewhere else.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        try:
-            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return os.open(path, flags)
-        if os.geteuid() == 0:
-            owner = path.parent.stat()
-            os.fchown(fd, owner.st_uid, owner.st_gid)
+        with contextlib.suppress(FileExistsError):
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            if os.geteuid() == 0:
+                owner = path.parent.stat()
+                os.fchown(fd, owner.st_uid, owner.st_gid)
+            return fd
+        fd = os.open(path, flags)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, "Not a regular file")
     except OSError as error:
-        hints = {
-            errno.ENOENT: "create the directory (systemd does, when it starts the unit)",
-            errno.ELOOP: "put the file itself there, not a link to it",
-        }
-        hint = hints.get(error.errno or 0, "correct state:, or this user's rights to the directory")
+        hint = "correct state:, or this user's rights to it and its directory"
+        if error.errno == errno.ENOENT:
+            hint = "create the directory (systemd does, when it starts the unit)"
+        elif error.errno == errno.EACCES and os.path.exists(path):  # noqa: PTH110 - never raises
+            hint = f"it belongs to {owner_of(path)}: chown it to the daemon's user"
+        elif error.errno in {errno.ELOOP, errno.EINVAL, errno.ENXIO}:
+            hint = "put a file there, no link and no pipe"
         raise StateError(f"cannot open {path}: {error.strerror}", hint) from None
-    return fd
-
-
-def batch_key(batch_ids: Iterable[str]) -> str:
-    """Return a set of batch ids as the state file has it."""
-    return compact_json(sorted(batch_ids))
-
-
-def inode_of(path: Path) -> tuple[int, int] | None:
-    """Return what tells this file from another one of its name, or None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-PAGE_FILE: Final = "status.html"  # what there is under `publish`
-AGAIN_FILE: Final = "status-again.html"  # the same page; see `page_head`
-STATUS_FILE: Final = "status.json"
-METRICS_FILE: Final = "metrics.prom"
-PUBLISHED: Final = (STATUS_FILE, METRICS_FILE, PAGE_FILE, AGAIN_FILE)
-
-
-def new_name(name: str) -> str:
-    """Return the name under which a file is written before it takes its place."""
-    return f".{name}.new"
-
-
-def lock_path(state_path: Path) -> Path:
-    """Return the lock file of a state file."""
-    return state_path.with_name(state_path.name + ".lock")
-
-
-class Holder(enum.StrEnum):
-    """Who acts on a state file."""
-
-    DAEMON = "daemon"
-    ONCE = "--once"
-    NOBODY = ""
-    HIDDEN = "hidden"  # from a user who may not read the lock file
 
 
 class StateLock:
-    """The exclusive lock of the one process that acts on a state file; the kernel lets it go.
+    """The exclusive lock of the one process that acts on a state file.
 
-    The lock file says who has it, and when something was last posted: should the state file be
-    lost or replaced by an older one, this tells that Keboola's search may not show everything yet.
+    The file says who holds it and, by its modification time, when that one last ran its loop; and
+    when the last POST was, whose job a search may not show yet if the state file is lost.
     """
 
-    PATIENCE_S: Final = 1.0  # a reader holds it for moments: see `read_store`
-
-    def __init__(self, state_path: Path, purpose: str) -> None:
+    def __init__(self, state_path: Path, purpose: str, started_at: float) -> None:
         """Take the lock. Raises LockedError, or StateError where there is no place for it."""
-        self.path = lock_path(state_path)
+        self.path = state_path.with_name(state_path.name + ".lock")
         self._fd = open_own(self.path)
-        self._take()
-        status = os.fstat(self._fd)
-        self._inode = (status.st_dev, status.st_ino)
-        self._holder = f"pid {os.getpid()} ({purpose})"
-        self.last_post = self._read_last_post()
-        self._write_label()
-
-    def note_post(self, now: Moment) -> None:
-        """Remember the time of a POST outside of the state file."""
-        self.last_post = now
-        self._write_label()
-
-    def _read_last_post(self) -> Moment | None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = one_line(self._read().partition(" since ")[0]) or "it just started"
+            message = f"another instance holds {self.path}: {holder}"
+            raise LockedError(message, "wait for it, or stop it") from None
+        except OSError as error:
+            message = f"cannot lock {self.path}: {error.strerror}"
+            raise StateError(message, "put state: on a local disk") from None
         number = r"([0-9]{1,15}\.[0-9]{1,9})"
         pattern = rf"last POST at {number} \(boot ([!-~]{{0,64}}) up {number}\)"
-        match = re.search(pattern, self._label())
-        return Moment(float(match[1]), match[2], float(match[3])) if match else None
+        match = re.search(pattern, self._read())
+        self.last_post = BootTime(float(match[1]), match[2], float(match[3])) if match else None
+        self._label = f"pid {os.getpid()} ({purpose}) since {started_at:.3f}\n"
+        self._write(self._label)
 
-    def _label(self) -> str:
-        return os.pread(self._fd, 200, 0).decode(errors="replace")
+    def note_post(self, now: BootTime) -> None:
+        self.last_post = now
+        self._write(self._label)
 
-    def _write_label(self, *, is_held: bool = True) -> None:
-        lines = [self._holder] if is_held else []
-        if self.last_post:
-            wall, boot, uptime_s = astuple(self.last_post)
-            lines.append(f"last POST at {wall:.6f} (boot {boot} up {uptime_s:.3f})")
-        text = "".join(f"{line}\n" for line in lines).encode()
+    def _read(self) -> str:
+        return os.pread(self._fd, 400, 0).decode(errors="replace")
+
+    def _write(self, label: str) -> None:
+        if at := self.last_post:
+            label += f"last POST at {at.wall:.6f} (boot {at.boot} up {at.uptime_s:.3f})\n"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its label
-            os.pwrite(self._fd, text, 0)
-            os.ftruncate(self._fd, len(text))
+            os.pwrite(self._fd, label.encode(), 0)
+            os.ftruncate(self._fd, len(label.encode()))
 
-    def _take(self) -> None:
-        deadline = time.monotonic() + self.PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    label = self._label()
-                    holder = label.splitlines()[0] if label.startswith("pid") else "a reader"
-                    os.close(self._fd)
-                    message = f"another instance holds {self.path}: {holder}"
-                    raise LockedError(message, "wait for it, or stop it") from None
-                time.sleep(0.05)
-            except OSError as error:
-                message = f"cannot lock {self.path}: {error.strerror}"
-                raise StateError(message, "put state: on a local disk") from None
+    def touch(self) -> None:
+        """Tell readers that the loop runs."""
+        with contextlib.suppress(OSError):
+            os.utime(self._fd)
 
     def is_in_place(self) -> bool:
-        """Return whether the file that is locked is still the one of its name."""
-        return inode_of(self.path) == self._inode
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._fd), self.path.stat())
+        return False
 
     def close(self) -> None:
-        """Let the lock go, and with it the label that says who has it."""
-        self._write_label(is_held=False)
+        self._write("")
         os.close(self._fd)
 
 
-def state_hint(error: sqlite3.Error) -> str:
-    """Return what to do about an error of SQLite's, by its primary result code."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return _STATE_HINTS.get(code, STATE_HINT)
-
-
-def picked(row: sqlite3.Row, columns: Sequence[str]) -> dict[str, Any]:
-    """Return some of a row's values by column."""
-    return {column: row[column] for column in columns}
-
-
-def as_row(part: Target | Batch | Usage) -> dict[str, Any]:
-    """Return a part of the model as columns."""
-    return {column: getattr(part, column) for column in part.__slots__}
-
-
-def target_of(row: sqlite3.Row) -> Target:
-    """Return the target that stands in a row."""
-    return Target(**picked(row, _TARGET_COLUMNS))
-
-
-def connect_readonly(uri: str) -> sqlite3.Connection:
-    """Return a connection that has proved that it can read."""
-    db = sqlite3.connect(uri, uri=True, timeout=COMMAND_TIMEOUT_S, isolation_level=None)
+def lock_owner(state_path: Path) -> dict[str, Any]:
+    """Return who acts on a state file, without the lock: taking it could hold up a start."""
+    path = state_path.with_name(state_path.name + ".lock")
+    label, looped_at = "", 0.0
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would hold us up
+            label = path.read_text(encoding="utf-8", errors="replace")
+            looped_at = path.stat().st_mtime
+    match = re.match(r"pid ([0-9]{1,9}) \((daemon|--once)\) since ([0-9]{1,15}\.[0-9]{3})\n", label)
+    if not match:
+        nobody = dict.fromkeys(("pid", "started_at", "last_loop_at"))
+        return {"running": False, "once": False, **nobody}
+    age_s, is_once = time.time() - looped_at, match[2] == "--once"
+    is_running = age_s < (10 * MINUTE_S if is_once else MINUTE_S)  # a pass touches only at a POST
     try:
-        db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    except sqlite3.Error:
-        db.close()
-        raise
-    return db
-
-
-def check_version(db: sqlite3.Connection, path: Path) -> int:
-    """Return the schema's version; a newer one is refused, and so is another program's file."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version > len(MIGRATIONS):
-        known = len(MIGRATIONS)
-        message = f"the state file {path} has schema {version}; this program knows {known}"
-        raise StateError(message, "run the newer teckochecker that wrote it")
-    if version == 0 and db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone():
-        raise StateError(f"{path} is the database of another program", "correct state:")
-    return version
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that is damaged, newer or not ours, before anything is written to it.
-
-    Through a connection of its own: one that may write folds the WAL in when it is closed.
-    """
-    uri = path.absolute().as_uri() + "?mode=ro"
-    with seeing_damage(path), contextlib.closing(connect_readonly(uri)) as db:
-        check_version(db, path)
-        refuse_damage(db, path)
-
-
-def roll_back(path: Path) -> None:
-    """Undo what a process was killed in before the file was in WAL mode; read-only, none can."""
-    if is_there(path.with_name(path.name + "-journal")):
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-            db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-
-
-def damaged(path: Path, what: str) -> StateError:
-    """Return the error of a damaged state file."""
-    return StateError(f"the state file {path} is damaged: {one_line(what)}", STATE_HINT)
-
-
-@contextlib.contextmanager
-def seeing_damage(path: Path) -> Iterator[None]:
-    """Have the damage that SQLite stumbles over told as a StateError."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
-            raise
-        raise damaged(path, str(error)) from None
-
-
-def refuse_damage(db: sqlite3.Connection, path: Path) -> None:
-    """Raise StateError if SQLite's quick_check finds the file damaged."""
-    with seeing_damage(path):
-        result = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if result != "ok":  # some damage it reports, over some it stumbles
-        raise damaged(path, result)
-
-
-def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the schema to this version, all of it or nothing."""
-    if check_version(db, path) == len(MIGRATIONS):
-        return
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        version = check_version(db, path)
-        for statements in MIGRATIONS[version:]:
-            for statement in statements:
-                db.execute(statement)
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        os.kill(int(match[1]), 0)
+    except OSError as error:  # a process in another container is not seen, but touches the file
+        is_running &= error.errno != errno.ESRCH or age_s < 5
+    return {
+        "running": is_running and not is_once,
+        "once": is_running and is_once,
+        "pid": int(match[1]),
+        "started_at": rfc3339(float(match[3])),
+        "last_loop_at": rfc3339(looped_at),
+    }
 
 
 class Store:
     """The state file. Every change is one transaction; what fails raises StorageError whole."""
 
-    START_TIMEOUT_S: Final = 1.0  # how long to wait for another writer
-    LOOP_TIMEOUT_S: Final = 0.05  # the loop stands still meanwhile; what fails is tried again
-
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
-        self._db = db
-        self._db.row_factory = sqlite3.Row
+        db.row_factory = sqlite3.Row
+        self.db = db
         self.path = path
-        self._inode = inode_of(path)
+        self._opened = path.stat()
 
     @classmethod
     def open(cls, path: Path) -> Store:
-        """Open for acting, under the lock. Raises StateError for what is no state file."""
+        """Open for acting, under the lock; what is not ours, or damaged, stays as it was."""
         os.close(open_own(path))
         try:
-            roll_back(path)
-            if path.stat().st_size:
-                check_file(path)
-            db = sqlite3.connect(path, timeout=cls.START_TIMEOUT_S, isolation_level=None)
-            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            if mode != "wal":
+            db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
+            if is_there(path.with_name(path.name + "-journal")):  # a first start was killed
+                db.execute("PRAGMA user_version")  # to read is to roll that back
+            with cls.reading(path) as store:
+                has_schema = store is not None
+                if store:
+                    store.check_undamaged()
+            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 message = f"{path}: this file system cannot do SQLite's WAL mode"
                 raise StateError(message, "put state: on a local disk")
             # NORMAL does not sync commits: power loss could take back an intent that was acted on.
             db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-            migrate(db, path)
+            if not has_schema:
+                script = (*SCHEMA, f"PRAGMA user_version = {SCHEMA_VERSION}", "COMMIT")
+                db.executescript(";\n".join(("BEGIN IMMEDIATE", *script)))
+            db.execute("PRAGMA busy_timeout = 50")  # ms: the loop stands still while it waits
         except sqlite3.Error as error:
-            message = f"cannot use the state file {path}: {error}"
-            raise StateError(message, state_hint(error)) from None
+            raise cls._error(error, path) from None
         return cls(db, path)
 
+    @classmethod
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit what happens inside, or nothing of it."""
+    def reading(cls, path: Path) -> Iterator[Store | None]:
+        """Open for reading, beside a running daemon too; None where there is none yet.
+
+        Raises StateError for what is no state file of ours.
+        """
+        if not is_there(path):
+            yield None
+            return
+        # Without a WAL nobody writes. SQLite is told so: else root's `status` would leave a WAL
+        # that the daemon may not use.
+        is_quiet = not is_there(path.with_name(path.name + "-wal"))
+        uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if is_quiet else ''}"
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:  # a failed COMMIT leaves it open; so does an exception
-                    self._db.execute("ROLLBACK")
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5.0)) as db:
+                version = int(db.execute("PRAGMA user_version").fetchone()[0])
+                is_empty = db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone() is None
+                if version != SCHEMA_VERSION and not is_empty:
+                    hint = "it is of an older teckochecker or of another program: move it away"
+                    hint += " (Keboola is searched before any POST), or correct state:"
+                    if version > SCHEMA_VERSION:
+                        hint = "run the newer teckochecker that wrote it"
+                    what = f"has schema {version}; this program knows {SCHEMA_VERSION}"
+                    raise StateError(f"the state file {path} {what}", hint)
+                yield None if is_empty else cls(db, path)
         except sqlite3.Error as error:
-            message = f"cannot write the state file {self.path}: {error}"
-            raise StorageError(message, state_hint(error)) from error
+            raise cls._error(error, path) from None
+
+    @staticmethod
+    def _error(error: sqlite3.Error, path: Path) -> StateError:
+        is_there = os.path.exists(path)  # noqa: PTH110 - never raises
+        whose = f"it belongs to {owner_of(path)}" if is_there else "it is not there"
+        hint = {
+            sqlite3.SQLITE_FULL: "free the disk",
+            sqlite3.SQLITE_BUSY: "see who else has the file open",
+            sqlite3.SQLITE_READONLY: f"{whose}: let this user write it and its directory",
+            sqlite3.SQLITE_CANTOPEN: f"{whose}: let this user open it and its directory",
+            sqlite3.SQLITE_IOERR: "see the system's log for disk errors",
+        }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, STATE_HINT)
+        return StateError(f"cannot use the state file {path}: {error}", hint)
+
+    def check_undamaged(self) -> None:
+        """Raise StateError, or SQLite's own error, for what is damaged."""
+        if (result := str(self.one("PRAGMA quick_check(1)"))) != "ok":
+            message = f"the state file {self.path} is damaged: {one_line(result)}"
+            raise StateError(message, STATE_HINT)
+
+    def execute(self, statements: Iterable[Statement]) -> None:
+        """Commit statements, or nothing of them. Raises StorageError."""
+        try:
+            with self.db:  # commits, or rolls back
+                self.db.execute("BEGIN IMMEDIATE")
+                for statement, parameters in statements:
+                    self.db.execute(statement, parameters)
+        except sqlite3.Error as error:
+            raise StorageError(str(self._error(error, self.path))) from error
+
+    def commit(
+        self,
+        runs: Iterable[tuple[Run | None, Run]],
+        events: Iterable[Event],
+        now: float,
+        also: Iterable[Statement] = (),
+    ) -> list[Event]:
+        """Commit how runs have changed, and their events, which it returns with their time."""
+        statements = list(also)
+        for before, run in runs:
+            ids = [] if run.group else sorted(batch.id for batch in run.batches)
+            row: dict[str, object] = {"batch_key": compact_json(ids) if ids else ""}
+            for name in columns(BootTime):
+                row[f"unknown_{name}"] = getattr(run.unknown_since, name, None)
+            statements.append(insert("runs", run, run.target, **row))
+            known = enumerate(before.batches if before else ())
+            changed = set(enumerate(run.batches)).difference(known)
+            for place, batch in changed:
+                statements.append(insert("batches", batch, run_id=run.id, place=place))
+        stored = [replace(event, at=now) for event in events]
+        for event in stored:  # SQLite numbers them
+            text = json.dumps(dict(event.fields))
+            statements.append(insert("events", event, id=None, fields=text))
+        if statements:
+            self.execute(statements)
+        return stored
 
     def is_in_place(self) -> bool:
-        """Return whether the open file is still the one of its name."""
-        return self._inode is not None and inode_of(self.path) == self._inode
-
-    def be_quick(self) -> None:
-        """Wait for another writer only as long as an event loop may stand still."""
-        self._db.execute(f"PRAGMA busy_timeout = {round(self.LOOP_TIMEOUT_S * 1000)}")
-
-    def refuse_damage(self) -> None:
-        """Raise StateError if the file is damaged."""
-        refuse_damage(self._db, self.path)
-
-    def data_version(self) -> int:
-        """Return a number that changes when another connection has committed something."""
-        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+        with contextlib.suppress(OSError):
+            return os.path.samestat(self._opened, self.path.stat())
+        return False
 
     def close(self) -> None:
-        """Close the file; the last one to do so folds the WAL in."""
-        with contextlib.suppress(sqlite3.Error):
-            self._db.close()
+        with contextlib.suppress(sqlite3.Error):  # the last one to close folds the WAL in
+            self.db.close()
 
-    # --- pieces of work ---
-
-    def known(self, batch_keys: Iterable[str]) -> list[Known]:
-        """Return every piece of work there ever was with these batches, for `assign`."""
-        rows = self._db.execute(
-            "SELECT *, EXISTS (SELECT 1 FROM triggers t WHERE t.job_id = jobs.id"
-            " AND t.rerun = jobs.rerun AND t.state = 'sent') AS is_finished FROM jobs"
-            " WHERE batch_key IN (SELECT value FROM json_each(?))",
-            (compact_json(list(batch_keys)),),
-        )
-        return [
-            Known(
-                id=row["id"],
-                name=row["name"],
-                batch_ids=frozenset(json.loads(row["batch_key"])),
-                target=target_of(row),
-                is_finished=bool(row["is_finished"]),
-                position=row["position"],
-            )
-            for row in rows
-        ]
-
-    def works(self, where: str = LIVE, ids: Iterable[int] = ()) -> list[Work]:
-        """Return pieces of work with their batches and current triggers, in the config's order.
-
-        They are those for which `where` holds, and those with one of `ids`.
-        """
-        where = f"({where} OR id IN (SELECT value FROM json_each(:ids)))"
-        chosen = f"job_id IN (SELECT id FROM jobs WHERE {where})"
-        wanted = {"ids": compact_json(list(ids))}
+    def runs(self, where: str, parameters: Mapping[str, object] | None = None) -> list[Run]:
+        """Return the runs for which an SQL condition holds, with their batches, in order."""
         batches: dict[int, list[Batch]] = {}
-        for row in self._db.execute(
-            f"SELECT * FROM batches WHERE {chosen} ORDER BY job_id, position", wanted
+        query = f"""SELECT run_id, {", ".join(columns(Batch))} FROM batches WHERE place >= 0
+            AND run_id IN (SELECT id FROM runs WHERE {where}) ORDER BY run_id, place"""
+        for run_id, *values in self.db.execute(query, parameters or {}):
+            batches.setdefault(run_id, []).append(Batch(*values))
+        found = []
+        for row in self.db.execute(
+            f"SELECT * FROM runs WHERE {where} ORDER BY id", parameters or {}
         ):
-            batch = Batch(**picked(row, _BATCH_COLUMNS))
-            batches.setdefault(row["job_id"], []).append(batch)
-        triggers: dict[tuple[int, int], Trigger] = {}
-        for row in self._db.execute(f"SELECT * FROM triggers WHERE {chosen}", wanted):
-            values = picked(row, _TRIGGER_COLUMNS)
-            values |= {"state": TriggerState(row["state"]), "forced": bool(row["forced"])}
-            trigger = Trigger(target=target_of(row), **values)
-            triggers[row["job_id"], trigger.rerun] = trigger
-        return [
-            Work(
-                **picked(row, _WORK_COLUMNS)
-                | {"paused": bool(row["paused"]), "done": bool(row["done"])},
-                batches=tuple(batches.get(row["id"], ())),
-                target=target_of(row),
-                trigger=triggers.get((row["id"], row["rerun"])),
-            )
-            for row in self._db.execute(
-                f"SELECT * FROM jobs WHERE {where} ORDER BY position, id", wanted
-            )
-        ]
+            facts = {name: row[name] for name in columns(Run)}
+            facts |= {name: bool(row[name]) for name in ("forced", "deadline_told")}
+            facts |= {"phase": Phase(row["phase"]), "batches": tuple(batches.get(row["id"], ()))}
+            since = [row[f"unknown_{name}"] for name in columns(BootTime)]
+            facts["unknown_since"] = None if since[0] is None else BootTime(*since)
+            target = Target(*(row[name] for name in columns(Target)))
+            found.append(Run(**facts, target=target))
+        return found
 
-    def last_sending_at(self) -> float:
-        """Return when the last POST was begun, so far as this file knows; 0 for never."""
-        return float(self._db.execute("SELECT max(sending_at) FROM triggers").fetchone()[0] or 0)
+    def runs_for(self, jobs: Mapping[str, Job], *, recent: bool = True) -> list[Run]:
+        """Return what a config is about: unfinished runs, and those of its batch ids.
 
-    def sync(
-        self, jobs: Mapping[str, Job], targets: Mapping[str, Target], works: Iterable[Work]
-    ) -> list[Work]:
-        """Make the rows follow the config, writing only what differs; return all live works.
-
-        `works` are those that are live so far: they are not read again.
+        Of a job with `match` there are also the last five finished runs (`recent`) and those that
+        need attention; of a job that is gone, what may be at Keboola.
         """
-        with self.transaction():
-            before = {work.id: work for work in works}
-            rows = [known_of(work) for work in before.values()]
-            settled = {(row.name, row.batch_ids) for row in rows}
-            keys = [
-                batch_key(job.batch_ids)
-                for name, job in jobs.items()
-                if (name, frozenset(job.batch_ids)) not in settled
-            ]
-            rows += [row for row in self.known(keys) if row.id not in before]
-            assigned = assign(jobs, targets, rows)
-            returning = [row_id for row_id in assigned.values() if row_id not in before]
-            before |= {work.id: work for work in self.works("FALSE", returning)}
-            kept = set(assigned.values())
-            after = {
-                work.id: replace(work, position=None)
-                for work in before.values()
-                if work.id not in kept
-            }
-            for position, (name, job) in enumerate(jobs.items()):
-                target, old = targets[name], before.get(assigned.get(name, -1))
-                new = (
-                    as_in_config(old, job, target, position)
-                    if old
-                    else self._insert(job, target, position)
-                )
-                after[new.id] = new
-            for work_id, work in after.items():
-                if work_id in before:
-                    self._write(before[work_id], work)
-        return [work for work in after.values() if is_live(work)]
+        in_config = "+job IN (SELECT value FROM json_each(:names))"  # +: by the partial index
+        where = f"""id IN (
+            SELECT id FROM runs WHERE (phase <> 'finished' OR attention <> '') AND (
+                {in_config} OR phase = 'sent' OR (phase <> 'finished' AND sending_at IS NOT NULL))
+            UNION SELECT id FROM runs
+                WHERE batch_key <> '' AND batch_key IN (SELECT value FROM json_each(:keys))
+            UNION SELECT id FROM (
+                SELECT id, row_number() OVER (PARTITION BY job ORDER BY finished_at DESC) AS place
+                FROM runs WHERE phase = 'finished' AND job IN (SELECT value FROM json_each(:match))
+            ) WHERE place <= 5)"""
+        keys = [compact_json(sorted(job.batch_ids)) for job in jobs.values() if not job.match]
+        matching = [name for name, job in jobs.items() if job.match and recent]
+        values = {"names": [*jobs], "keys": keys, "match": matching}
+        return self.runs(where, {name: compact_json(value) for name, value in values.items()})
 
-    def _insert(self, job: Job, target: Target, position: int) -> Work:
-        row = {"name": job.name, "batch_key": batch_key(job.batch_ids), "position": position}
-        row |= {"paused": job.paused, "done": job.done}
-        work_id = self._put("jobs", row | as_row(target), verb="INSERT")
-        batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-        self._db.executemany(
-            "INSERT INTO batches (job_id, position, id) VALUES (?, ?, ?)",
-            [(work_id, place, batch.id) for place, batch in enumerate(batches)],
-        )
-        return Work(work_id, job.name, batches, target, position, job.paused, job.done)
+    def groups(self, job: str, groups: Iterable[str]) -> dict[str, Run]:
+        """Return the runs of a job's groups, by group."""
+        where = 'job = :job AND "group" IN (SELECT value FROM json_each(:groups))'
+        found = self.runs(where, {"job": job, "groups": compact_json(list(groups))})
+        return {run.group: run for run in found}
 
-    def save(
-        self,
-        changes: Iterable[tuple[Work, Work]],
-        events: Sequence[Event],
-        now: float,
-        mail: Mail = NO_MAIL,
-    ) -> None:
-        """Store how works have changed, together with log rows and mail that tell of it."""
-        with self.transaction():
-            for before, after in changes:
-                self._write(before, after)
-            self._write_events(events, now)
-            self._write_mail(mail, now)
+    def known_batches(self, job: str, ids: Iterable[str]) -> set[str]:
+        """Return which batches belong to a run of a job already, or came too late for one."""
+        query = """SELECT b.id FROM batches b JOIN runs r ON r.id = b.run_id
+            WHERE b.id IN (SELECT value FROM json_each(?)) AND r.job = ?"""
+        return {row["id"] for row in self.db.execute(query, (compact_json(list(ids)), job))}
 
-    def touch(self, looks: Iterable[tuple[int, float, float]], usages: Mapping[str, Usage]) -> None:
-        """Store when works, by their ids, were looked at and will be: nothing else has changed.
+    def one(self, query: str, *parameters: object) -> Any:  # noqa: ANN401 - a value of SQLite's
+        """Return the first value of the first row of a query, or None."""
+        row = self.db.execute(query, parameters).fetchone()
+        return row and row[0]
 
-        With it, how the requests with some secrets have fared.
-        """
-        with self.transaction():
-            self._db.executemany(
-                "UPDATE jobs SET last_check_at = ?2, next_check_at = ?3 WHERE id = ?1", looks
-            )
-            for secret, usage in usages.items():
-                self._put("accounts", {"secret": secret} | as_row(usage))
+    def last_event_id(self) -> int:
+        return int(self.one("SELECT max(id) FROM events") or 0)
 
-    def _write(self, before: Work, after: Work) -> None:
-        """Write what differs between two states of one piece of work."""
-        if after is before:
-            return
-        row = {
-            c: getattr(after, c) for c in _WORK_COLUMNS if getattr(after, c) != getattr(before, c)
-        }
-        if after.target != before.target:
-            row |= as_row(after.target)
-        if row:
-            changes = ", ".join(f"{column} = :{column}" for column in row)
-            self._db.execute(f"UPDATE jobs SET {changes} WHERE id = :id", row | {"id": before.id})
-        for place, (old, new) in enumerate(zip(before.batches, after.batches, strict=True)):
-            if old != new:
-                self._write_batch(after.id, place, new)
-        if after.trigger and after.trigger != before.trigger:
-            row = {column: getattr(after.trigger, column) for column in _TRIGGER_COLUMNS}
-            self._put("triggers", {"job_id": after.id} | as_row(after.trigger.target) | row)
-
-    def _write_batch(self, work_id: int, place: int, batch: Batch) -> None:
-        self._put("batches", {"job_id": work_id, "position": place} | as_row(batch))
-
-    def _put(self, table: str, row: Mapping[str, object], verb: str = "INSERT OR REPLACE") -> int:
-        """Insert a row, or replace the one with its key; returns the row's number."""
-        marks = ", ".join(f":{column}" for column in row)
-        statement = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({marks})"
-        return int(self._db.execute(statement, row).lastrowid or 0)
-
-    # --- log, requests, meta ---
-
-    def log(self, events: Sequence[Event], now: float) -> None:
-        """Store log rows that go with no other change."""
-        with self.transaction():
-            self._write_events(events, now)
-
-    def _write_events(self, events: Sequence[Event], now: float) -> None:
-        self._db.executemany(
-            "INSERT INTO logs (at, level, event, job, fields) VALUES (?, ?, ?, ?, ?)",
-            [(now, e.level, e.name, e.job, json.dumps(e.fields, default=repr)) for e in events],
-        )
-
-    def logs(self, *, after: int, job: str | None, most: int | None) -> list[LogRow]:
-        """Return log rows with a higher id, of one job or of all; the last `most`, in order."""
-        of_job = "" if job is None else "AND job = :job"  # so written, the index by job is used
-        rows = self._db.execute(
-            f"SELECT * FROM logs WHERE id > :after {of_job} ORDER BY id DESC LIMIT :most",
-            {"after": after, "job": job, "most": -1 if most is None else most},
+    def events(
+        self, *, after: int = 0, name: str | None = None, most: int | None = None
+    ) -> list[Event]:
+        """Return events with a higher number, of one job or run or of all; the last, in order."""
+        about = "" if name is None else "AND job = :job AND (:name = :job OR run = :name)"
+        job = name and name.partition("/")[0]
+        rows = self.db.execute(
+            f"SELECT * FROM events WHERE id > :after {about} ORDER BY id DESC LIMIT :most",
+            {"after": after, "name": name, "job": job, "most": -1 if most is None else most},
         ).fetchall()
-        return [
-            LogRow(
-                r["id"], r["at"], Event(r["event"], r["level"], r["job"], json.loads(r["fields"]))
-            )
-            for r in reversed(rows)
-        ]
+        return [Event(**dict(row) | {"fields": json.loads(row["fields"])}) for row in rows[::-1]]
 
-    def last_log_id(self) -> int:
-        """Return the number of the newest log row, or 0."""
-        return int(self._db.execute("SELECT max(id) FROM logs").fetchone()[0] or 0)
-
-    def prune(self, before: float) -> None:
-        """Drop log rows and settled requests older than a Unix time."""
-        with self.transaction():
-            # The newest row stays, so that no number is given twice: `logs --follow` counts on it.
-            newest = "(SELECT max(id) FROM logs)"
-            self._db.execute(f"DELETE FROM logs WHERE at < ? AND id < {newest}", (before,))
-            self._db.execute("DELETE FROM requests WHERE done_at < ?", (before,))
-
-    def ask(self, work: Work, *, force: bool, now: float) -> None:
-        """Store that a person asked for a retry, and of what."""
-        row = {"at": now, "job": work.name, "force": force}
-        with self.transaction():
-            seen = {"rerun": work.rerun, "was_finished": work.is_finished}
-            self._put("requests", row | seen, verb="INSERT")
-
-    def requests(self) -> list[Request]:
-        """Return the open requests."""
-        rows = self._db.execute("SELECT * FROM requests WHERE done_at IS NULL ORDER BY id")
-        return [
-            Request(r["id"], r["job"], bool(r["force"]), r["rerun"], bool(r["was_finished"]))
-            for r in rows
-        ]
-
-    def settle(
-        self, request: int, before: Work, after: Work, events: Sequence[Event], now: float
-    ) -> None:
-        """Store a request's effect and that it was done, as one: it is never done twice."""
-        with self.transaction():
-            self._db.execute("UPDATE requests SET done_at = ? WHERE id = ?", (now, request))
-            self._write(before, after)
-            self._write_events(events, now)
-
-    def dismiss(self, request: int, events: Sequence[Event], now: float) -> None:
-        """Store that a request came to nothing."""
-        with self.transaction():
-            self._db.execute("UPDATE requests SET done_at = ? WHERE id = ?", (now, request))
-            self._write_events(events, now)
-
-    def put_meta(
-        self, key: str, value: object, events: Sequence[Event], now: float, mail: Mail = NO_MAIL
-    ) -> None:
-        """Store a fact about the process as JSON."""
-        with self.transaction():
-            self._put("meta", {"key": key, "value": compact_json(value)})
-            self._write_events(events, now)
-            self._write_mail(mail, now)
-
-    # --- webhooks and accounts ---
-
-    def alarms(self) -> dict[Alarm, str | None]:
-        """Return what webhooks have been told and is not over, with the job that it is about."""
-        rows = self._db.execute("SELECT * FROM alarms")
-        return {(row["event"], row["subject"]): row["job"] for row in rows}
-
-    def _write_mail(self, mail: Mail, now: float) -> None:
-        for message in mail.messages:
-            alarm = {"event": message.event, "subject": message.subject}
-            if message.is_over:
-                where = "event = :event AND subject = :subject"
-                self._db.execute(f"DELETE FROM alarms WHERE {where}", alarm)
-            elif message.lasts:
-                self._put("alarms", alarm | {"job": message.job, "at": now})
-        for secret, body in mail.copies:
-            row = {"at": now, "secret": secret, "body": body, "next_try_at": now}
-            self._put("notices", row, verb="INSERT")
-
-    def notices(self) -> list[Notice]:
-        """Return what webhooks are still to be told, the oldest first."""
-        rows = self._db.execute("SELECT * FROM notices ORDER BY id")
-        return [Notice(**picked(row, _NOTICE_COLUMNS)) for row in rows]
-
-    def put_off(self, notices: Iterable[Notice]) -> None:
-        """Store when notices are tried again."""
-        with self.transaction():
-            self._db.executemany(
-                "UPDATE notices SET failures = ?, next_try_at = ? WHERE id = ?",
-                [(notice.failures, notice.next_try_at, notice.id) for notice in notices],
-            )
-
-    def hurry_notices(self, webhooks: Iterable[str], now: float) -> None:
-        """Have all messages of some webhooks tried at once."""
-        with self.transaction():
-            self._db.executemany(
-                "UPDATE notices SET next_try_at = ? WHERE secret = ?",
-                [(now, webhook) for webhook in webhooks],
-            )
-
-    def next_notice_at(self) -> float | None:
-        """Return when the next message is due."""
-        row = self._db.execute("SELECT min(next_try_at) FROM notices").fetchone()
-        return None if row[0] is None else float(row[0])
-
-    def drop_notices(self, ids: Iterable[int]) -> None:
-        """Forget notices: they are delivered, or never will be."""
-        with self.transaction():
-            self._db.executemany("DELETE FROM notices WHERE id = ?", [(i,) for i in ids])
-
-    def usages(self) -> dict[str, Usage]:
-        """Return how the requests with each secret have fared, by its name."""
-        rows = self._db.execute("SELECT * FROM accounts ORDER BY secret")
-        return {row["secret"]: Usage(**picked(row, _USAGE_COLUMNS)) for row in rows}
+    def stats(self) -> dict[str, SecretStats]:
+        """Return how the secrets with trouble fare, by name."""
+        failing: dict[str, Any] = self.meta("failing") or {}
+        return {name: SecretStats(name, **facts) for name, facts in failing.items()}
 
     def meta(self, key: str) -> Any:  # noqa: ANN401 - JSON
-        """Return a stored fact, or None."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+        text = self.one("SELECT value FROM meta WHERE key = ?", key)
+        return None if text is None else json.loads(text)
 
+    @staticmethod
+    def meta_statement(key: str, value: object) -> Statement:
+        return insert("meta", key=key, value=json.dumps(value))
 
-@contextlib.contextmanager
-def read_store(path: Path) -> Iterator[Store | None]:
-    """Open the state file for reading, beside a running daemon too; None where there is none yet.
+    def prune(self, jobs: Mapping[str, Job], retention_s: float, now: float) -> None:
+        """Drop old events, and finished groups that no list is read back to. Folds the WAL in.
 
-    Raises StateError where it cannot be read.
-    """
-    if not is_there(path):
-        yield None
-        return
-    uri = path.absolute().as_uri()
-    with contextlib.ExitStack() as stack:
-        try:
-            try:
-                db = connect_readonly(uri + "?mode=ro")
-            except sqlite3.OperationalError:
-                # Without write permission, a WAL database opens only while someone else has it
-                # open. With nobody writing (the shared lock sees to that), it is just a file.
-                wal = path.with_name(path.name + "-wal")
-                if not stack.enter_context(shared_lock(path)) or is_there(wal):
-                    raise
-                db = connect_readonly(uri + "?mode=ro&immutable=1")
-            stack.callback(db.close)
-            version = check_version(db, path)
-            if 0 < version < len(MIGRATIONS):  # until the daemon's restart after an upgrade
-                old, db = db, sqlite3.connect(":memory:", isolation_level=None)
-                stack.callback(db.close)
-                old.backup(db)
-                migrate(db, path)
-        except sqlite3.Error as error:
-            hint = "run this as the user of the daemon, or as root"
-            raise StateError(f"cannot read the state file {path}: {error}", hint) from None
-        yield Store(db, path) if version else None
-
-
-@contextlib.contextmanager
-def shared_lock(state_path: Path) -> Iterator[bool]:
-    """Keep the acting process out while a reader reads; False where one is in already."""
-    try:
-        fd = os.open(lock_path(state_path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True  # nobody has acted on this file here: a copy
-        return
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(fd)
-
-
-def holder_of(state_path: Path) -> Holder:
-    """Return who holds the state file now."""
-    with shared_lock(state_path) as free:
-        if free:
-            return Holder.NOBODY
-    try:
-        label = lock_path(state_path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return Holder.HIDDEN
-    return Holder.ONCE if "(--once)" in label else Holder.DAEMON
+        The newest event stays (no number is given twice), and what a webhook has not had yet.
+        """
+        before, newest = now - retention_s, self.last_event_id()
+        told = self.one("SELECT min(told_up_to) FROM webhooks")
+        most = min(newest - 1, newest if told is None else told)
+        drop_events = "DELETE FROM events WHERE id <= ? AND (at < ? OR id <= ?)"
+        statements: list[Statement] = [(drop_events, (most, before, newest - 200_000))]
+        old = """SELECT id FROM runs WHERE job = ? AND phase = 'finished' AND finished_at < ?
+            AND attention = '' AND NOT EXISTS (SELECT 1 FROM batches b
+                WHERE b.run_id = runs.id AND coalesce(b.created_at, 9e99) >= ?)"""
+        for name in [name for name, job in jobs.items() if job.match]:
+            read_to = (self.meta(f"read:{name}") or {}).get("to", 0.0)
+            about = (name, before, max(jobs[name].since, read_to - 2 * HOUR_S))
+            statements.append((f"DELETE FROM batches WHERE run_id IN ({old})", about))
+            statements.append((f"DELETE FROM runs WHERE id IN ({old})", about))
+        self.execute(statements)
+        with contextlib.suppress(sqlite3.Error):
+            self.db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 # ==================================================================================================
-# 7. OpenAI and Keboola: requests out, facts or an ApiError back
+# 6. Http and Keboola: requests out, facts or an ApiError back
 # ==================================================================================================
 
-MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
-REQUEST_BUDGET_S: Final = 60.0  # a request with all of its retries
-MAX_ATTEMPTS: Final = 4
-SEARCH_LIMIT: Final = 500
-MAX_SEARCH_ROWS: Final = 20_000
-MAX_ID_LENGTH: Final = 4096
-MAX_IDS_TOLD: Final = 20
-USER_AGENT: Final = f"teckochecker/{__version__}"
+REQUEST_S: Final = 60.0  # a request with all of its retries
+OWN_HEADERS: Final = {"User-Agent": f"teckochecker/{__version__}", "Accept-Encoding": "identity"}
 
-_HEADERS_READ: Final = ("content-type", "date", "retry-after", "retry-after-ms", "x-request-id")
+# What keeps httpx from sending: a bad header, no certificates, a closed client, a SOCKS proxy.
+LOCAL_ERRORS: Final = (ValueError, OSError, RuntimeError, ImportError)
+
+# Is told what became of a request with a secret, and the time that the server's `Date` says.
+Note = Callable[[ApiError | None, float | None], None]
 
 
-def was_sent(error: Exception) -> bool:
-    """Return whether something of a request may have reached the server, by httpx's exception."""
-    import httpx
+def as_dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
-    not_sent = (
-        httpx.ConnectError,
-        httpx.ConnectTimeout,
-        httpx.PoolTimeout,
-        httpx.UnsupportedProtocol,
-        httpx.InvalidURL,
-        UnicodeError,  # from idna, for a host name that is none
+
+def text_or_none(value: object, limit: int = 300) -> str | None:
+    """Return a JSON string as one clean line, or None for anything else, also the empty one."""
+    return one_line(value, limit) or None if isinstance(value, str) else None
+
+
+def count_or_none(value: object) -> int | None:
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1e15 else None
+
+
+def time_or_none(value: object) -> float | None:
+    """Return a JSON number as Unix seconds of this age, or None for anything else."""
+    count = count_or_none(value)
+    return float(count) if count and count < 4e9 else None
+
+
+def id_or_none(data: Mapping[str, Any], key: str) -> str | None:
+    """Return a file's id, which is never cut. Raises ValueError for what is too long to be one."""
+    value = data.get(key)
+    if not isinstance(value, str) or not value:
+        return None
+    if len(value) > 4096 or not value.isprintable():
+        raise ValueError(f"has a {key} that is no id ({len(value):,} characters)")
+    return value
+
+
+def id_text(value: object) -> str:
+    """Return one of Keboola's ids, which come as text or number, or "" for anything else."""
+    is_id = isinstance(value, str | int) and not isinstance(value, bool)
+    return one_line(str(value), 64) if is_id else ""
+
+
+def error_text(value: object) -> str | None:
+    """Return what an error says: a text, the message of an object, or the first one of a list."""
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, dict):
+        value = value.get("message") or value.get("msg")
+    return text_or_none(value)
+
+
+def http_date(text: str | None) -> float | None:
+    """Return a date of an HTTP header (RFC 9110, each of its three forms) as Unix seconds."""
+    try:
+        at = email.utils.parsedate_to_datetime(text or "")
+        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def parse_batch(data: object, batch_id: str) -> Batch:
+    """Return a batch of OpenAI, or of what is like it. Raises ValueError for what is none."""
+    if not isinstance(data, dict):
+        raise ValueError("is not an object")
+    status = (text_or_none(data.get("status"), 64) or "").lower().replace("canceled", "cancelled")
+    if not status:
+        raise ValueError("has no status")
+    if data.get("id") is not None and data["id"] != batch_id:
+        raise ValueError("has another id")
+    counts, errors = as_dict(data.get("request_counts")), data.get("errors")
+    ended = (data.get(f"{name}_at") for name in (status, "completed", "failed", "expired"))
+    ended_at = next(filter(None, map(time_or_none, ended)), None)
+    return Batch(
+        batch_id,
+        status,
+        count_or_none(counts.get("total")),
+        count_or_none(counts.get("completed")),
+        count_or_none(counts.get("failed")),
+        output_file_id=id_or_none(data, "output_file_id"),
+        error_file_id=id_or_none(data, "error_file_id"),
+        created_at=time_or_none(data.get("created_at")),
+        expires_at=time_or_none(data.get("expires_at")),
+        ended_at=ended_at if STATUS_RANK.get(status) == 3 else None,
+        error=error_text(errors.get("data") if isinstance(errors, dict) else errors),
     )
-    return not isinstance(error, not_sent)
+
+
+def parse_keboola_job(row: object, what: str) -> KeboolaJob:
+    """Return a job of Keboola's queue. Raises ApiError, which begins with `what`, if it is none."""
+    if not isinstance(row, dict):
+        raise ApiError(f"{what} is not an object", retryable=True)
+    job_id = id_text(row.get("id"))
+    if not job_id:
+        raise ApiError(f"{what} has no id", retryable=True)
+    created = None
+    with contextlib.suppress(ValueError, OverflowError):
+        at = datetime.fromisoformat(str(row.get("createdTime")))
+        at = at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
+        created = at if at.year < 9999 else None
+    status = text_or_none(row.get("status"), 64)
+    is_finished = row.get("isFinished")
+    if not isinstance(is_finished, bool):
+        is_finished = status in {"success", "warning", "error", "terminated", "cancelled"}
+    project = id_text(as_dict(row.get("project")).get("id"))
+    result = as_dict(row.get("result"))
+    message = text_or_none(result.get("message"), 1000)
+    if exception_id := text_or_none(as_dict(result.get("error")).get("exceptionId")):
+        message = f"{message or 'no message'} (exceptionId {exception_id})"
+    trigger = carried_trigger_id(row.get("variableValuesData"))
+    return KeboolaJob(job_id, status, is_finished, project, message, created, trigger)
+
+
+def carried_trigger_id(data: object) -> str | None:
+    """Return the trigger id among a job's variables; "" is another's, None is not told."""
+    values = data.get("values") if isinstance(data, dict) else data
+    if not isinstance(values, list) or not values:
+        return None
+    for item in map(as_dict, values):
+        if item.get("name") == "teckochecker_trigger_id":
+            return str(item.get("value"))
+    return ""
+
+
+# --- Http -----------------------------------------------------------------------------------------
+
+
+class TooLargeError(ApiError):
+    """An answer of over 16 MiB."""
+
+
+class DaemonThreads(ThreadPoolExecutor):
+    """Gives each call a thread of its own, so that no other call and no exit waits for it.
+
+    The loop resolves names with its executor, and a dead resolver takes 25 s for each.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                future.set_exception(error)
+
+        future.set_running_or_notify_cancel()
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+
+class ProxyRules:
+    """What the environment says of proxies; `$NO_PROXY` also with networks, ports and brackets."""
+
+    def __init__(self) -> None:
+        self.unreadable: list[str] = []  # entries of $NO_PROXY
+        self._proxies = urllib.request.getproxies()
+        self._domains: list[str] = []  # each with its dot; "" is all of them
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for entry in self._proxies.pop("no", "").replace(",", " ").split():
+            text = re.sub(r"\]:[0-9]+$|[\[\]]", "", entry.lower())
+            domain = re.fullmatch(r"\*|[*.]{0,2}([a-z0-9_-][a-z0-9._-]*)(:[0-9]+)?", text)
+            try:
+                if domain:
+                    self._domains.append(f".{domain[1]}" if domain[1] else "")
+                else:
+                    self._networks.append(ipaddress.ip_network(text, strict=False))
+            except ValueError:
+                self.unreadable.append(entry)
+
+    def proxy_for(self, url: str) -> str | None:
+        """Return the proxy for an address; loopback never has one."""
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
+        if not proxy or is_loopback(url) or f".{host}".endswith(tuple(self._domains)):
+            return None
+        with contextlib.suppress(ValueError):
+            if any(ipaddress.ip_address(host) in network for network in self._networks):
+                return None
+        return proxy if "://" in proxy else f"http://{proxy}"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole HTTP response."""
+    """A whole HTTP response, without secrets."""
 
     status: int
     headers: Mapping[str, str]
@@ -3715,2764 +2814,1857 @@ class Answer:
     def is_success(self) -> bool:
         return 200 <= self.status < 300
 
-    @property
-    def request_id(self) -> str:
-        return one_line(self.headers.get("x-request-id", ""), 100)
-
-
-class Gate:
-    """At most `limit` holders at a time, first come first served; the limit can change.
-
-    A place is handed over, not given up and taken: nobody overtakes, and whoever is cancelled in
-    the moment of getting it hands it on.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._inside = 0
-        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-
-    def set_limit(self, limit: int) -> None:
-        """Change the limit; who is inside stays."""
-        self._limit = limit
-        self._admit()
-
-    async def __aenter__(self) -> None:
-        place = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
-        self._admit()
+    def json(self) -> Any:  # noqa: ANN401 - JSON
+        """Return the body as JSON. Raises ApiError (retryable) where it is something else."""
         try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._leave()
-            raise
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            kind = one_line(self.headers.get("content-type", "no content type"), 60)
+            raise self.error(f"an answer that is not JSON ({kind})", retryable=True) from None
 
-    async def __aexit__(self, *_: object) -> None:
-        self._leave()
+    def words(self) -> str:
+        """Return the message in the body, in any of the forms in which servers write it."""
+        data: dict[str, Any] = {}
+        with contextlib.suppress(ApiError):
+            data = as_dict(self.json())
+        found = [error_text(data.get(key)) for key in ("error", "message", "reason", "detail")]
+        words = next((f": {text}" for text in found if text and text != "error"), "")
+        if words and data.get("status") == "maintenance":
+            words = f": maintenance{words}"
+        exception_id = text_or_none(data.get("exceptionId"), 100)
+        return f"{words} (exceptionId {exception_id})" if exception_id else words
 
-    def _leave(self) -> None:
-        self._inside -= 1
-        self._admit()
+    def asked_wait_s(self) -> float | None:
+        """Return how long the server asks to wait; a date is compared with its own clock."""
+        for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+            if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text := self.headers.get(name, "").strip()):
+                return float(text) / unit
+        until = http_date(self.headers.get("retry-after"))
+        now = http_date(self.headers.get("date")) or time.time()
+        return None if until is None else max(0.0, until - now)
 
-    def _admit(self) -> None:
-        while self._waiting and self._inside < self._limit:
-            place = self._waiting.popleft()
-            if not place.done():  # else its owner was cancelled while waiting
-                self._inside += 1
-                place.set_result(None)
-
-
-class Clock(Protocol):
-    """Time and chance, passed in so that tests can make their own."""
-
-    def wall(self) -> float:
-        """Return Unix seconds, for what is recorded; it may jump."""
-
-    def mono(self) -> float:
-        """Return seconds that only ever grow, for what is waited for."""
-
-    def moment(self) -> Moment:
-        """Return the time as it can be measured from later, after a restart too."""
-
-    def jitter(self) -> float:
-        """Return a random number from 0 to 1."""
-
-
-class SystemClock:
-    """The machine's clock."""
-
-    def __init__(self) -> None:
-        self._boot = ""
-        with contextlib.suppress(OSError):  # not Linux: the wall clock has to do
-            self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        self._uptime = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-    def wall(self) -> float:
-        return time.time()
-
-    def moment(self) -> Moment:
-        return Moment(time.time(), self._boot, time.clock_gettime(self._uptime))
-
-    def mono(self) -> float:
-        return time.monotonic()
-
-    def jitter(self) -> float:
-        return random.random()  # noqa: S311 - spreads load, guards nothing
-
-
-def settle_sniffio() -> None:
-    """Have the absence of sniffio remembered.
-
-    httpcore 1.0 imports it several times a request, to tell asyncio from trio. Where it is missing,
-    as beside a recent anyio, each time is a search through all of sys.path: a fifth of the CPU.
-    """
-    if importlib.util.find_spec("sniffio") is None:
-        sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type] # "known not to be there"
-
-
-class Budget:
-    """What is left of REQUEST_BUDGET_S, counted from the first attempt, not from the queue."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._until: float | None = None
-
-    def left_s(self) -> float:
-        """Return the seconds left."""
-        now = self._clock.mono()
-        self._until = now + REQUEST_BUDGET_S if self._until is None else self._until
-        return self._until - now
-
-
-def leave_out_no_proxy(env: MutableMapping[str, str]) -> list[str]:
-    """Take out of NO_PROXY what httpx has no form for, such as an IPv6 network; return that.
-
-    One such entry would let no client be made at all.
-    """
-    import httpx
-
-    left_out = []
-    for name in ("no_proxy", "NO_PROXY"):
-        kept = []
-        for entry in env.get(name, "").split(","):
-            host = entry.strip()
-            pattern = host if "://" in host else f"all://*{host}"  # as httpx has it
-            with contextlib.suppress(ValueError):
-                address = ipaddress.ip_address(host.split("/")[0])
-                pattern = f"all://[{host}]" if address.version == 6 else f"all://{host}"
-            try:
-                httpx.URL(pattern)
-            except httpx.InvalidURL:
-                left_out.append(entry.strip())
-            else:
-                kept.append(entry)
-        if name in env and len(kept) < len(env[name].split(",")):
-            env[name] = ",".join(kept)
-    return list(dict.fromkeys(left_out))
+    def error(self, message: str, *, retryable: bool) -> ApiError:
+        return ApiError(
+            f"{message}, with status {self.status}" if self.is_success else message,
+            status=self.status,
+            retryable=retryable,
+            retry_after_s=self.asked_wait_s(),
+            request_id=one_line(self.headers.get("x-request-id", ""), 100),
+        )
 
 
 class Http:
-    """The one way out: a gate, a deadline for the whole request, and a cap on the answer."""
+    """The one way out: a limit, a deadline for whole requests, a cap on answers, redaction."""
 
-    def __init__(self, limits: Limits, redactor: Redactor, clock: Clock) -> None:
-        self.limits = limits
-        self.clock = clock
-        self.redactor = redactor
-        self.gate = Gate(limits.max_concurrency)
-        self.tell: Callable[[Event], None] | None = None
-        settle_sniffio()
-        self._tls: ssl.SSLContext | None = None
-        self._client: httpx.AsyncClient | None = None
+    def __init__(self, config: Config, redactor: Redactor) -> None:
+        self.rules = ProxyRules()
+        self._redactor = redactor
+        self._clients: dict[tuple[str | None, str], httpx.AsyncClient] = {}  # see `_client`
+        self._tls: ssl.SSLContext | None = None  # takes tens of milliseconds to make: one for all
+        self.configure(config)
+        # httpcore imports sniffio several times a request, to tell asyncio from trio. Where it is
+        # missing, each time is a search through all of sys.path: a fifth of the CPU.
+        if importlib.util.find_spec("sniffio") is None:
+            sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type] # "not there"
 
-    def set_limits(self, limits: Limits) -> None:
+    def configure(self, config: Config) -> None:
         """Take new limits; requests in flight keep theirs."""
-        self.limits = limits
-        self.gate.set_limit(limits.max_concurrency)
+        self.timeout_s = config.request_timeout
+        self.max_concurrency = config.max_concurrency
+        self._places = asyncio.Semaphore(config.max_concurrency)
 
-    def new_client(self) -> httpx.AsyncClient:
-        """Return a client with connections of its own; the TLS context is costly, and shared."""
-        import httpx
-
-        left_out = leave_out_no_proxy(os.environ)
-        if left_out and self.tell:
-            self.tell(Event("no_proxy_ignored", "warning", None, {"entries": left_out}))
-        try:
-            return self._new_client()
-        except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
-            # A proxy or certificates set amiss.
-            message = f"cannot set up connections: {one_line(str(error), 200)}"
-            raise ApiError(self.redactor.text(message), sent=False) from None
-
-    def _new_client(self) -> httpx.AsyncClient:
-        from http.cookiejar import CookieJar, DefaultCookiePolicy
-
-        import httpx
-
-        if self._tls is None:
-            self._tls = httpx.create_ssl_context()
-        loopback = ("127.0.0.1", "localhost", "[::1]")
-        return httpx.AsyncClient(
-            verify=self._tls,
-            timeout=None,  # noqa: S113 - `_fetch` has a deadline for the whole
-            follow_redirects=False,  # a redirect would carry the token to another host
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=10, keepalive_expiry=30
-            ),
-            mounts={f"all://{host}": None for host in loopback},  # a proxy is not for these
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
-        )
+    def _client(self, method: str, url: str) -> httpx.AsyncClient:
+        key = (self.rules.proxy_for(url), method)
+        if key not in self._clients:
+            # A kept connection that the server is about to close looks like a lost answer.
+            kept = 0 if method == "POST" else 10
+            self._tls = self._tls or httpx.create_ssl_context()
+            self._clients[key] = httpx.AsyncClient(
+                verify=self._tls,
+                proxy=key[0],
+                trust_env=False,  # `rules` is what the environment says
+                timeout=None,  # noqa: S113 - `_fetch` has a deadline for the whole
+                follow_redirects=False,  # a redirect would carry the token to another host
+                headers=OWN_HEADERS,
+                limits=httpx.Limits(max_keepalive_connections=kept, keepalive_expiry=30),
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
+            )
+        return self._clients[key]
 
     async def close(self) -> None:
-        """Close the connections."""
-        if self._client:
-            await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
     async def get(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        params: Mapping[str, str] | None = None,
-        *,
-        budget: Budget,
+        self, url: str, headers: Mapping[str, str], params: Mapping[str, str], timeout_s: float
     ) -> Answer:
-        """Return the answer to a GET; raises ApiError where none came in time."""
-        if self._client is None:
-            self._client = self.new_client()
-        async with self.gate:
-            timeout_s = max(1.0, min(self.limits.request_timeout_s, budget.left_s()))
-            return await self._fetch(
-                self._client, timeout_s, "GET", url, headers=headers, params=params
-            )
+        """Return the answer to one GET. Raises ApiError where none came in time."""
+        parts = {"headers": headers, "params": params or None}
+        return await self._fetch("GET", url, max(1.0, timeout_s), parts)
 
-    async def post(self, url: str, headers: Mapping[str, str], body: str) -> Answer:
-        """Return the answer to one POST over a fresh connection; an ApiError tells if it was sent.
-
-        A kept connection that the server is about to close looks like a lost answer.
-        """
-        started = False
+    async def post(
+        self, url: str, headers: Mapping[str, str], body: str, timeout_s: float = math.inf
+    ) -> Answer:
+        """Return the answer to one POST. Raises ApiError, which tells if the server may know it."""
+        events: list[str] = []
 
         async def trace(event: str, _: object) -> None:
-            nonlocal started
-            started = started or event.endswith("send_request_headers.started")
+            events.append(event)
 
-        async with self.gate, self.new_client() as client:
-            try:
-                return await self._fetch(
-                    client,
-                    self.limits.request_timeout_s,
-                    "POST",
-                    url,
-                    headers=headers,
-                    content=body.encode(),
-                    extensions={"trace": trace},
-                )
-            except ApiError as error:
-                error.sent = started
-                raise
+        parts = {"headers": headers, "content": body, "extensions": {"trace": trace}}
+        try:
+            return await self._fetch("POST", url, timeout_s, parts)
+        except ApiError as error:
+            error.sent = any(event.endswith("send_request_headers.started") for event in events)
+            raise
 
     async def _fetch(
-        self,
-        client: httpx.AsyncClient,
-        timeout_s: float,
-        method: str,
-        url: str,
-        **parts: Any,  # noqa: ANN401 - as httpx.AsyncClient.build_request takes them
+        self, method: str, url: str, timeout_s: float, parts: Mapping[str, Any]
     ) -> Answer:
         """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
-        import httpx
-
+        timeout_s = min(self.timeout_s, timeout_s)
+        body = bytearray()
         try:
-            async with asyncio.timeout(timeout_s):
-                request = client.build_request(method, url, **parts)
-                response = await client.send(request, stream=True)
-                try:
-                    body = await self._read(response)
-                finally:
-                    await response.aclose()
+            stream = self._client(method, url).stream(method, url, **parts)
+            async with self._places, asyncio.timeout(timeout_s), stream as response:
+                if response.headers.get("content-encoding", "").lower() not in {"", "identity"}:
+                    message = "the answer has an encoding that was not asked for"
+                    raise ApiError(message, status=response.status_code)
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > 16 * 1024 * 1024:
+                        raise TooLargeError("the answer is over 16 MiB", retryable=True)
         except TimeoutError:
             message = f"no whole answer within {show_duration(timeout_s)}"
             raise ApiError(message, retryable=True) from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError, zlib.error) as error:
-            text = one_line(self.redactor.text(str(error)), 200)  # in this order: no half a secret
-            message = f"{type(error).__name__}{': ' + text if text else ''}"
-            raise ApiError(message, retryable=True, sent=was_sent(error)) from None
-        body = self.redactor.body(body, is_data=response.is_success)
-        told = {name: response.headers[name] for name in _HEADERS_READ if name in response.headers}
-        headers = {name: self.redactor.text(value) for name, value in told.items()}
-        return Answer(response.status_code, headers, body)
-
-    @staticmethod
-    async def _read(response: httpx.Response) -> bytes:
-        """Return the body, capped while it streams, and while it is expanded.
-
-        Nobody asked for compression; httpx would expand whatever comes without a limit.
-        """
-        encoding = response.headers.get("content-encoding", "").lower() or "identity"
-        expander = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None
-        if expander is None and encoding != "identity":
-            raise ApiError("the answer has an encoding that was not asked for")
-        body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += expander.decompress(chunk, MAX_BODY_BYTES) if expander else chunk
-            if len(body) > MAX_BODY_BYTES or (expander and expander.unconsumed_tail):
-                raise TooLargeError("the answer is over 16 MiB", retryable=True)
-            if expander and expander.eof:
-                break  # what follows would only be collected
-        return bytes(body)
+        except (httpx.HTTPError, httpx.InvalidURL, *LOCAL_ERRORS) as error:
+            text = one_line(self._redactor.text(str(error)), 200)  # in this order: no half a secret
+            message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+            if "CERTIFICATE" in text or isinstance(error, FileNotFoundError):
+                message += "; where a proxy inspects TLS, SSL_CERT_FILE names its authority's file"
+            raise ApiError(message, retryable=True) from None
+        headers = {name: self._redactor.text(text) for name, text in response.headers.items()}
+        clean = self._redactor.body(bytes(body), is_data=response.is_success)
+        return Answer(response.status_code, headers, clean)
 
 
-# --- reading what came ----------------------------------------------------------------------------
+async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # noqa: ANN401
+    """Return what `attempt(seconds left)` returns, repeated while that may help; else its ApiError.
 
-
-def nonsense(what: str, answer: Answer) -> ApiError:
-    """Return the error of an answer that is not what it claims to be; the next one may be."""
-    message = f"{what}, with status {answer.status}"
-    return ApiError(message, status=answer.status, retryable=True, request_id=answer.request_id)
-
-
-def parse_json(answer: Answer) -> Any:  # noqa: ANN401 - JSON
-    """Return the body as JSON; raises ApiError (retryable) where it is something else."""
-    try:
-        return json.loads(answer.body)
-    except (ValueError, RecursionError):
-        kind = one_line(answer.headers.get("content-type", "no content type"), 60)
-        raise nonsense(f"an answer that is not JSON ({kind})", answer) from None
-
-
-def text_or_none(value: object, limit: int = 300) -> str | None:
-    """Return a JSON string as one clean line, or None for anything else, also the empty one."""
-    return one_line(value, limit) or None if isinstance(value, str) else None
-
-
-def id_or_none(value: object) -> str | None:
-    """Return an id on one line, or None for what is none; raises ValueError rather than cut it."""
-    if not isinstance(value, str):
-        return None
-    if len(value) > MAX_ID_LENGTH:
-        raise ValueError(f"has an id of over {MAX_ID_LENGTH:,} characters")
-    return one_line(value, MAX_ID_LENGTH) or None
-
-
-def count_or_none(value: object) -> int | None:
-    """Return a JSON number as a count, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return int(value) if 0 <= value < 1e15 else None
-
-
-def time_or_none(value: object) -> float | None:
-    """Return a JSON number as Unix seconds of this age, or None for anything else."""
-    count = count_or_none(value)
-    return float(count) if count and count < 4e9 else None
-
-
-def first_error(errors: object) -> str | None:
-    """Return the first message of a batch's `errors`, in either of the forms seen."""
-    items = errors.get("data") if isinstance(errors, dict) else errors
-    first = items[0] if isinstance(items, list) and items else None
-    return text_or_none(first.get("message")) if isinstance(first, dict) else None
-
-
-def parse_batch(data: object, batch_id: str) -> Batch:
-    """Return a batch as OpenAI describes it; raises ValueError for what is none.
-
-    Compatible endpoints leave much out, write statuses in capitals and `errors` as a list: only
-    `status` is indispensable, and the id must not be another one's.
+    It never waits longer than PATIENCE_S at a time; what needs more is for the next poll.
     """
-    if not isinstance(data, dict):
-        raise ValueError("is not an object")
-    status = text_or_none(data.get("status"), 64)
-    if status is None:
-        raise ValueError("has no status")
-    if data.get("id") is not None and data["id"] != batch_id:
-        raise ValueError("has another id")
-    status = status.lower()
-    counts = data.get("request_counts")
-    counts = counts if isinstance(counts, dict) else {}
-    return Batch(
-        id=batch_id,
-        status=status,
-        total=count_or_none(counts.get("total")),
-        completed=count_or_none(counts.get("completed")),
-        failed=count_or_none(counts.get("failed")),
-        output_file_id=id_or_none(data.get("output_file_id")),
-        error_file_id=id_or_none(data.get("error_file_id")),
-        created_at=time_or_none(data.get("created_at")),
-        ended_at=time_or_none(data.get(f"{status}_at")) if status in TERMINAL else None,
-        error=first_error(data.get("errors")),
-    )
-
-
-def is_batch_id(value: object) -> bool:
-    """Return whether a row's id may serve as a cursor; also for batches that nobody watches."""
-    return isinstance(value, str) and 0 < len(value) <= 256
-
-
-def is_as_known(row: Mapping[str, object], known: Batch) -> bool:
-    """Return whether a row shows a batch that runs as it is known: the same status and counts.
-
-    Nothing else that is remembered of a batch changes before its end (OpenAI's API reference, the
-    batch object). This spares most rows of most pages the reading.
-    """
-    counts = row.get("request_counts")
-    return (
-        row.get("status") == known.status
-        and not known.is_terminal
-        and isinstance(counts, dict)
-        and counts.get("completed") == known.completed
-        and counts.get("failed") == known.failed
-        and counts.get("total") == known.total
-    )
-
-
-def parse_page(data: object, known: Mapping[str, Batch]) -> Page:
-    """Return a page of OpenAI's list of batches; raises ValueError for what is none.
-
-    `known` are the watched batches. A row that is no batch, or ends one without being a whole one,
-    is not taken: the batch is then asked for by itself.
-    """
-    rows = data.get("data") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(rows, list):
-        raise ValueError("has no list of data")
-    rows = [row for row in rows if isinstance(row, dict) and is_batch_id(row.get("id"))]
-    batches: dict[str, Batch] = {}
-    for row in rows:
-        batch_id = row["id"]
-        if batch_id not in known or batch_id in batches:
-            continue
-        if is_as_known(row, known[batch_id]):
-            batches[batch_id] = known[batch_id]
-            continue
-        with contextlib.suppress(ValueError):
-            batch = parse_batch(row, batch_id)
-            if not batch.is_terminal or ("input_file_id" in row and not batch.lacks_files):
-                batches[batch_id] = batch
-    return Page(
-        ids=[row["id"] for row in rows],
-        batches=batches,
-        newest_at=time_or_none(rows[0].get("created_at")) if rows else None,
-        oldest_at=time_or_none(rows[-1].get("created_at")) if rows else None,
-        has_more=data.get("has_more") is not False,
-    )
-
-
-def http_date(text: str) -> float | None:
-    """Return a date of an HTTP header as Unix seconds, or None."""
-    try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Return how long a server asks to wait: `retry-after-ms`, or `Retry-After` in either form.
-
-    A date is compared with the server's own clock where it tells it; nonsense is None.
-    """
-    asked = headers.get("retry-after", "")
-    for text, unit in ((headers.get("retry-after-ms", ""), 1000), (asked, 1)):
-        if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text.strip()):
-            return float(text) / unit
-    until = http_date(asked)
-    if until is None:
-        return None
-    return max(0.0, until - (http_date(headers.get("date", "")) or now))
-
-
-def server_words(answer: Answer) -> str:
-    """Return the message in an error's body: `{"error": {"message"}}` or Keboola's `{"error"}`."""
-    try:
-        data = parse_json(answer)
-    except ApiError:
-        return ""
-    error = data.get("error") if isinstance(data, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    words = text_or_none(message)
-    exception_id = text_or_none(data.get("exceptionId"), 100) if isinstance(data, dict) else None
-    support = f" (exceptionId {exception_id})" if exception_id else ""
-    return f": {words}{support}" if words else support
-
-
-def http_error(server: str, answer: Answer, now: float) -> ApiError:
-    """Return what an answer that is no success means, with the server's own words for it."""
-    return ApiError(
-        f"{server} answered {answer.status}{server_words(answer)}",
-        status=answer.status,
-        retryable=answer.status in RETRYABLE or not 400 <= answer.status < 500,
-        retry_after_s=retry_after_s(answer.headers, now),
-        request_id=answer.request_id,
-    )
-
-
-def carried_trigger_id(data: object) -> str | None:
-    """Return the trigger id among a job's variables; "" is another's job, None is not told."""
-    values = data.get("values") if isinstance(data, dict) else data
-    if not isinstance(values, list):
-        return None
-    for item in values:
-        if isinstance(item, dict) and item.get("name") == TRIGGER_ID_VARIABLE:
-            return str(item.get("value"))
-    return "" if values else None  # an empty list may be a row that does not tell
-
-
-def parse_keboola_job(row: object) -> KeboolaJob:
-    """Return a job of Keboola's queue; raises ValueError for what is none."""
-    if not isinstance(row, dict):
-        raise ValueError("is not an object")
-    job_id = row.get("id")
-    if isinstance(job_id, int) and not isinstance(job_id, bool):
-        job_id = str(job_id)
-    job_id = id_or_none(job_id)
-    if job_id is None:
-        raise ValueError("has no id")
-    try:
-        created = datetime.fromisoformat(str(row.get("createdTime")))
-        created = created.replace(tzinfo=created.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):
-        created = None
-    url = text_or_none(row.get("url"), 2000)
-    return KeboolaJob(
-        id=job_id,
-        status=text_or_none(row.get("status"), 64),
-        url=url if url and url.startswith(("https://", "http://")) else None,
-        created_time=created if created and created.year < 9999 else None,
-        trigger_id=carried_trigger_id(row.get("variableValuesData")),
-    )
-
-
-# --- asking ---------------------------------------------------------------------------------------
-
-
-async def with_retries(attempt: Callable[[Budget], Coroutine[Any, Any, T]], clock: Clock) -> T:
-    """Return what `attempt(budget)` returns, repeated while that may help; else its ApiError.
-
-    Waits as the server asks, or exponentially with jitter, but never longer than PATIENCE_S at a
-    time and REQUEST_BUDGET_S in all: what needs more is for the next look.
-    """
-    import tenacity
-
-    budget = Budget(clock)
+    until = time.monotonic() + REQUEST_S
     exponential = tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5)
 
     def wait(state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        asked_s = error.retry_after_s if isinstance(error, ApiError) else None
-        return exponential(state) if asked_s is None else asked_s
+        asked_s = getattr(state.outcome and state.outcome.exception(), "retry_after_s", None)
+        return exponential(state) if asked_s is None else float(asked_s)
 
     def stop(state: tenacity.RetryCallState) -> bool:
         wait_s = state.upcoming_sleep
-        is_long = wait_s > PATIENCE_S or wait_s > budget.left_s() - 1
-        return is_long or state.attempt_number >= MAX_ATTEMPTS
+        is_late = wait_s > PATIENCE_S or time.monotonic() + wait_s > until - 1
+        return is_late or state.attempt_number >= 4
 
-    retrying = tenacity.AsyncRetrying(
-        # Only ApiError: cancellation must get through.
-        retry=tenacity.retry_if_exception(lambda e: isinstance(e, ApiError) and e.retryable),
-        wait=wait,
-        stop=stop,
-        reraise=True,
-    )
-    return await retrying(attempt, budget)
+    # Only ApiError: cancellation must get through.
+    retry = tenacity.retry_if_exception(lambda e: isinstance(e, ApiError) and e.retryable)
 
+    @tenacity.retry(retry=retry, wait=wait, stop=stop, reraise=True)
+    async def next_attempt() -> Any:  # noqa: ANN401
+        return await attempt(until - time.monotonic())
 
-Note = Callable[[Answer | ApiError], None]  # is told what has come of each request with a secret
+    return await next_attempt()
 
 
-async def noted(request: Coroutine[Any, Any, Answer], note: Note | None) -> Answer:
-    """Return the answer to a request, and tell what has come of it. Raises its ApiError."""
-    came: Answer | ApiError | None = None
+async def noted(request: Awaitable[Answer], server: str, note: Note) -> Answer:
+    """Return a successful answer; else raise ApiError with the server's words. Tells of both."""
+    date = None
     try:
-        came = await request
-    except ApiError as error:
-        came = error
-        raise
-    finally:
-        if note and came:
-            note(came)
-    return came
-
-
-class OpenAIClient:
-    """One OpenAI account, and how it is doing: what it refuses for one batch may hold for all."""
-
-    SILENT_AFTER: Final = 5  # requests in a row, for any batches, that no answer came to
-
-    def __init__(self, account: Account, http: Http, note: Note | None = None) -> None:
-        self._http = http
-        self._note_request = note
-        self._clock = http.clock
-        self.base_url = account.base_url
-        self._headers = {"Authorization": f"Bearer {account.key.reveal()}"}
-        if account.organization:
-            self._headers["OpenAI-Organization"] = account.organization
-        if account.project:
-            self._headers["OpenAI-Project"] = account.project
-        self._gate = Gate(http.limits.max_concurrency)
-        self._in_flight = 0
-        self._silences = 0
-        self._held_until = -math.inf
-        self._held_for = ""
-        self._silent_for = ""
-
-    async def batch(self, batch_id: str) -> Batch:
-        """Return a batch (`GET /batches/{id}`); raises ApiError after the retries."""
-
-        async def attempt(budget: Budget) -> Batch:
-            answer = await self._get(f"/batches/{batch_id}", None, budget)
-            if answer.status == 404:
-                raise self._not_found(answer)
-            try:
-                return parse_batch(self._json(answer), batch_id)
-            except ValueError as error:
-                raise nonsense(f"OpenAI's answer is not a batch: it {error}", answer) from None
-
-        return await with_retries(functools.partial(self._in_turn, attempt), self._clock)
-
-    async def page(self, cursor: str | None, known: Mapping[str, Batch]) -> Page:
-        """Return the page of the account's batches after a row, or the newest; raises ApiError.
-
-        `known` are the batches to look for. Source: OpenAI's API reference, `GET /batches`.
-        """
-        params = {"limit": str(PAGE_ROWS)} | ({"after": cursor} if cursor else {})
-
-        async def attempt(budget: Budget) -> Page:
-            answer = await self._get("/batches", params, budget)
-            try:
-                return parse_page(self._json(answer), known)
-            except ValueError as error:
-                raise nonsense(f"OpenAI's answer is not a list: it {error}", answer) from None
-
-        # Not repeated: what it would have shown is asked for one by one.
-        return await self._in_turn(attempt, Budget(self._clock), is_page=True)
-
-    async def _in_turn(
-        self,
-        attempt: Callable[[Budget], Coroutine[Any, Any, T]],
-        budget: Budget,
-        *,
-        is_page: bool = False,
-    ) -> T:
-        """Make one attempt when this account may, and note what it says about the account.
-
-        The silence of a page says nothing: a list may be too much for a server that has batches.
-        """
-        self._gate.set_limit(self._http.limits.max_concurrency)
-        async with self._gate:  # so that this account's queue is not in front of everyone else
-            await self._enter()
-            self._in_flight += 1
-            try:
-                found = await attempt(budget)
-            except ApiError as error:
-                if error.status is not None or not is_page:
-                    self._note(error)
-                raise
-            finally:
-                self._in_flight -= 1
-            self._silences = 0
-            return found
-
-    async def _get(self, path: str, params: Mapping[str, str] | None, budget: Budget) -> Answer:
-        url = self.base_url + path
-        return await noted(
-            self._http.get(url, self._headers, params, budget=budget), self._note_request
-        )
-
-    def _json(self, answer: Answer) -> object:
+        answer = await request
+        date = http_date(answer.headers.get("date"))
         if not answer.is_success:
-            raise http_error("OpenAI", answer, self._clock.wall())
-        return parse_json(answer)
+            retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
+            asked = answer.headers.get("x-should-retry", "")
+            retryable = {"true": True, "false": False}.get(asked, retryable)
+            message = f"{server} answered {answer.status}{answer.words()}"
+            raise answer.error(message, retryable=retryable)
+    except ApiError as error:
+        note(error, date)
+        raise
+    note(None, date)
+    return answer
 
-    def _not_found(self, answer: Answer) -> ApiError:
-        error = http_error("OpenAI", answer, self._clock.wall())
-        text = f"{error}: the batch was deleted, or the key belongs to another OpenAI project"
-        return ApiError(text, status=404, request_id=error.request_id)
 
-    def refusal(self) -> ApiError | None:
-        """Return what stands in the way of any request to this account, where that takes long."""
-        left_s = self._held_until - self._clock.mono()
-        if left_s > PATIENCE_S:
-            return ApiError(self._held_for, status=429, retry_after_s=left_s, sent=False)
-        # A dead server holds each request to its deadline: one at a time finds out when it is back,
-        # and the places are left to other accounts.
-        if self.is_silent and self._in_flight:
-            return ApiError(self._silent_for, sent=False)
-        return None
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether no answer has come for a while, which is not the fault of what was asked."""
-        return self._silences >= self.SILENT_AFTER
-
-    async def _enter(self) -> None:
-        """Wait while the account is held for a moment. Raises `refusal`."""
-        while not (refusal := self.refusal()):
-            left_s = self._held_until - self._clock.mono()
-            if left_s <= 0:
-                return
-            await asyncio.sleep(left_s)
-        raise refusal
-
-    def _note(self, error: ApiError) -> None:
-        """Remember what a failure says about the account as a whole."""
-        if error.status is None:
-            self._silences += 1
-            self._silent_for = str(error)
-        else:
-            self._silences = 0
-        if error.status == 429 and error.retry_after_s:
-            until = self._clock.mono() + min(error.retry_after_s, MAX_BACKOFF_S)
-            if until > self._held_until:
-                self._held_until, self._held_for = until, str(error)
+# --- Keboola --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class Learned:
-    """What a process has found out about Keboola so far, by stack; shared between clients."""
+class Search:
+    """The last search of a configuration's jobs; all who asked before it began go by it."""
 
-    queue_urls: dict[str, str] = field(default_factory=dict)
-    projects: dict[tuple[str, Secret], str] = field(default_factory=dict)  # by stack and token
-    clocks: dict[str, tuple[float, float]] = field(default_factory=dict)  # a `Date`, and when
-    trigger_ids: dict[tuple[str, str], str] = field(default_factory=dict)  # of jobs read by id,
-    reading: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
-    unreadable: set[tuple[str, str]] = field(default_factory=set)  # and those that were not
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    began: BootTime = BootTime(0.0, "", -math.inf)
+    since: float = math.inf
+    jobs: list[KeboolaJob] = field(default_factory=list)  # without those that are another's
+    failure: ApiError | None = None  # why it is incomplete
 
 
-class KeboolaClient:
-    """Keboola's queue on one stack, with one token."""
+class Keboola:
+    """One stack and token. Source: Keboola's API documents, Job Queue API and Storage API."""
 
-    def __init__(  # noqa: PLR0913 - the last three are optional
-        self,
-        stack_url: str,
-        token: Secret,
-        http: Http,
-        learned: Learned | None = None,
-        note: Note | None = None,
-        *,
-        tell: Callable[[Event], None] | None = None,
+    def __init__(
+        self, entry: SecretEntry, token: Secret, http: Http, clock: Clock, note: Note
     ) -> None:
+        self.name = entry.name
+        self.stack_url = entry.stack_url
+        self.token = token
+        self.unreadable: dict[str, ApiError] = {}  # old jobs that answered 403 or 404
         self._http = http
-        self._note_request = note
-        self._clock = http.clock
-        self._stack_url = stack_url
-        self._token = token
+        self._clock = clock
+        self._note = note
         self._headers = {"X-StorageApi-Token": token.reveal()}
-        self._learned = learned or Learned()
-        self._unreadable: dict[str, str] = {}  # not told yet: why, by job
-        self._tell = tell
+        self._skew_s = 0.0  # how far Keboola's clock is ahead of ours
+        self._project = ""
+        self._queue_url = ""
+        self._carried: dict[str, str] = {}  # job id -> trigger id, of rows that did not tell
+        self._searches: dict[tuple[str, str], Search] = {}
 
-    async def _get(
-        self, url: str, headers: Mapping[str, str], params: Mapping[str, str] | None = None
-    ) -> object:
-        """Return the JSON of a GET; raises ApiError after the retries."""
+    def _noted(self, error: ApiError | None, date: float | None) -> None:
+        if date is not None:
+            self._skew_s = date - self._clock.now()
+        self._note(error, date)
 
-        async def attempt(budget: Budget) -> object:
-            tell = (
-                self._note_request if headers else None
-            )  # without the token, it says nothing of it
+    async def _get(self, url: str, params: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+        async def attempt(left_s: float) -> Any:  # noqa: ANN401
             try:
-                answer = await noted(self._http.get(url, headers, params, budget=budget), tell)
-            except TooLargeError as error:
-                error.retryable = False  # a page is asked for with fewer rows instead
+                got = self._http.get(url, self._headers, params, left_s)
+                return (await noted(got, "Keboola", self._noted)).json()
+            except ApiError as error:
+                error.sent = False  # a GET starts nothing
+                if isinstance(error, TooLargeError):
+                    error.retryable = False  # a smaller page is asked for
                 raise
-            if date := http_date(answer.headers.get("date", "")):
-                self._learned.clocks[self._stack_url] = date, self._clock.mono()
-            if not answer.is_success:
-                raise http_error("Keboola", answer, self._clock.wall())
-            return parse_json(answer)
 
-        return await with_retries(attempt, self._clock)
+        return await with_retries(attempt)
 
-    def behind_s(self) -> float:
-        """Return how far Keboola's clock is behind ours, by the last `Date`; negative for ahead."""
-        wall, mono = self._clock.wall(), self._clock.mono()
-        date, came_at = self._learned.clocks.get(self._stack_url, (wall, mono))
-        return wall - (date + mono - came_at)
+    async def _storage(self, path: str) -> dict[str, Any]:
+        return as_dict(await self._get(f"{self.stack_url}/v2/storage{path}", {}))
 
     async def queue_url(self) -> str:
         """Return the queue's address: by the stack's name, or as the stack's index says."""
-        parts = urllib.parse.urlsplit(self._stack_url.lower())
+        parts = urllib.parse.urlsplit(self.stack_url.lower())
         if parts.netloc.startswith("connection."):
             return f"{parts.scheme}://queue.{parts.netloc.removeprefix('connection.')}"
-        if self._stack_url not in self._learned.queue_urls:
-            index = await self._get(f"{self._stack_url}/v2/storage", {})
-            self._learned.queue_urls[self._stack_url] = self._find_queue(index)
-        return self._learned.queue_urls[self._stack_url]
+        if not self._queue_url:
+            services = (await self._storage("")).get("services")
+            found = map(as_dict, services if isinstance(services, list) else ())
+            urls = (str(s.get("url")).rstrip("/") for s in found if s.get("id") == "queue")
+            url = next(urls, "")
+            if url_problem(url) or is_loopback(url) > is_loopback(self.stack_url):
+                message = f"{self.stack_url}/v2/storage lists no usable https address of the queue"
+                raise ApiError(message, sent=False)
+            self._queue_url = url
+        return self._queue_url
 
-    def _find_queue(self, index: object) -> str:
-        services = index.get("services") if isinstance(index, dict) else None
-        for service in services if isinstance(services, list) else ():
-            if isinstance(service, dict) and service.get("id") == "queue":
-                url = str(service.get("url"))
-                if url_problem(url) or is_loopback(url) > is_loopback(self._stack_url):
-                    break
-                return url.rstrip("/")
-        raise ApiError(
-            f"{self._stack_url}/v2/storage lists no usable https address of the queue",
-            retryable=True,
-        )
-
-    async def verify(self) -> Mapping[str, Any]:
-        """Return what Keboola says of the token: its project, whether it expires."""
-        said = await self._get(f"{self._stack_url}/v2/storage/tokens/verify", self._headers)
-        return said if isinstance(said, dict) else {}
+    async def verify(self) -> dict[str, Any]:
+        return await self._storage("/tokens/verify")
 
     async def project(self) -> str:
-        """Return the id of the token's project; asked once for each token. Raises ApiError."""
-        known = self._learned.projects
-        if (key := (self._stack_url, self._token)) not in known:
-            owner = (await self.verify()).get("owner")
-            number = owner.get("id") if isinstance(owner, dict) else None
-            if isinstance(number, bool) or not isinstance(number, str | int) or number == "":
-                raise ApiError("Keboola does not say which project the token is of", retryable=True)
-            known[key] = one_line(str(number), 100)
-        return known[key]
+        """Return the id of the token's project; asked once. Raises ApiError."""
+        if not self._project:
+            self._project = id_text(as_dict((await self.verify()).get("owner")).get("id"))
+            if not self._project:
+                message = f"{self.stack_url} does not say which project the token belongs to"
+                raise ApiError(message, sent=False)
+        return self._project
 
-    async def configuration(self, target: Target) -> Mapping[str, Any]:
-        """Return a configuration as Keboola has it; raises ApiError, with status 404 for none."""
+    async def configuration(self, target: Target) -> dict[str, Any]:
         branch = f"/branch/{target.branch_id}" if target.branch_id else ""
-        path = f"components/{target.component_id}/configs/{target.config_id}"
-        said = await self._get(f"{self._stack_url}/v2/storage{branch}/{path}", self._headers)
-        return said if isinstance(said, dict) else {}
+        path = f"{branch}/components/{target.component_id}/configs/{target.config_id}"
+        return await self._storage(path)
 
     async def create(self, payload: str) -> KeboolaJob:
-        """Start a job, in one attempt; raises ApiError, which `after_failed_post` understands.
-
-        A 2xx without a readable id is no success and no failure: its outcome is unknown.
-        """
-        try:
-            url = await self.queue_url()
-        except ApiError as error:
-            error.sent = False
-            raise
+        """Start a job, in one attempt. A 2xx without a readable id is an ApiError too."""
         headers = {**self._headers, "Content-Type": "application/json"}
-        answer = await noted(self._http.post(f"{url}/jobs", headers, payload), self._note_request)
-        if not answer.is_success:
-            raise http_error("Keboola", answer, self._clock.wall())
-        try:
-            return parse_keboola_job(parse_json(answer))
-        except ValueError as error:
-            raise nonsense(f"Keboola's answer is not a job: it {error}", answer) from None
+        posted = self._http.post(f"{await self.queue_url()}/jobs", headers, payload)
+        answer = await noted(posted, "Keboola", self._noted)
+        what = f"Keboola's answer is not a job{answer.words()}: it"
+        return parse_keboola_job(answer.json(), what)
 
-    async def search(self, target: Target, since: float | None, trigger: str) -> list[KeboolaJob]:
-        """Return the jobs that carry a trigger id, the oldest first.
+    async def job(self, job_id: str) -> KeboolaJob:
+        """Return a job. Raises ApiError, with status 404 where it was deleted."""
+        url = f"{await self.queue_url()}/jobs/{urllib.parse.quote(job_id, safe='')}"
+        return parse_keboola_job(await self._get(url, {}), f"Keboola's job {job_id}")
 
-        Nothing found is said only after a complete search; an incomplete one raises ApiError.
-        Keboola ignores filters that it does not know, so that every row is looked at.
+    async def search(
+        self, target: Target, since: float, trigger: str
+    ) -> tuple[BootTime, list[KeboolaJob]]:
+        """Return when a search began, and the jobs that carry a trigger id, the oldest first.
+
+        That there is none is said only after a complete search that began after the call; ApiError
+        else. What an earlier one has shown needs no other. `since` is by our clock.
         """
-        seen: dict[str, KeboolaJob] = {}
-        try:
-            await self._read_pages(target, since, seen)
-        except ApiError:
-            if not ours_oldest_first(seen.values(), trigger):
-                raise
-        finally:
-            self._tell_unreadable(target)
-        return ours_oldest_first(seen.values(), trigger)
+        asked = self._clock.boot_time()
+        since -= since % HOUR_S  # so that runs of about the same time share one search
+        key = (target.component_id, target.config_id)
+        search = self._searches.setdefault(key, Search())
+        async with search.lock:
+            is_fresh = search.began.uptime_s >= asked.uptime_s and search.since <= since
+            if not is_fresh and not self._carriers(search.jobs, trigger):
+                search.began, search.since, search.jobs = self._clock.boot_time(), since, []
+                search.failure = ApiError("the search was interrupted")
+                try:
+                    await self._read_pages(target, search)
+                    search.failure = None
+                except ApiError as error:
+                    search.failure = error
+            ours = self._carriers(search.jobs, trigger)
+            if not ours and search.failure:
+                raise search.failure
+            return search.began, ours
 
-    def _tell_unreadable(self, target: Target) -> None:
-        """Tell once of jobs that could not be read, which count as somebody else's."""
-        if self._tell and self._unreadable:
-            fields_ = {
-                "config_id": target.config_id,
-                "jobs": len(self._unreadable),
-                "keboola_job_ids": [*self._unreadable][:MAX_IDS_TOLD],
-                "error": next(iter(self._unreadable.values())),
-            }
-            self._tell(Event("keboola_jobs_unreadable", "warning", None, fields_))
-        self._unreadable.clear()
+    async def recent(self, target: Target, trigger: str) -> list[KeboolaJob]:
+        """Return what the deprecated list of jobs shows of a run; it may be ahead of the search."""
+        params = {"component": target.component_id, "config": target.config_id, "limit": "100"}
+        return self._carriers(await self._list_jobs("jobs", params), trigger)
 
-    async def listed(self, target: Target, trigger: str) -> list[KeboolaJob]:
-        """Return the jobs that carry a trigger id on the deprecated `GET /jobs`, the oldest first.
+    def _carriers(self, jobs: Iterable[KeboolaJob], trigger: str) -> list[KeboolaJob]:
+        ours = [job for job in jobs if trigger in {job.trigger_id, self._carried.get(job.id)}]
+        never = datetime.max.replace(tzinfo=UTC)
+        return sorted(ours, key=lambda job: (job.created_time or never, len(job.id), job.id))
 
-        It may show at once what the search shows later. Nothing found says nothing, nor does an
-        error.
-        """
-        params = {
-            "component": target.component_id,
-            "config": target.config_id,
-            "limit": str(SEARCH_LIMIT),
-        }
-        try:
-            rows = await self._jobs(f"{await self.queue_url()}/jobs", params)
-        except ApiError:
-            return []
-        told = await asyncio.gather(*map(self._with_trigger_id, rows), return_exceptions=True)
-        return ours_oldest_first((job for job in told if isinstance(job, KeboolaJob)), trigger)
+    async def _list_jobs(self, path: str, params: Mapping[str, str]) -> list[KeboolaJob]:
+        rows = await self._get(f"{await self.queue_url()}/{path}", params)
+        if not isinstance(rows, list):
+            raise ApiError("Keboola's job list is not a list", retryable=True)
+        return [parse_keboola_job(row, "a row of Keboola's job list") for row in rows]
 
-    async def _read_pages(
-        self, target: Target, since: float | None, seen: dict[str, KeboolaJob]
-    ) -> None:
-        """Fill `seen` with the jobs since a time, newest first, until a page brings none.
-
-        Pages go on by time, with overlap, or by place where that changes nothing.
-        """
-        before: datetime | None = None
-        limit, offset, asked = SEARCH_LIMIT, 0, 0
-        while asked < MAX_SEARCH_ROWS:
-            try:
-                page = await self._search_page(target, since, before, limit, offset)
-            except TooLargeError:
-                if limit == 1:
-                    raise
-                limit //= 2  # rows carry the data of their configuration
-                continue
-            asked += limit
-            fresh = [job for job in page if job.id not in seen]
-            told = await asyncio.gather(*map(self._with_trigger_id, fresh), return_exceptions=True)
-            seen |= {job.id: job for job in told if isinstance(job, KeboolaJob)}
-            for failure in told:
-                if isinstance(failure, BaseException):
-                    raise failure
-            is_full = len(page) >= limit
-            if not fresh and not is_full:
-                return  # not before: a server may cap `limit` lower than it was asked for
-            times = [job.created_time for job in page if job.created_time]
-            is_sorted = len(times) == len(page) and times == sorted(times, reverse=True)
-            if is_full and not (is_sorted and (fresh or not offset)):
-                raise ApiError("Keboola's job list is not sorted by time: the search is incomplete")
-            if not times:
-                return
-            if offset or not fresh:
-                offset += len(page)
-            else:
-                # A second of overlap: rows of one second may stand on both sides of a page's end.
-                before = min(times) + timedelta(seconds=1)
-        raise ApiError(f"Keboola's job list does not end after {MAX_SEARCH_ROWS} rows")
-
-    async def _search_page(
-        self, target: Target, since: float | None, before: datetime | None, limit: int, offset: int
-    ) -> list[KeboolaJob]:
+    async def _read_pages(self, target: Target, search: Search) -> None:
+        """Fill a search, newest jobs first. Raises ApiError where that is not all of them."""
+        since = datetime.fromtimestamp(max(0, int(search.since + self._skew_s)), UTC)
         params = {
             "componentId": target.component_id,
             "configId": target.config_id,
-            "limit": str(limit),
             "sortBy": "createdTime",
             "sortOrder": "desc",
+            "createdTimeFrom": since.isoformat(),
         }
-        if since is not None:
-            params["createdTimeFrom"] = datetime.fromtimestamp(int(since), UTC).isoformat()
-        if before is not None:
-            params["createdTimeTo"] = before.isoformat()
-        if offset:
-            params["offset"] = str(offset)
-        return await self._jobs(f"{await self.queue_url()}/search/jobs", params)
+        seen: set[str] = set()
+        limit, offset = 500, 0
+        for _ in range(200):
+            try:
+                paging = {"limit": str(limit), "offset": str(offset)}
+                jobs = await self._list_jobs("search/jobs", params | paging)
+            except TooLargeError:
+                if limit == 1:
+                    raise
+                limit //= 2
+                continue
+            fresh = [job for job in jobs if job.id not in seen]
+            seen |= {job.id for job in fresh}
+            search.jobs += [job for job in fresh if job.trigger_id != ""]
+            await self._read_silent(fresh)
+            if not fresh and len(jobs) < limit:
+                return  # not before: a server may cap `limit` lower than it was asked for
+            times = [job.created_time for job in jobs if job.created_time]
+            is_sorted = len(times) == len(jobs) and times == sorted(times, reverse=True)
+            if fresh and is_sorted:
+                # A second of overlap: rows of one second may stand on both sides of a page's end.
+                params["createdTimeTo"] = (min(times) + timedelta(seconds=1)).isoformat()
+                offset = 0
+            else:
+                offset += len(jobs)
+        raise ApiError("Keboola's job list does not end after 200 pages")
 
-    async def _jobs(self, url: str, params: Mapping[str, str]) -> list[KeboolaJob]:
-        rows = await self._get(url, self._headers, params)
-        if not isinstance(rows, list):
-            raise ApiError("Keboola's job list is not a list", retryable=True)
-        try:
-            return [parse_keboola_job(row) for row in rows]
-        except ValueError as error:
-            raise ApiError(f"a row of Keboola's job list {error}", retryable=True) from None
+    async def _read_silent(self, jobs: Iterable[KeboolaJob]) -> None:
+        """Read the jobs whose rows did not tell, once; what answers 403 or 404 is another's."""
 
-    async def _with_trigger_id(self, job: KeboolaJob) -> KeboolaJob:
-        """Return the job with its trigger id told; where its row did not, it is read, once."""
-        if job.trigger_id is not None:
-            return job
-        key = self._stack_url, job.id
-        known = self._learned.trigger_ids
-        if key not in known:
-            async with self._learned.reading.setdefault(key, asyncio.Lock()):
-                if key not in known:
-                    said = await self._read_trigger_id(key, job.id)
-                    if said is None:
-                        return replace(job, trigger_id="")
-                    known[key] = said
-        return replace(job, trigger_id=known[key])
+        async def read(job_id: str) -> None:
+            try:
+                self._carried[job_id] = (await self.job(job_id)).trigger_id or ""
+            except ApiError as error:
+                if error.status not in {403, 404}:
+                    raise
+                self._carried[job_id], self.unreadable[job_id] = "", error
 
-    async def _read_trigger_id(self, key: tuple[str, str], job_id: str) -> str | None:
-        """Return the trigger id that a job carries, None for a job that is not there.
+        silent = [j.id for j in jobs if j.trigger_id is None and j.id not in self._carried]
+        await asyncio.gather(*map(read, silent))
 
-        Raises ApiError unless it was told. A job that may not be read is not ours: who has made a
-        job may read it. One that is not there may merely be too new, so that is not remembered.
-        """
-        quoted_id = urllib.parse.quote(job_id, safe="")
-        try:
-            row = await self._get(f"{await self.queue_url()}/jobs/{quoted_id}", self._headers)
-            return parse_keboola_job(row).trigger_id or ""
-        except ValueError as error:
-            raise ApiError(f"Keboola's job {job_id} {error}", retryable=True) from None
-        except ApiError as error:
-            if error.status not in {403, 404}:
+
+# --- OpenAI ---------------------------------------------------------------------------------------
+
+
+class OpenAI:
+    """One OpenAI key. Source: OpenAI's API reference, `GET /batches/{id}` and `GET /batches`."""
+
+    def __init__(
+        self, entry: SecretEntry, key: Secret, http: Http, clock: Clock, note: Note
+    ) -> None:
+        self.name = entry.name
+        self.answered_at: dict[str, float] = {}  # uptime of batches' last own answers
+        self._http = http
+        self._clock = clock
+        self._note = note
+        self._base_url = entry.base_url
+        bearer = "Bearer " if entry.auth_header == "Authorization" else ""
+        headers = {
+            entry.auth_header: f"{bearer}{key.reveal()}",
+            "OpenAI-Organization": entry.organization,
+            "OpenAI-Project": entry.project,
+        }
+        self._headers = {name: value for name, value in headers.items() if value}
+        self._params = {"api-version": entry.api_version} if entry.api_version else {}
+        self._silences = 0  # requests in a row that no answer came to
+        self._held_until = -math.inf  # uptime
+        self._held_by = ApiError("")
+
+    async def _get(self, path: str, params: Mapping[str, str], left_s: float) -> Answer:
+        url, all_params = f"{self._base_url}{path}", {**self._params, **params}
+        got = self._http.get(url, self._headers, all_params, left_s)
+        return await noted(got, "OpenAI", self._note)
+
+    def refusal(self) -> ApiError | None:
+        """Return what the account waits for, and how long, where it does."""
+        left_s = self._held_until - self._clock.uptime_s()
+        if left_s <= 0:
+            return None
+        error = self._held_by
+        return ApiError(str(error), status=error.status, retryable=True, retry_after_s=left_s)
+
+    async def ask(self, batch_id: str) -> Batch:
+        """Return a batch's own answer, the one that counts. Raises ApiError after the retries."""
+
+        async def attempt(left_s: float) -> Batch:
+            if refusal := self.refusal():
+                raise refusal
+            try:
+                answer = await self._get(f"/batches/{batch_id}", {}, left_s)
+                return parse_batch(answer.json(), batch_id)
+            except ValueError as error:
+                message = f"OpenAI's answer is not a batch: it {error}{answer.words()}"
+                raise answer.error(message, retryable=True) from None
+            except ApiError as error:
+                self._take_in(error)
                 raise
-            if key not in self._learned.unreadable:
-                self._unreadable[job_id] = str(error)
-            self._learned.unreadable.add(key)
-            return "" if error.status == 403 else None
+
+        batch: Batch = await with_retries(attempt)
+        self._silences = 0
+        self.answered_at[batch_id] = self._clock.uptime_s()
+        return batch
+
+    def _take_in(self, error: ApiError) -> None:
+        """Hold the account back where a failure says so, and say what a 404 means."""
+        self._silences = self._silences + 1 if error.status is None else 0
+        held_s = min(error.retry_after_s or 0.0, HOUR_S) if error.status == 429 else 0.0
+        if self._silences >= 5:  # a dead server would keep all places busy up to their deadlines
+            held_s = 2 * PATIENCE_S
+        until = self._clock.uptime_s() + held_s
+        if until > self._held_until:
+            self._held_until, self._held_by = until, error
+        if error.status == 404:
+            causes = "the batch was deleted, or the key belongs to another OpenAI project"
+            error.message = f"{error}: {causes}, or base_url is wrong"
+
+    async def page(self, cursor: str | None) -> tuple[list[dict[str, Any]], bool]:
+        """Return a page of the list, from the newest or after one batch, and if more come.
+
+        Raises ApiError, without retries: what it would have shown is asked for one by one.
+        """
+        params = {"limit": "100"} | ({"after": cursor} if cursor else {})
+        answer = await self._get("/batches", params, REQUEST_S)
+        data = answer.json()
+        rows = data.get("data") if isinstance(data, dict) else None
+        if not isinstance(rows, list):
+            raise answer.error(f"OpenAI's answer is not a list{answer.words()}", retryable=True)
+        good = [r for r in rows if isinstance(r, dict) and isinstance(r.get("id"), str) and r["id"]]
+        return good, bool(good) and data.get("has_more") is not False
 
 
 # ==================================================================================================
-# 8. Daemon: what runs
+# 7. Engine: what runs
 # ==================================================================================================
 
-DRAIN_S: Final = 20.0  # what triggers in flight get to be recorded in, after SIGTERM
-RELOAD_LOOK_S: Final = 1.5  # how often files are compared that no event tells of
-REQUESTS_LOOK_S: Final = 1.0
-VAIN_PASSES: Final = "vain_passes"  # in the state file: how often --once has read pages in vain,
-FIRST_VAIN_REST_S: Final = 600.0  # after which it does without; twice as long after each
-MAX_VAIN_PASSES: Final = 9  # to count: a day is the longest
-TOUCH_S: Final = 2.0  # how often the times of looks are written,
-TOUCH_S_EACH: Final = 0.005  # and the more rarely, the more of them there are
+
+class LogWriter:
+    """Writes lines to standard error from a thread of its own; what does not fit is counted.
+
+    So a reader that is slow, full or gone never holds up the loop.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(10_000)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def msg(self, line: str) -> None:
+        try:
+            if self._dropped:
+                self._lines.put_nowait(f"({self._dropped} lines of the log were dropped)")
+                self._dropped = 0
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    debug = info = warning = error = msg  # structlog calls a logger by the level's name
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            data = f"{line}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(2, data) :]
+
+    def close(self) -> None:
+        """Wait a moment until what was written has arrived."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._thread.join(1.0)
 
 
-def log_processors() -> list[structlog.typing.Processor]:
-    """Return what is done first to every event, our own or another library's."""
-    import structlog
+class LibraryLog(logging.Handler):
+    """Passes on what a library has to say."""
 
-    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
-    return [structlog.stdlib.add_log_level, stamp]
+    def emit(self, record: logging.LogRecord) -> None:
+        text = one_line(record.getMessage(), 1000)
+        say(Event.of("library_warning", logger=record.name, message=text))
 
 
-def log_formatter(settings: LogSettings, redactor: Redactor) -> logging.Formatter:
-    """Return what makes lines of events."""
-    import structlog
+def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> None:
+    """Send events, and the warnings of libraries, to standard error through one redactor."""
+    is_console = config.log_format == "console"
+    is_console = is_console or (config.log_format == "auto" and os.isatty(2))
+    status = os.fstat(2)
+    is_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    priorities = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>"}
 
-    def redact(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return {key: redactor.tree(value) for key, value in event.items()}
+    def render(_: object, level: str, line: Mapping[str, Any]) -> str:
+        head = {name: line[name] for name in ("time", "level", "event", "text")}
+        told = redactor.tree(head | dict(line))  # the last before the line is made
+        prefix = priorities[level] if is_journal else ""
+        if not is_console:
+            return prefix + json.dumps(told, ensure_ascii=False)
+        at = datetime.fromisoformat(told["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        mark = "" if level == "info" else f"{level}: "
+        return "\n".join((f"{prefix}{at} {mark}{told['text']}", *told.get("traceback", ())))
 
-    is_console = settings.format == "console" or (
-        settings.format == "auto" and sys.stderr is not None and sys.stderr.isatty()
+    structlog.configure(
+        processors=[render],
+        wrapper_class=structlog.make_filtering_bound_logger(config.log_level),
+        logger_factory=lambda *_: writer,
+        cache_logger_on_first_use=False,
     )
-    renderer = (
-        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-        if is_console
-        else structlog.processors.JSONRenderer(default=repr)
-    )
-    return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=log_processors(),
-        processors=[
-            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.format_exc_info,
-            redact,  # the last before the line is made: nothing gets around it
-            renderer,
-        ],
-    )
-
-
-class LateFormatter(logging.Formatter):
-    """Makes its formatter for the first line: most passes of --once have none to make."""
-
-    def __init__(self, settings: LogSettings, redactor: Redactor) -> None:
-        super().__init__()
-        self._make = functools.partial(log_formatter, settings, redactor)
-        self._made: logging.Formatter | None = None
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a record as a line."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made.format(record)
-
-
-def configure_logging(settings: LogSettings, redactor: Redactor) -> None:
-    """Send structlog and the standard library's logging to stderr, through one redactor."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LateFormatter(settings, redactor))
-    logging.raiseExceptions = False  # a full disk under stderr must not stop the work
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(settings.level.upper())
-    for name in ("httpx", "httpcore", "watchfiles", "asyncio"):  # URLs and headers, at DEBUG
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def logger() -> structlog.stdlib.BoundLogger:
-    """Return the program's own logger, which hands events to the standard library's logging."""
-    import structlog
-
-    if not structlog.is_configured():
-        structlog.configure(
-            processors=[
-                structlog.stdlib.filter_by_level,
-                *log_processors(),
-                structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-            ],
-            logger_factory=structlog.stdlib.LoggerFactory(),
-            wrapper_class=structlog.stdlib.BoundLogger,
-        )
-    found: structlog.stdlib.BoundLogger = structlog.get_logger("teckochecker")
-    return found
+    logging.getLogger().handlers = [LibraryLog()]
+    logging.getLogger().setLevel(logging.WARNING)  # httpx logs URLs at INFO, httpcore headers
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)  # see DaemonThreads
 
 
 def say(event: Event) -> None:
     """Write one event to the log."""
-    subject = {"job": event.job} if event.job else {}
-    level = getattr(logging, event.level.upper())
-    logger().log(level, event.name, **subject, **event.fields)
+    document = replace(event, at=event.at or time.time()).document()
+    getattr(structlog.get_logger(), event.level)(document.pop("event"), **document)
 
 
-class Notifier:
+class ServiceManager:
     """The service manager's side of the process (sd_notify(3)); silent where there is none."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        self._address = env.get("NOTIFY_SOCKET", "")
-        ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        address = env.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address[:1] == "@" else address
+        is_ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         watchdog_us = env.get("WATCHDOG_USEC", "")
-        self.watchdog_s = int(watchdog_us) / 1e6 if ours and watchdog_us.isdigit() else None
+        self.watchdog_s = int(watchdog_us) / 1e6 if is_ours and watchdog_us.isdigit() else None
 
     def send(self, *lines: str) -> None:
-        """Send one datagram."""
-        if not self._address:
-            return
-        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
-        ):
-            out.sendto("\n".join(lines).encode(), address)
-
-    def reloading(self) -> None:
-        """Tell that a reload has begun; `READY=1` has to follow."""
-        self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if self._address:
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
+            ):
+                out.sendto("\n".join(lines).encode(), self._address)
 
 
-def secrets_of(setup: Setup, job: Job | None) -> tuple[object, ...]:
-    """Return all of a setup's secrets that matter to a job, to tell whether they have changed."""
-    if job is None:
-        return ()
-    target = setup.config.target(job)
-    return account_of(setup, job), target, setup.secrets[job.keboola_secret]
-
-
-def keboola_secrets(setup: Setup) -> dict[str, tuple[str, Secret]]:
-    """Return the stacks and tokens of a setup, to tell whether they have changed."""
-    return {
-        name: (secret.stack_url, setup.secrets[name])
-        for name, secret in setup.config.keboola.items()
-    }
-
-
-def first_leaf(group: BaseExceptionGroup[TeckoError]) -> TeckoError:
-    """Return the first exception inside nested groups."""
-    first = group.exceptions[0]
-    return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-@dataclass(slots=True, eq=False)
-class Watch:
-    """A piece of work while the process runs: its row, its job in the config, its deadlines.
-
-    Deadlines are monotonic, so that the machine's clock may jump.
-    """
-
-    work: Work
-    job: Job | None = None  # None: these ids are not in the config now
-    due: float = 0.0
-    looked_at: float = 0.0  # Unix seconds
-    trigger_due: float = 0.0
-    unknown_since: float = 0.0
-    is_posting: bool = False
-    carrier: asyncio.Task[None] | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # ends a carrier's wait
-
-    def pending(self) -> list[str]:
-        """Return the batches that have not ended."""
-        return [batch.id for batch in self.work.batches if not batch.is_terminal]
-
-
-async def all_of(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all of these, whatever becomes of some; then raise what the first one has raised."""
-    for result in await asyncio.gather(*works, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
-
-
-def is_nearly_due(watch: Watch, now: float) -> bool:
-    """Return whether a work is looked at now, together with one that is due.
-
-    A tenth of its interval early does no harm, and looks that fall together share their pages.
-    """
-    interval_s = watch.job.poll_interval_s if watch.job else 0
-    return watch.due <= now + min(interval_s / 10, MINUTE_S)
-
-
-async def wait_for_event(event: asyncio.Event, timeout_s: float) -> bool:
-    """Wait until an event is set or a time has passed; returns whether it was set."""
-    try:
-        async with asyncio.timeout(timeout_s if math.isfinite(timeout_s) else None):
+async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
+    """Wait until an event is set or a time has passed."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, timeout_s)):
             await event.wait()
-    except TimeoutError:
-        pass
-    return event.is_set()
 
 
-@dataclass(slots=True, eq=False)
-class Look:
-    """One look at an account: what is due, what has been seen of it, and what pages have cost."""
+# --- one OpenAI account ---------------------------------------------------------------------------
 
-    begun_at: float
-    due: Mapping[str, Batch]
-    explores_until: float = math.inf
-    risk: int = 0  # pages that may be asked for beyond what pages have saved
-    cost: int = 0  # pages that were asked for,
-    pages: int = 0  # of which these came,
-    found: int = 0  # and due batches that they have shown
-    is_broken: bool = False  # a page has failed, and no more are asked for
-    seen: dict[str, Batch | ApiError] = field(default_factory=dict)
-    open: set[Watch] = field(default_factory=set)  # works that are not seen whole yet
 
-    @property
-    def saved(self) -> int:
-        """How many requests pages have saved, less the pages themselves."""
-        return self.found - self.cost
+@dataclass(slots=True)
+class ListReading:
+    """What one poll has learnt of an account's list so far."""
 
-    @property
-    def credit(self) -> int:
-        """How many more pages may be asked for: in vain, no more than batches can wait for it."""
-        return self.saved + min(self.risk, len(self.due) - self.found)
+    due: Mapping[str, Batch]  # what is to be shown
+    known: Mapping[str, Batch]  # with the finished batches of the same runs
+    unchanged: dict[str, Batch] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)  # these are asked for by themselves
+    pages: int = 0
+    span_s: float = 3 * MINUTE_S  # how long the batches of a page have taken to be created
+    is_stale: bool = False
 
     def missing(self) -> list[Batch]:
-        """Return the due batches that have not been seen."""
-        return [batch for key, batch in self.due.items() if key not in self.seen]
+        """Return the due batches that no page has shown, the newest first.
 
-    def affordable(self, left_out: Container[str]) -> list[Batch]:
-        """Return which of them to ask for one by one: all, or as many as pages have not cost.
-
-        Of what was risked in vain, as many wait for the next look, in which they come first.
+        Of one second, the last of a job's ids is taken for the newest: so people write them.
         """
-        missing = sorted(self.missing(), key=lambda batch: batch.id not in left_out)
-        return missing[: max(0, len(missing) + min(0, self.saved))]
+        shown = self.unchanged.keys() | self.changed
+        missing = [self.due[key] for key in reversed([*self.due]) if key not in shown]
+        return sorted(missing, key=lambda batch: -(batch.created_at or 0.0))
 
-    def goals(self, unplaced: Iterable[Batch], tried: Container[str]) -> list[Batch]:
-        """Return what may still be looked for in the list."""
-        if self.credit <= 0:
-            return []
-        return [b for b in unplaced if b.id not in self.seen and b.id not in tried]
+    @property
+    def overhead(self) -> int:
+        """How many requests pages have cost beyond what they have saved."""
+        return self.pages - len(self.unchanged)
 
-    def take(self, shown: Mapping[str, Batch]) -> None:
-        """Note what this look's pages have shown."""
-        self.found += sum(key in self.due and key not in self.seen for key in shown)
-        self.seen |= shown
+    def read_page(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Note what a page shows; returns how many due batches."""
+        before = len(self.unchanged) + len(self.changed)
+        self.pages += 1
+        for row in rows:
+            if known := self.known.get(row["id"]):
+                self._read_row(row, known)
+        ages = creation_times(rows[:1]) + creation_times(rows[-1:])
+        if len(ages) == 2 and len(rows) > 1:
+            self.span_s = max(ages) - min(ages)
+        return len(self.unchanged) + len(self.changed) - before
 
-    def is_waiting(self, watch: Watch) -> bool:
-        """Return whether a work is fine and waits for a batch that was seen to go on."""
-        seen = self.seen_of(watch).values()
-        is_fine = watch.work.error is None and all(isinstance(batch, Batch) for batch in seen)
-        return is_fine and any(isinstance(b, Batch) and not b.is_terminal for b in seen)
+    def _read_row(self, row: Mapping[str, Any], known: Batch) -> None:
+        status = str(row.get("status")).lower()
+        rank, known_rank = STATUS_RANK.get(status), STATUS_RANK.get(known.status or "")
+        if rank is not None and known_rank is not None and rank < known_rank:
+            self.is_stale = True
+        if known.id not in self.due:
+            return
+        if status != known.status or known.is_terminal:
+            self.changed.add(known.id)
+            return
+        counts = as_dict(row.get("request_counts"))
+        names = ("total", "completed", "failed")
+        told: dict[str, Any] = {name: count_or_none(counts.get(name)) for name in names}
+        if None not in told.values() and told["completed"] != known.completed:
+            known = replace(known, **told)
+        self.unchanged[known.id] = known
 
-    def seen_of(self, watch: Watch) -> dict[str, Batch | ApiError]:
-        """Return what has been seen of a work that is unfinished."""
-        return {key: self.seen[key] for key in watch.pending() if key in self.seen}
 
-    def whole(self, watches: Iterable[Watch]) -> set[Watch]:
-        """Return those of the open works that are seen whole now."""
-        return {w for w in watches if w in self.open and is_whole_look(w.work, self.seen)}
+def creation_times(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    return [at for row in rows if (at := time_or_none(row.get("created_at")))]
 
 
-class ListReader:
-    """Reads the pages of an account's list that pay for a look, and learns where batches stand.
+def row_of(row: Mapping[str, Any]) -> Row:
+    """Return a row of the list for finding; that it is finished, or unreadable, is only a hint."""
+    batch = Batch(row["id"], created_at=time_or_none(row.get("created_at")))
+    with contextlib.suppress(ValueError):
+        if not (read := parse_batch(row, batch.id)).is_terminal:
+            batch = read
+    pairs = as_dict(row.get("metadata")).items()
+    return Row(batch, {key: value for key, value in pairs if isinstance(value, str)})
 
-    A page pays that shows several of the due batches. What is not known yet is found out with the
-    requests that pages have saved, and what a look may risk.
+
+class Finding:
+    """How far an account's list has to be read back for the new batches of some jobs.
+
+    To the newest row that was there at the last complete read, with an hour's overlap (a row may
+    show up late) of at most two pages more than what is new; or to `since`.
     """
 
-    KNOWN_ROUNDS: Final = 3  # a list that moves while it is read is read again, but not for ever
-    WALKS_AT_ONCE: Final = 10
-    PAGES_AT_ONCE: Final = 5  # the pool of connections costs each request, the larger it is
-    EXPLORE_S: Final = 60.0  # in a look: what is due waits meanwhile, and the next look goes on
+    def __init__(self, store: Store, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self.newest_at = 0.0
+        self._keys = {j.name: compact_json([j.match_key, j.since, j.openai_secret]) for j in jobs}
+        marks = {job.name: store.meta(f"read:{job.name}") or {} for job in jobs}
+        self._read_to = {n: m["to"] for n, m in marks.items() if m.get("key") == self._keys[n]}
+        self._new_to = min(self._read_to.get(job.name, job.since) for job in jobs)
+        floors = (max(j.since, self._read_to.get(j.name, j.since) - HOUR_S) for j in jobs)
+        self._floor = min(floors)
+        self._pages_beyond = 0
 
-    def __init__(
-        self,
-        client: OpenAIClient,
-        engine: Engine,
-        take: Callable[[Look, Sequence[Page], float], None],
-    ) -> None:
-        self._client = client
-        self._engine = engine
-        self._take = take  # what is done with pages, and when they were asked for
-        self._chart = Chart()
-        self._gate = Gate(self.PAGES_AT_ONCE)
-        self._usable_from = -math.inf
-        self._failures = 0
-        self._is_told = False  # that the list is not usable
-        self._is_in_doubt = False  # whether there is a list: every cursor was refused
+    def needs_more(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether to read on after a page."""
+        ages = creation_times(rows) or [0.0]
+        self.newest_at = max(self.newest_at, *ages)
+        self._pages_beyond += min(ages) <= self._new_to
+        return min(ages) > self._floor and self._pages_beyond <= 2
 
-    def pays(self, look: Look) -> bool:
-        """Return whether pages may be of use to a look.
-
-        Where the account itself is held or silent, they would find out nothing about the list.
-        """
-        is_ill = self._client.is_silent or self._client.refusal() is not None
-        return self._usable_from <= look.begun_at and not is_ill and len(look.due) >= LIST_MIN
-
-    async def read(self, look: Look, known: Mapping[str, Batch]) -> None:
-        """Read what pays; `known` are all unfinished batches of the account, due or not.
-
-        Never raises: what no page has shown is asked for one by one.
-        """
-        self._chart.begin_look(known)
-        try:
-            await self._read_known(look, known)
-            await self._explore(look, known)
-        except ApiError as error:
-            if error.sent:  # else it says nothing about the list
-                self._note_failure(error)
-        except Exception as error:  # noqa: BLE001 - a bug in what may be done without
-            self._usable_from = self._engine.clock.mono() + HOUR_S
-            self._engine.note_bug(error, self._client.base_url)
-        else:
-            if look.seen:
-                self._failures = 0
-                self._note_usability(is_usable=True)
-
-    async def _read_known(self, look: Look, known: Mapping[str, Batch]) -> None:
-        """Read the pages that are known to show several of the due batches."""
-        for _ in range(self.KNOWN_ROUNDS):
-            starts = self._chart.pages(batch.id for batch in look.missing())
-            if not starts:
-                return
-            await self._read(look, known, [cursor for cursor, _ in starts])
-            for _, batch_id in starts:
-                if batch_id not in look.seen:
-                    self._chart.lose(batch_id)
-
-    async def _explore(self, look: Look, known: Mapping[str, Batch]) -> None:
-        """Find out where the others stand, as far as the savings of this look allow."""
-        chart = self._chart
-        look.risk = chart.allowance(len(look.due))
-        look.explores_until = self._engine.clock.mono() + self.EXPLORE_S
-        if self._is_in_doubt and look.credit > 0:
-            await self._read(look, known, [None])
-        unplaced = chart.unplaced(look.missing())
-        if unplaced:
-            await self._find(look, known, unplaced)
-
-    async def _find(
-        self, look: Look, known: Mapping[str, Batch], unplaced: Sequence[Batch]
-    ) -> None:
-        """Look for batches in the list: first where they should be, then along the way to them."""
-        chart = self._chart
-        ages = sorted((b.created_at, b.id) for b in known.values() if b.created_at)
-        tried: set[str] = set()
-        while not self._is_late(look) and (goals := look.goals(unplaced, tried)):
-            walks = chart.guesses(goals, ages, look.credit)
-            if not walks:
-                break
-            tried |= {walk.goal.id for walk in walks if walk.goal}
-            await self._read(look, known, [walk.cursor for walk in walks])
-        while not self._is_late(look) and (goals := look.goals(unplaced, tried)):
-            walks = chart.ways(goals, ages, min(self.WALKS_AT_ONCE, look.credit))
-            if self._engine.once:  # a way is of use to later looks, but for what it shows itself
-                walks = [walk for walk in walks if walk.cursor is None]
-            if not walks:
-                break
-            tried |= {walk.goal.id for walk in walks if walk.goal}
-            if walks[0].goal is None:  # it was for all whose age is not known
-                tried |= {goal.id for goal in goals if goal.created_at is None}
-            await all_of(self._walk(look, known, walk) for walk in walks)
-        for batch_id in () if self._is_late(look) else tried - look.seen.keys():
-            chart.note_miss(batch_id)
-        if tried:
-            chart.note_risk(paid_off=look.saved >= 0)
-
-    def _is_late(self, look: Look) -> bool:
-        """Return whether a look has explored for long enough."""
-        return self._engine.clock.mono() > look.explores_until
-
-    async def _walk(self, look: Look, known: Mapping[str, Batch], walk: Walk) -> None:
-        """Read page after page until there is nothing more to be gained."""
-        cursor, barren = walk.cursor, 0
-        passed: set[str] = set()
-        while look.credit > 0 and barren < BARREN_PAGES and not self._is_late(look):
-            before = len(look.seen)
-            pages = await self._read(look, known, [cursor])
-            if not pages:
-                return
-            page = pages[0]
-            barren = 0 if len(look.seen) > before else barren + 1
-            if walk.ends_at(page) or page.ids[-1] in passed or not look.missing():
-                return
-            cursor = page.ids[-1]
-            passed.add(cursor)
-
-    async def _read(
-        self, look: Look, known: Mapping[str, Batch], cursors: Sequence[str | None]
-    ) -> list[Page]:
-        """Return pages, all read at once and taken as one. Raises the first one's ApiError."""
-        pages: list[Page] = []
-        asked_at = self._engine.clock.mono()
-        look.cost += len(cursors)  # at once: the credit is for all that are read side by side
-        try:
-            await all_of(self._read_page(look, known, cursor, pages) for cursor in cursors)
-        except Exception:  # not a cancellation: nothing begins at the end of the process
-            self._take(look, pages, asked_at)
-            raise
-        self._take(look, pages, asked_at)
-        return pages
-
-    async def _read_page(
-        self, look: Look, known: Mapping[str, Batch], cursor: str | None, pages: list[Page]
-    ) -> None:
-        """Add a page to `pages`, unless its cursor is gone from the list. Raises ApiError.
-
-        Once a page has failed, those that wait for their turn are not asked for.
-        """
-        async with self._gate:
-            if look.is_broken:
-                look.cost -= 1
-                return
-            try:
-                page = await self._client.page(cursor, known)
-            except ApiError as error:
-                look.cost -= not error.sent
-                if cursor is None or error.status not in {400, 404}:
-                    look.is_broken = True
-                    raise
-                self._chart.lose_cursor(cursor)
-                self._is_in_doubt = not look.pages
-            else:
-                look.pages += 1
-                self._is_in_doubt = False
-                self._chart.learn(cursor, page)
-                pages.append(page)
-
-    def _note_failure(self, error: ApiError) -> None:
-        """Do without the list for a while; for longer where there seems to be none."""
-        self._failures += 1
-        clock = self._engine.clock
-        is_absent = error.status is not None and not error.retryable
-        wait_s = backoff_s(self._failures, MINUTE_S, clock.jitter())
-        self._usable_from = clock.mono() + (HOUR_S if is_absent else wait_s)
-        if error.status != 429:  # which is about the account
-            self._note_usability(is_usable=False, error=str(error))
-
-    def _note_usability(self, *, is_usable: bool, **fields_: str) -> None:
-        """Tell whether the list is usable, if that is news."""
-        if self._is_told is is_usable:
-            self._is_told = not is_usable
-            name, level = ("list_usable", "info") if is_usable else ("list_not_usable", "warning")
-            self._engine.note(Event(name, level, None, {"url": self._client.base_url, **fields_}))
+    def marks(self) -> list[Statement]:
+        """Return what stores that the list was read completely, where that is new."""
+        return [
+            Store.meta_statement(f"read:{name}", {"key": key, "to": self.newest_at})
+            for name, key in self._keys.items()
+            if self.newest_at > self._read_to.get(name, -1.0)
+        ]
 
 
-class Poller:
-    """One OpenAI account: looks at the batches of all its jobs that are due, together.
+class Account(OpenAI):
+    """One OpenAI key: polls the batches of its runs, and finds new ones.
 
-    A look reads pages of the account's list where they pay, and asks for the other batches one by
-    one. It never takes more requests than one by one for all of them: of what pages have cost in
-    vain, as many batches wait for the next look. With --once, which has none, they are those whose
-    answers would change nothing. Where there are too few of them it takes up to three more, and the
-    state file has later passes do without: for ten minutes, then twenty, and so on up to a day.
+    Due batches are polled together. Pages of the account's list are a hint and save requests; what
+    counts is a batch's own answer. A request that hangs is left to its deadline while the loop goes
+    on. A poll takes at most two requests more than single GETs would, apart from the pages that new
+    batches are looked for on.
     """
 
-    ROUND_S: Final = 0.05  # looks that end close together make one round of the loop
-    ASKED_AT_ONCE: Final = 500  # batches; a task for each of 100,000 would hold the loop up
-
-    def __init__(self, engine: Engine, client: OpenAIClient) -> None:
-        self._engine = engine
-        self._client = client
-        self._list = ListReader(client, engine, self._take)
-        self._watches: dict[int, Watch] = {}  # those that are polled
-        self._watchers: dict[str, list[Watch]] = {}  # of each batch that has not ended
-        self._known: dict[str, Batch] = {}  # these batches, as they were seen last
-        self._heard: dict[str, tuple[float, Batch | ApiError]] = {}  # last answers, when they came
-        self._looks: set[Look] = set()  # those under way,
-        self._busy: set[Watch] = set()  # and the works that they are at
-        self._left_out: set[str] = set()  # batches that their last look could not afford
-        self._secret = ""  # the name of the account's
-        self._until = math.inf  # when `run` looks around again
-        self._tasks: set[asyncio.Task[None]] = set()
+    def __init__(self, engine: Engine, entry: SecretEntry, key: Secret) -> None:
+        note = functools.partial(engine.note_request, entry.name)
+        super().__init__(entry, key, engine.http, engine.clock, note)
+        self.identity = (key, replace(entry, text=Secret(""), line=0, column=0))
+        self.run_ids: set[int] = set()  # of the runs that it polls
+        self.finders: list[Job] = []  # the jobs that it finds batches for
         self.wake = asyncio.Event()
+        self.until = math.inf  # when `run` sees again what is due
+        self.find_at = -math.inf
+        self._engine = engine
+        self._places = asyncio.Semaphore(engine.http.max_concurrency)  # before those of all
+        self._busy: set[int] = set()  # runs that are being polled
+        self._complete: list[tuple[int, dict[str, Batch | ApiError]]] = []
+        self._list_from = -math.inf  # uptime from which pages may save requests again
+        self._list_failures = 0
+        self._find_failures = 0
+        self._find_failing_from = 0.0  # uptime
 
-    def start(self) -> None:
-        """Begin to look."""
-        self._spawn(self.run())
-
-    def stop(self) -> None:
-        """Begin nothing more, and give up what is under way: it has nothing to lose."""
-        for task in self._tasks:
-            task.cancel()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._engine.spawn(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def take(self, watches: Iterable[Watch], secret: str = "") -> None:
-        """Have these works looked at from now on; `secret` is the name of the account's."""
-        polled = [watch for watch in watches if self._engine.is_polled(watch)]
-        self._watches = {watch.work.id: watch for watch in polled}
-        self._watchers = {}
-        for watch in polled:
-            for batch_id in watch.pending():
-                self._watchers.setdefault(batch_id, []).append(watch)
-        batches = (batch for watch in polled for batch in watch.work.batches)
-        self._known = {batch.id: batch for batch in batches if batch.id in self._watchers}
-        self._heard = {key: news for key, news in self._heard.items() if key in self._watchers}
-        self._left_out &= self._watchers.keys()
-        self._secret = secret
+    def configure(self, finders: Sequence[Job]) -> None:
+        """Take a new config: the runs are told one by one; what is to be found may be other now."""
+        self.run_ids.clear()
+        self._places = asyncio.Semaphore(self._engine.http.max_concurrency)
+        self.finders = list(finders)
+        self.find_at = -math.inf
         self.wake.set()
 
-    def _follow(self, watch: Watch) -> None:
-        """Remember how a work has changed, and forget what has ended of it."""
-        for batch in watch.work.batches:
-            watchers = self._watchers.get(batch.id, [])
-            if watch not in watchers:
-                continue
-            self._known[batch.id] = batch
-            if batch.is_terminal:
-                watchers.remove(watch)
-            if not watchers:
-                del self._watchers[batch.id], self._known[batch.id]
-                self._heard.pop(batch.id, None)
-        if watch.work.is_ready:
-            self._watches.pop(watch.work.id, None)
+    # --- the loop ---
 
     async def run(self) -> None:
-        """Start looks when they are due; with --once, all of them, once."""
-        clock, engine = self._engine.clock, self._engine
+        """Poll what is due, and find what is new, until cancelled."""
+        engine, clock = self._engine, self._engine.clock
         while not engine.is_stopping:
             self.wake.clear()
-            now = clock.mono()
-            idle = [watch for watch in self._watches.values() if watch not in self._busy]
-            if any(watch.due <= now for watch in idle):
-                await self._look([watch for watch in idle if is_nearly_due(watch, now)])
+            now = clock.now()
+            idle = [engine.runs[i] for i in self.run_ids - self._busy]
+            is_finding = bool(self.finders) and self.find_at <= now
+            if is_finding or any(run.next_at <= now for run in idle):
+                due = [run for run in idle if run.next_at <= now + engine.early_s(run)]
+                try:
+                    await self._poll(due, is_finding=is_finding)
+                except Exception as error:  # noqa: BLE001 - trouble of one account is not the others'
+                    engine.note_failure(error, self.name)
+                    self._busy -= {run.id for run in due}
+                    self.find_at = clock.now() + 5
+                    await asyncio.sleep(1)
+            waiting = [engine.runs[i].next_at for i in self.run_ids - self._busy]
+            self.until = min([*waiting, self.find_at if self.finders else math.inf])
+            # A suspended machine's timers stand still: none is longer than half a minute.
+            await wait_for_event(self.wake, min(30.0, self.until - clock.now()))
+
+    async def run_once(self) -> None:
+        """Poll all runs once, and those that are found meanwhile."""
+        engine, polled, is_finding = self._engine, set[int](), bool(self.finders)
+        while (new := self.run_ids - polled) or is_finding:
+            polled |= new
+            try:
+                polls = await self._poll([engine.runs[i] for i in new], is_finding=is_finding)
+                await asyncio.gather(*polls)
+                self._record()
+            except (StorageError, sqlite3.Error) as error:
+                engine.note_failure(error, self.name)
+            is_finding = False
+
+    async def _poll(self, runs: Sequence[Run], *, is_finding: bool) -> list[asyncio.Task[None]]:
+        """Begin the poll of some runs; each ends when its batches have answered."""
+        known = {b.id: b for run in runs for b in run.batches}
+        reading = ListReading({k: b for k, b in known.items() if not b.is_final}, known)
+        polled_before = sum(batch.status is not None for batch in reading.due.values())
+        is_usable = self._list_from <= self._engine.clock.uptime_s() and not self.refusal()
+        pays = polled_before >= 5 and is_usable
+        self._busy |= {run.id for run in runs}
+        if is_finding or pays:
+            await self._read_list(reading, pays=pays, is_finding=is_finding)
+        shown = reading.unchanged if pays and not reading.is_stale else {}
+        if shown and reading.overhead <= 1:  # beside a list, the one not asked for longest
+            shown.pop(min(shown, key=lambda key: self.answered_at.get(key, -math.inf)))
+        return [self._engine.spawn(self._poll_run(run, shown)) for run in runs]
+
+    async def _poll_run(self, run: Run, shown: Mapping[str, Batch]) -> None:
+        """Ask for what no page has shown of a run; record its poll with what else has come."""
+        due = [batch.id for batch in run.batches if not batch.is_final]
+        missing = [batch_id for batch_id in due if batch_id not in shown]
+        came = await asyncio.gather(*map(self._ask, missing)) if missing else []
+        if not self._complete:
+            asyncio.get_running_loop().call_soon(self._record)
+        answers: dict[str, Batch | ApiError] = {i: shown[i] for i in due if i in shown}
+        self._complete.append((run.id, answers | dict(zip(missing, came, strict=True))))
+
+    async def _ask(self, batch_id: str) -> Batch | ApiError:
+        async with self._places:
+            try:
+                return await self.ask(batch_id)
+            except ApiError as error:
+                return error
+            except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
+                self._engine.note_failure(error, batch_id)
+                return ApiError(f"internal error: {type(error).__name__}")
+
+    def _record(self) -> None:
+        complete, self._complete = self._complete, []
+        ids = {run_id for run_id, _ in complete}
+        self._busy -= ids
+        if complete and self._engine.accounts.get(self.name) is self:
+            self._engine.record_polls(complete)
+            runs = (self._engine.runs.get(run_id) for run_id in ids)
+            if any(run and run.next_at < self.until for run in runs):
+                self.wake.set()
+
+    # --- the list ---
+
+    async def _read_list(self, reading: ListReading, *, pays: bool, is_finding: bool) -> None:
+        """Read the pages of the list that are needed to find, and those that save requests."""
+        finding = Finding(self._engine.store, self.finders) if is_finding else None
+        try:
+            cursor: str | None = None
+            while True:
+                rows, has_more = await self.page(cursor)
+                is_worth_it = reading.read_page(rows) >= 2 and pays and bool(reading.missing())
+                if finding:
+                    self._find(finding, rows)
+                    is_worth_it = finding.needs_more(rows) or is_worth_it
+                if not (has_more and is_worth_it):
+                    break
+                cursor = rows[-1]["id"]
+            if finding:
+                self._end_finding(finding.jobs, None, finding.marks())
+            if pays:
+                await self._read_clusters(reading)
+                self._note_list(None, is_stale=reading.is_stale)
+        except ApiError as error:
+            if finding:
+                self._end_finding(finding.jobs, error)
+            if pays:
+                self._note_list(error)
+
+    async def _read_clusters(self, reading: ListReading) -> None:
+        """Read a page after each batch that others were created close to, while that saves.
+
+        A cursor that the list has lost (400, 404) shows nothing.
+        """
+        missing = reading.missing()
+        while len(missing) > 2 and missing[2].created_at and reading.overhead <= 1:
+            first, third = missing[0], missing[2]
+            missing = missing[1:]
+            is_close = (third.created_at or 0) >= (first.created_at or 0) - reading.span_s
+            cursor, shown = first.id, 2
+            while is_close and shown >= 2 and reading.overhead <= 1:
+                try:
+                    rows, has_more = await self.page(cursor)
+                except ApiError as error:
+                    if error.status not in {400, 404}:
+                        raise
+                    rows, has_more = [], False
+                shown = reading.read_page(rows)
+                left = {batch.id for batch in reading.missing()}
+                missing = [batch for batch in missing if batch.id in left]
+                last_at = min(creation_times(rows), default=0.0) - reading.span_s
+                is_close = has_more and any((b.created_at or 0) >= last_at for b in missing)
+                cursor = rows[-1]["id"] if rows else ""
+
+    def _note_list(self, error: ApiError | None, *, is_stale: bool = False) -> None:
+        """Do without the list for a while after a failure, for a day where there is none."""
+        was_usable = self._list_failures == 0
+        self._list_failures = 0 if error is None and not is_stale else self._list_failures + 1
+        if self._list_failures == 0:
+            if not was_usable:
+                self._engine.log(Event.of("list_usable", secret=self.name))
+            return
+        wait_s = float(DAY_S)
+        if error and (error.retryable or error.status == 429):
+            jitter = self._engine.clock.jitter()
+            wait_s = backoff_s(self._list_failures, MINUTE_S, jitter, error.retry_after_s)
+        self._list_from = self._engine.clock.uptime_s() + wait_s
+        if was_usable and not (error and error.status == 429):
+            why = error or "it shows older statuses than the batches' own answers"
+            self._engine.log(Event.of("list_not_usable", secret=self.name, error=str(why)))
+
+    # --- finding ---
+
+    def _find(self, finding: Finding, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Have the runs begun or joined that a page's rows belong to."""
+        engine, read = self._engine, [row_of(row) for row in rows]
+        for job in (job for job in finding.jobs if job in self.finders):  # a reload may have come
+            mine, key = [row for row in read if row.is_of(job)], job.group_by
+            known = engine.store.known_batches(job.name, [row.batch.id for row in mine])
+            new = [row for row in mine if row.batch.id not in known]
+            if not new:
+                continue
+            groups = [row.metadata.get(key, "") if key else row.batch.id for row in new]
+            runs = engine.store.groups(job.name, groups)
+            runs |= {g: engine.runs[r.id] for g, r in runs.items() if r.id in engine.runs}
+            target, now = engine.loaded.config.target(job), engine.clock.now()
+            engine.record_found(group_batches(job, target, new, runs, now))
+            for row, group in zip(new, groups, strict=True):
+                if not group:
+                    self._note_without_group(job, row.batch.id)
+
+    def _note_without_group(self, job: Job, batch_id: str) -> None:
+        """Tell once of a batch that lacks what it would be grouped by."""
+        query = (
+            "SELECT 1 FROM events WHERE job = ? AND name = 'batch_without_group'"
+            " AND json_extract(fields, '$.batch_id') = ?"
+        )
+        if not self._engine.store.one(query, job.name, batch_id):
+            event = Event.of("batch_without_group", batch_id=batch_id, group_by=job.group_by)
+            self._engine.log(replace(event, job=job.name, text=f"{job.name}: {event.text}"))
+
+    def _end_finding(
+        self, jobs: Iterable[Job], error: ApiError | None, marks: Iterable[Statement] = ()
+    ) -> None:
+        """Remember how far the list was read back to, completely, or tell why it was not."""
+        engine, uptime_s = self._engine, self._engine.clock.uptime_s()
+        wait_s: float = min(job.poll_interval for job in jobs)
+        if error is None:
+            events = [Event.of("find_recovered", secret=self.name)] if self._find_failures else []
+            self._find_failures = 0
+            engine.note_finding(self.name, None)
+            engine.commit([], events, marks)
+        else:
+            self._find_failures += 1
+            if self._find_failures == 1:
+                self._find_failing_from = uptime_s
+                engine.log(Event.of("find_failed", secret=self.name, error=str(error)))
+            elif uptime_s - self._find_failing_from > LASTING_S:
+                engine.note_finding(self.name, error)
+            jitter = engine.clock.jitter()
+            wait_s = backoff_s(self._find_failures, wait_s, jitter, error.retry_after_s)
+        self.find_at = engine.clock.now() + wait_s
+
+
+# --- one run, from ready to its end ---------------------------------------------------------------
+
+
+Step = Callable[["Engine", Run], Coroutine[Any, Any, None]]
+
+
+async def drive_run(engine: Engine, run_id: int) -> None:
+    """Take a run from all batches finished to its Keboola job's end; the only one that moves it.
+
+    What matters is committed before the next step begins, so that a process killed anywhere finds
+    at its next start what may have happened. After each wait and request everything is checked
+    again: a reload or a retry may have come.
+    """
+    failures = 0
+    while (run := engine.runs.get(run_id)) is not None and not engine.is_stopping:
+        step, wait_s = next_step(engine, run), run.next_at - engine.clock.now()
+        if engine.once and step is follow_run:  # once in a pass
+            wait_s = math.inf if run_id in engine.followed else 0.0
+        if step is None or (engine.once and wait_s > PATIENCE_S):
+            return
+        try:
+            if wait_s > 0:
+                await wait_for_event(engine.wakes[run_id], min(wait_s, 30.0))
+                engine.wakes[run_id].clear()
+            else:
+                await step(engine, run)
+            failures = 0
+        except StateError:
+            raise
+        except Exception as error:  # noqa: BLE001 - trouble of one run is not the others'
+            failures += 1
+            engine.note_failure(error, run.name, run)
             if engine.once:
                 return
-            waiting = (watch.due for watch in self._watches.values() if watch not in self._busy)
-            self._until = min(waiting, default=math.inf)
-            await wait_for_event(self.wake, self._until - clock.mono())
-            await asyncio.sleep(self.ROUND_S)
-
-    async def _look(self, watches: Sequence[Watch]) -> None:
-        """Look at every unfinished batch of these works. What fails stays with its job."""
-        due = {b.id: b for watch in watches for b in watch.work.batches if not b.is_terminal}
-        look = Look(self._engine.clock.mono(), due)
-        self._looks.add(look)
-        self._busy.update(watches)
-        if self._list.pays(look) and not (self._engine.once and self._is_too_soon()):
-            await self._list.read(look, self._known)
-            if self._engine.once:
-                self._note_pass(in_vain=look.saved < 0)
-        missing = {batch.id for batch in look.missing()}
-        look.open = {watch for watch in watches if not missing.isdisjoint(watch.pending())}
-        self._busy.difference_update(watches)
-        self._busy |= look.open
-        self._spawn(self._ask_for(look))
-
-    def _is_too_soon(self) -> bool:
-        """Return whether an earlier pass has read pages in vain, and not long ago."""
-        try:
-            vain = self._engine.store.meta(VAIN_PASSES) or {}
-        except sqlite3.Error as error:
-            self._engine.note_trouble(error)
-            return False
-        passes, at = vain.get(self._secret, (1, -math.inf))
-        rest_s = min(DAY_S, FIRST_VAIN_REST_S * 2 ** (passes - 1))
-        return bool(0 <= self._engine.clock.wall() - at < rest_s)
-
-    def _note_pass(self, *, in_vain: bool) -> None:
-        """Remember for later passes how many have read pages in vain, in a row, and when."""
-        store, now = self._engine.store, self._engine.clock.wall()
-        try:
-            vain = store.meta(VAIN_PASSES) or {}
-            passes, _ = vain.pop(self._secret, (0, None))
-            if in_vain or passes:
-                news = {self._secret: (min(passes + 1, MAX_VAIN_PASSES), now)} if in_vain else {}
-                store.put_meta(VAIN_PASSES, vain | news, (), now)
-        except (StorageError, sqlite3.Error) as error:
-            self._engine.note_trouble(error)
-
-    async def _ask_for(self, look: Look) -> None:
-        """Ask one by one for what no page has shown, so far as the look can afford it."""
-        await self._ask_all(look, look.affordable(self._left_out))
-        if self._engine.once:
-            left = [batch for batch in look.missing() if self._matters(batch.id, look)]
-            await self._ask_all(look, left)
-        left_out = {batch.id for batch in look.missing()}
-        self._left_out -= look.due.keys() - left_out
-        self._left_out |= left_out & self._watchers.keys()
-        for watch in look.open:  # not all of them was asked for
-            if watch.due <= look.begun_at and watch.job:
-                watch.due = look.begun_at + min(watch.job.poll_interval_s, MINUTE_S)
-        self._close(look, set(look.open))
-        self._looks.discard(look)
-
-    def _matters(self, batch_id: str, look: Look) -> bool:
-        """Return whether a batch may decide something for a job: no other one still runs."""
-        return not all(look.is_waiting(watch) for watch in self._watchers.get(batch_id, ()))
-
-    async def _ask_all(self, look: Look, batches: Iterable[Batch]) -> None:
-        """Ask for batches, and record each work that is seen whole then."""
-        answers: asyncio.Queue[tuple[str, Batch | ApiError, float]] = asyncio.Queue()
-        todo = collections.deque(batches)
-        in_flight = 0
-        async with asyncio.TaskGroup() as asking:  # who gives the look up gives up all of them
-            while todo or in_flight:
-                refusal = self._client.refusal()
-                while todo and in_flight < self.ASKED_AT_ONCE:
-                    batch_id = todo.popleft().id
-                    if batch_id in look.seen or batch_id not in self._watchers:
-                        continue  # a later look was shown it, or its job has gone
-                    in_flight += 1
-                    if refusal:
-                        answers.put_nowait((batch_id, refusal, self._engine.clock.mono()))
-                    else:
-                        asking.create_task(self._ask(batch_id, answers))
-                come = [await answers.get()] if in_flight else []
-                while not answers.empty():  # what is answered together is recorded as one
-                    come.append(answers.get_nowait())
-                in_flight -= len(come)
-                look.seen |= {key: self._hear(key, answer, at) for key, answer, at in come}
-                concerned = {w for key, _, _ in come for w in self._watchers.get(key, ())}
-                self._close(look, look.whole(concerned))
-                await asyncio.sleep(0)  # `get` lets nobody else run where there is something to get
-
-    async def _ask(
-        self, batch_id: str, answers: asyncio.Queue[tuple[str, Batch | ApiError, float]]
-    ) -> None:
-        """Put a batch into the queue, or why there is none, with when it was asked for."""
-        asked_at = self._engine.clock.mono()
-        answer: Batch | ApiError
-        try:
-            answer = await self._client.batch(batch_id)
-        except ApiError as error:
-            answer = error
-        except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
-            self._engine.note_bug(error, batch_id)
-            answer = ApiError(f"internal error: {type(error).__name__}")
-        answers.put_nowait((batch_id, answer, asked_at))
-
-    def _hear(self, batch_id: str, answer: Batch | ApiError, asked_at: float) -> Batch | ApiError:
-        """Return the newest answer for a batch: this one, unless it may be older than another.
-
-        It is surely newer only if it was asked for when the other one had come.
-        """
-        came_at, newest = self._heard.get(batch_id, (-math.inf, answer))
-        if came_at > asked_at:
-            return newest
-        if batch_id in self._watchers:
-            self._heard[batch_id] = (self._engine.clock.mono(), answer)
-        return answer
-
-    def _take(self, look: Look, pages: Iterable[Page], asked_at: float) -> None:
-        """Record what pages show, also of works that are not due yet, or that others look at."""
-        shown: dict[str, Batch] = {}
-        for page in pages:
-            for key in page.batches.keys() & self._watchers.keys():
-                newest = self._hear(key, page.batches[key], asked_at)
-                if isinstance(newest, Batch):
-                    shown[key] = newest
-        look.take(shown)
-        self._known |= shown
-        watches = {watch.work.id: watch for key in shown for watch in self._watchers[key]}.values()
-        free = list(watches)
-        for other in self._looks:
-            other.seen |= shown
-            theirs = [watch for watch in free if watch in other.open]
-            free = [watch for watch in free if watch not in other.open]
-            self._record(other, theirs)
-            self._free(other, other.whole(theirs))
-        self._record(look, free)
-
-    def _close(self, look: Look, watches: set[Watch]) -> None:
-        """Record the look at some works, which are free for the next one then."""
-        self._record(look, watches)
-        self._free(look, watches)
-
-    def _free(self, look: Look, watches: set[Watch]) -> None:
-        """Have works wait for their next look."""
-        look.open -= watches
-        self._busy -= watches
-        if min((watch.due for watch in watches), default=math.inf) < self._until:
-            self.wake.set()
-
-    def _is_mine(self, watch: Watch) -> bool:
-        """Return whether a work is still polled here, after something was awaited."""
-        return self._watches.get(watch.work.id) is watch
-
-    def _record(self, look: Look, watches: Collection[Watch]) -> None:
-        """Store what a look has brought for some works, as one."""
-        watches = [watch for watch in watches if self._is_mine(watch)]
-        looks = [(watch, look.seen_of(watch)) for watch in watches]
-        try:
-            for watch in self._engine.record(looks, look.begun_at):
-                self._follow(watch)
-        except (StorageError, sqlite3.Error) as error:
-            self._engine.note_trouble(error, self._put_off(watches, FIRST_TRIGGER_BACKOFF_S))
-        except Exception as error:  # noqa: BLE001 - as in `_ask`
-            self._engine.note_bug(error, self._put_off(watches, MINUTE_S))
-
-    def _put_off(self, watches: Collection[Watch], wait_s: float) -> str:
-        """Have works looked at again whose news could not be stored; returns one's name."""
-        now = self._engine.clock.mono()
-        late = [watch for watch in watches if watch.due <= now]
-        for watch in late:
-            watch.due = now + wait_s
-        return min(watch.work.name for watch in late or watches)
+            first_s = 1 if isinstance(error, StorageError) else MINUTE_S
+            await asyncio.sleep(min(MINUTE_S, backoff_s(failures, first_s, engine.clock.jitter())))
 
 
-class Carrier:
-    """Takes one trigger from the decision to the Keboola job's id, whatever breaks on the way.
+def next_step(engine: Engine, run: Run) -> Step | None:
+    """Return what to do next for a run; None: nothing, until a person or the config changes it."""
+    may_post = engine.may_post(run)
+    match run.phase:
+        case Phase.SENT:
+            return follow_run
+        case Phase.REJECTED if may_post and run.next_at < math.inf:
+            return rearm_run
+        case Phase.INTENT if may_post or run.sending_at is not None:
+            return search_and_start
+        case Phase.UNKNOWN:
+            return search_and_start
+    return None
 
-    Each step that matters is committed before the next one begins, so that a process killed
-    anywhere finds at its next start what may have happened.
-    """
 
-    def __init__(self, engine: Engine, watch: Watch) -> None:
-        self._engine = engine
-        self._watch = watch
-        self._clock = engine.clock
+async def rearm_run(engine: Engine, run: Run) -> None:
+    """Make a rejected run an intent again; what Keboola said stays until it says something else."""
+    armed = as_intended(run, run.next_at)
+    engine.commit([(replace(armed, error=run.error, failures=run.failures), [])])
 
-    async def run(self) -> None:
-        """Go on until nothing is left to do, or, with --once, until it would take long."""
-        storage_failures = 0
-        while self._engine.is_carried(self._watch):
-            try:
-                if not await self._advance():
-                    return
-                storage_failures = 0
-            except (StorageError, sqlite3.Error) as error:
-                storage_failures += 1
-                self._engine.note_trouble(error, self._watch.work.name)
-                wait_s = backoff_s(storage_failures, 1, self._clock.jitter())
-                if self._engine.once or not await self._wait(min(wait_s, PATIENCE_S)):
-                    return
-            except StateError:
-                raise
-            except Exception as error:  # noqa: BLE001 - as in Poller
-                self._engine.note_bug(error, self._watch.work.name)
-                if not await self._wait(MINUTE_S):
-                    return
 
-    async def _advance(self) -> bool:
-        """Do one step; returns whether there may be another one."""
-        watch, trigger = self._watch, self._watch.work.trigger
-        if watch.changed.is_set():  # set by `retry` or a reload, perhaps during the last step
-            watch.changed.clear()
-            watch.trigger_due = self._clock.mono()
-        may_post = self._engine.may_post(watch)
-        if trigger is None:
-            return may_post and watch.work.is_ready and self._intend()
-        if trigger.state == TriggerState.SENDING:
-            return self._recover(trigger)
-        left_s = watch.trigger_due - self._clock.mono()
-        step = next_step(trigger, may_post=may_post, is_due=left_s <= 0)
-        if may_post and self._is_outdated(trigger):
-            step = Step.ARM
-        match step:
-            case Step.ARM:
-                return self._intend()
-            case Step.SEARCH:
-                await self._search(trigger)
-                return True
-            case Step.WAIT:
-                return await self._wait(left_s)
-        return False
-
-    def _intend(self) -> bool:
-        """Commit the decision: trigger id, payload and target. Nothing is sent without it."""
-        trigger = self._wanted()
-        if trigger is None:
-            return False
-        self._engine.check_in_place()
-        self._commit(trigger, "trigger_intended", config_id=trigger.target.config_id)
-        return True
-
-    def _wanted(self) -> Trigger | None:
-        """Return the intent as the config has it now; None where it has no such job.
-
-        What was decided of a job's earlier ids stays, but for a secret or an address amiss.
-        """
-        setup, work, job = self._engine.setup, self._watch.work, self._watch.job
-        if job:
-            token = setup.secrets[job.keboola_secret]
-            return new_trigger(work, job, setup.config.target(job), token, self._clock.wall())
-        old, named = work.trigger, setup.config.jobs.get(work.name)
-        if old is None or named is None or not old.follows_config:
-            return None
-        secret = old.secret if old.secret in setup.config.keboola else named.keboola_secret
-        target = replace(old.target, stack_url=setup.config.keboola[secret].stack_url)
-        return replace(old, secret=secret, target=target, failures=0, next_try_at=None, error=None)
-
-    def _is_outdated(self, trigger: Trigger) -> bool:
-        """Return whether an intent that Keboola has not seen differs from what the config says."""
-        wanted = self._wanted() if trigger.follows_config else None
-        return wanted is not None and wanted.made_of != trigger.made_of
-
-    def _recover(self, trigger: Trigger) -> bool:
-        """Record as unknown a POST that an earlier process was about to send, or had sent."""
-        grace_s = self._engine.setup.config.limits.trigger_grace_s
-        error = "the process ended before the answer was recorded"
-        unknown = as_unknown(trigger, error, grace_s=grace_s, now=self._clock.moment())
-        self._commit(unknown, "trigger_unknown", "warning", error=error)
-        return True
-
-    async def _search(self, trigger: Trigger) -> None:
-        """Ask Keboola for a job with this trigger id; POST only if there is certainly none."""
-        watch, engine = self._watch, self._engine
-        begun_at = self._clock.mono()
-        jobs: list[KeboolaJob] = []
-        failure: ApiError | None = None
-        chosen: tuple[str, str] | None = None
-        try:
-            chosen = await engine.find_secret(watch, trigger)
-            if not self._is_current(trigger):
+async def search_and_start(engine: Engine, run: Run) -> None:
+    """Search Keboola for a run's job; start it where the search allows that."""
+    clock, job, began, keboola = engine.clock, engine.job_of(run), engine.clock.boot_time(), None
+    came: Sequence[KeboolaJob] | ApiError
+    try:
+        if job and run.sending_at is None:  # nothing was sent: what the config says now counts
+            keboola = engine.keboolas[job.keboola_secret]
+            if (aimed := await aim_run(engine, run, job, keboola)) is None:
                 return
-            trigger = self._bound(trigger, chosen[1])
-            jobs = await self._jobs_of(trigger, chosen[0])
-        except ApiError as error:
-            failure = error
-        if not self._is_current(trigger):
-            return
-        if jobs:
-            self._adopt(trigger, jobs)
-        elif self._is_outdated(trigger):  # by a reload: the answer was about something else
-            watch.trigger_due = self._clock.mono()
+            run = aimed
         else:
-            await self._go_on(trigger, failure, chosen, begun_at)
-
-    async def _go_on(
-        self,
-        trigger: Trigger,
-        failure: ApiError | None,
-        chosen: tuple[str, str] | None,
-        begun_at: float,
-    ) -> None:
-        """Send a trigger that a search did not find, or wait for the next search."""
-        watch, engine = self._watch, self._engine
-        after, step = self._after_search(trigger, failure, begun_at, is_allowed=chosen is not None)
-        if step is Step.POST and engine.chosen_secret(watch, trigger) != chosen:
-            return  # another token carries it since a reload: it searches first
-        if step is Step.POST and not failure and begun_at < engine.clear_from:
-            watch.trigger_due = engine.clear_from
-            return
-        # Nothing is awaited between this decision and the commit of `sending` in `_post`: what was
-        # found out and what is sent belong together.
-        if step is Step.POST and chosen:
-            await self._post(replace(after, secret=chosen[0]))
-        elif failure and after.error != trigger.error:
-            self._commit(after, "trigger_search_failed", "warning", error=after.error)
-        elif after != trigger:
-            self._commit(after)
-
-    def _is_current(self, trigger: Trigger) -> bool:
-        """Return whether neither `retry` nor a reload nor a signal has come meanwhile."""
-        return self._watch.work.trigger == trigger and self._engine.is_carried(self._watch)
-
-    def _bound(self, trigger: Trigger, project_id: str) -> Trigger:
-        """Return the trigger with its project, which is stored before anything is searched."""
-        if trigger.project_id == project_id:
-            return trigger
-        bound = replace(trigger, project_id=project_id)
-        self._commit(bound)
-        return bound
-
-    async def _jobs_of(self, trigger: Trigger, secret: str) -> list[KeboolaJob]:
-        """Return the Keboola jobs that carry a trigger's id. Raises ApiError unless that is sure.
-
-        Before a second POST the old list is asked too, which may know what the search does not yet.
-        """
-        client = self._engine.keboola(secret)
-        since = search_from(self._watch.work.batches, self._clock.wall(), client.behind_s())
-        jobs = await client.search(trigger.target, since, trigger.id)
-        if not jobs and trigger.sending_at is not None:
-            jobs = await client.listed(trigger.target, trigger.id)
-        return jobs
-
-    def _after_search(
-        self, trigger: Trigger, failure: ApiError | None, begun_at: float, *, is_allowed: bool
-    ) -> tuple[Trigger, Step]:
-        """Return the trigger after a search that did not find it, and a step.
-
-        `is_allowed` says whether there is a token that may carry it.
-        """
-        now = self._clock.wall()
-        may_post = self._engine.may_post(self._watch)  # asked now: a reload may have paused it
-        if failure:
-            may_post = may_post and is_allowed
-            jitter = self._clock.jitter()
-            return after_failed_search(trigger, failure, may_post=may_post, now=now, jitter=jitter)
-        return after_clear_search(
-            trigger,
-            unknown_for_s=begun_at - self._watch.unknown_since,
-            grace_s=self._engine.setup.config.limits.trigger_grace_s,
-            may_post=may_post,
-            now=now,
+            keboola = await engine.keboola_for(run)
+        began, came = await keboola.search(
+            run.target, search_since(run, clock.now()), run.trigger_id
         )
-
-    def _adopt(self, trigger: Trigger, jobs: Sequence[KeboolaJob]) -> None:
-        """Take the Keboola job that an earlier POST has started; the oldest of several."""
-        ours = jobs[0]
-        others = [job.id for job in jobs[1:]]
-        found_at = self._clock.wall()
-        created_at = ours.created_time.timestamp() if ours.created_time else found_at
-        after = as_sent(trigger, ours, min(created_at, found_at))
-        level = "warning" if others else "info"
-        more = {"other_keboola_job_ids": others} if others else {}
-        self._commit(after, "trigger_found", level, keboola_job_id=ours.id, **more)
-
-    async def _post(self, trigger: Trigger) -> None:
-        """Commit `sending`, send, and commit what came of it."""
-        watch, engine = self._watch, self._engine
-        client = engine.keboola(trigger.secret)
+        if not came and run.posts:  # before a second POST, what may be ahead of the search
+            with contextlib.suppress(ApiError):
+                came = await keboola.recent(run.target, run.trigger_id)
+    except ApiError as error:
+        came = error
+    if engine.runs.get(run.id) is not run or engine.is_stopping:
+        return
+    if keboola:
+        engine.tell_unreadable(keboola)
+    if isinstance(came, ApiError) and keboola and job and not run.payload:
+        # So that a correction of what failed is seen, after a restart too.
+        run = as_aimed(run, job, engine.loaded.config.target(job), keboola.token)
+    after, events = judge_search(engine, keboola, run, came, began)
+    if after.phase is Phase.SENDING and keboola:
         engine.check_in_place()
-        sending = as_sending(trigger, self._clock.wall())
-        self._commit(sending, "trigger_sending")
-        engine.note_post(sending)
-        watch.is_posting = True
+        engine.commit([(after, events)])  # nothing was awaited since the search was judged
+        await post_run(engine, keboola, run.id)
+    elif after != engine.runs[run.id]:
+        engine.commit([(after, events)])
+
+
+def judge_search(
+    engine: Engine,
+    keboola: Keboola | None,
+    run: Run,
+    came: Sequence[KeboolaJob] | ApiError,
+    began: BootTime,
+) -> Change:
+    """Return a run after its search, unless an empty one does not count yet."""
+    if not came and began.uptime_s < engine.empty_counts_from:
+        wait_s = engine.empty_counts_from - began.uptime_s
+        return replace(run, next_at=engine.clock.now() + wait_s), []
+    terms = engine.terms(run)
+    if not keboola or engine.keboolas.get(keboola.name) is not keboola:
+        terms = replace(terms, may_post=False)  # the token is another one now
+    return after_search(run, came, began, terms)
+
+
+async def aim_run(engine: Engine, run: Run, job: Job, keboola: Keboola) -> Run | None:
+    """Store what is to be sent, by the config and in the token's project; None after a change.
+
+    Raises ApiError where Keboola does not name the project.
+    """
+    target = replace(engine.loaded.config.target(job), project=await keboola.project())
+    if engine.runs.get(run.id) is not run or engine.job_of(run) is not job:
+        return None
+    aimed = as_aimed(run, job, target, keboola.token)
+    if aimed != run:
+        engine.check_in_place()
+        facts = {"trigger_id": run.trigger_id, "target": str(target)}
+        is_new = not (run.payload and run.target.project)
+        engine.commit([(aimed, [Event.of("trigger_intended", run, **facts)] if is_new else [])])
+    return engine.runs[run.id]
+
+
+async def post_run(engine: Engine, keboola: Keboola, run_id: int) -> None:
+    """Send a run that was committed as SENDING, and commit what came of it, however long it takes.
+
+    The outcome is known only here; with --once, the next pass finds `sending`, and searches.
+    """
+    clock, run = engine.clock, engine.runs[run_id]
+    came: KeboolaJob | ApiError
+    engine.lock.note_post(clock.boot_time())
+    engine.posting.add(run_id)
+    try:
         try:
-            job = await client.create(sending.payload)
+            came = await keboola.create(run.payload)
         except ApiError as error:
-            await self._settle(sending, error)
-        else:
-            sent = as_sent(sending, job, self._clock.wall())
-            await self._commit_surely(sent, "trigger_sent", "info", keboola_job_id=job.id)
-        finally:
-            watch.is_posting = False
-
-    async def _settle(self, sending: Trigger, error: ApiError) -> None:
-        """Commit what a POST came to that brought no job id."""
-        after = after_failed_post(
-            sending,
-            error,
-            grace_s=self._engine.setup.config.limits.trigger_grace_s,
-            now=self._clock.moment(),
-            jitter=self._clock.jitter(),
-        )
-        name, level = {
-            TriggerState.INTENT: ("trigger_not_sent", "warning"),
-            TriggerState.REJECTED: ("trigger_rejected", "error"),
-        }.get(after.state, ("trigger_unknown", "warning"))
-        await self._commit_surely(after, name, level, error=str(error), status=error.status)
-
-    async def _commit_surely(
-        self, trigger: Trigger, name: str, level: str, **fields_: object
-    ) -> None:
-        """Commit an outcome, however long the disk stays full: it is known only here.
-
-        With --once, not that long: the next pass finds `sending`, and searches.
-        """
-        give_up_at = self._clock.mono() + (PATIENCE_S if self._engine.once else math.inf)
+            came = error
+        except Exception as error:  # noqa: BLE001 - whatever it was, it may have been sent
+            engine.note_failure(error, run.name, run)
+            came = ApiError(f"internal error: {type(error).__name__}")
+        run = engine.runs[run_id]
+        change = after_post(run, came, engine.terms(run))
+        give_up_at = clock.uptime_s() + (PATIENCE_S if engine.once else math.inf)
         while True:
             try:
-                self._commit(trigger, name, level, **fields_)
+                return engine.commit([change])
             except StorageError as error:
-                if self._clock.mono() > give_up_at:
+                if clock.uptime_s() > give_up_at:
                     raise
-                self._engine.note_trouble(error, self._watch.work.name)
+                engine.note_failure(error, run.name, run)
                 await asyncio.sleep(1)
-            else:
-                return
-
-    def _commit(
-        self, trigger: Trigger, name: str = "", level: str = "info", **fields_: object
-    ) -> None:
-        """Store the trigger's new state and, with it, the log row that tells of it."""
-        watch = self._watch
-        before = watch.work.trigger
-        now, mono = self._clock.wall(), self._clock.mono()
-        after = replace(watch.work, trigger=trigger)
-        if trigger.state == TriggerState.SENT:
-            after = replace(after, completed_at=trigger.sent_at, error=None)
-        fields_ = {"trigger_id": trigger.id, **fields_}
-        events = [Event(name, level, after.name, fields_)] if name else []
-        self._engine.save([(watch, after)], events)
-        # Only what is committed counts; the waits that follow from it are measured from here on.
-        watch.trigger_due = mono + max(0.0, (trigger.next_try_at or now) - now)
-        if trigger.state == TriggerState.UNKNOWN and (not before or before.state != trigger.state):
-            watch.unknown_since = mono
-
-    async def _wait(self, wait_s: float) -> bool:
-        """Wait until the trigger is due or something changed; returns False for `not now`."""
-        if self._engine.once and wait_s > PATIENCE_S:
-            return False
-        await wait_for_event(self._watch.changed, wait_s)
-        return True
+    finally:
+        engine.posting.discard(run_id)
 
 
-Helper = Callable[[], Coroutine[Any, Any, None]]  # what runs beside the engine, until it ends
+async def follow_run(engine: Engine, run: Run) -> None:
+    """Ask once how a run's Keboola job is."""
+    engine.followed.add(run.id)
+    came: KeboolaJob | ApiError
+    try:
+        keboola = await engine.keboola_for(run)
+    except ApiError as error:  # a 404 here says nothing of the Keboola job
+        error.status, came = None, error
+    else:
+        try:
+            came = await keboola.job(str(run.keboola_job_id))
+        except ApiError as error:
+            came = error
+    if engine.runs.get(run.id) is run:
+        engine.commit([after_follow(run, came, engine.terms(run))])
 
 
+# --- everything -----------------------------------------------------------------------------------
+
+# Of these, a run or a batch writes at most one a minute.
+FLAPPING: Final = ("batch_status", "poll_", "list_", "find_", "follow_")
+
+
+def config_changes(config: Config, old: Config | None) -> dict[str, Any]:
+    """Return what `config_loaded` tells: which jobs were added, removed and changed."""
+    facts: dict[str, Any] = {"sha256": config.sha256, "jobs": len(config.jobs)}
+    if old is None:
+        return facts | {"changes_text": counted(len(config.jobs), "job")}
+    before, after = old.jobs, config.jobs
+    jobs = {
+        "added": [name for name in after if name not in before],
+        "removed": [name for name in before if name not in after],
+        "changed": [n for n, job in after.items() if n in before and before[n] != job],
+    }
+    changes = [
+        f"{kind} {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
+        for kind, names in jobs.items()
+        if names
+    ]
+    return facts | jobs | {"changes_text": "; ".join(changes) or "no job changed"}
+
+
+@dataclass(eq=False)
 class Engine:
-    """Everything that runs: which jobs there are, who looks at them, who carries their triggers.
+    """What runs: applies a config, has accounts polled, runs driven, and commits what came of it.
 
-    `apply` takes a new setup at any time; `run` works until it is cancelled or, with --once, until
-    every unfinished job has had its look and its step.
+    `apply` takes a new config at any time; `run` works until it is cancelled or, with --once, until
+    every unfinished run has had its poll and its step.
     """
 
-    def __init__(
-        self, setup: Setup, store: Store, lock: StateLock, http: Http, *, once: bool = False
-    ) -> None:
-        self.setup = setup
-        self.store = store
-        self.clock = http.clock
-        self.once = once
-        self.watches: dict[int, Watch] = {}
+    loaded: LoadedConfig
+    store: Store
+    lock: StateLock
+    http: Http
+    clock: Clock
+    redactor: Redactor
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        self.runs: dict[int, Run] = {}
+        self.wakes: dict[int, asyncio.Event] = {}  # of runs that are driven
+        self.accounts: dict[str, Account] = {}
+        self.keboolas: dict[str, Keboola] = {}
+        self.posting: set[int] = set()
+        self.followed: set[int] = set()  # runs whose Keboola job was seen in this process
+        self.stats = self.store.stats()
         self.is_stopping = False
-        self._lock = lock
-        self._http = http
-        http.tell = self.note
-        self._pollers: dict[Account, Poller] = {}
-        self._learned = Learned()
-        self._tasks: asyncio.TaskGroup | None = None
-        self._touched: set[Watch] = set()
-        self._touched_at = -math.inf
-        self._pruned_at = -math.inf
-        self._data_version = -1
-        self._trouble: dict[str | None, str] = {}
-        self._usages = store.usages()
-        self._used: set[str] = set()  # secrets whose usage is not written yet
-        self._accounts: dict[Account, str] = {}  # the names of their secrets
-        self._alarms = store.alarms()
-        self.news_came = asyncio.Event()  # there is something to publish,
-        self.mail_came = asyncio.Event()  # and something to tell webhooks
-        self.clear_from = -math.inf  # a search before that, with nothing found, says nothing
-        self.is_config_rejected = False
         self.has_failed = False  # something could not be written, or a bug was met
+        self.config_error: str | None = None
+        self.told: list[asyncio.Event] = []  # set whenever something was committed
+        self.empty_counts_from = -math.inf  # uptime: an empty search begun earlier says nothing
+        self._tasks: asyncio.TaskGroup | None = None
+        self._drivers: dict[int, asyncio.Task[None]] = {}
+        self._polling: dict[str, asyncio.Task[None]] = {}  # the accounts' loops
+        self._current: set[int] = set()  # runs of the batch_ids that the config has now
+        self._next_id = int(self.store.one("SELECT max(id) FROM runs") or 0) + 1
+        self._pruned_at = self._swept_at = -math.inf
+        self._data_version = -1
+        self._trouble: set[tuple[int | None, str]] = set()  # told, and not over
+        self._last_told: dict[tuple[object, ...], float] = {}
 
     # --- running ---
 
-    async def run(self, helpers: Sequence[Helper] = ()) -> None:
+    async def run(self, helpers: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
         """Work, with `helpers` beside. Raises StateError where going on could start a job twice."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._see_if_state_is_older()
-                self.apply(self.setup)
-                if not self.once:
-                    self.store.be_quick()
-                    self.spawn(self._keep_house())
-                for helper in helpers:
+                self.apply(self.loaded)
+                for account in self.accounts.values() if self.once else ():
+                    self.spawn(account.run_once())
+                for helper in helpers if self.once else (self._keep_house, *helpers):
                     self.spawn(helper())
         except BaseExceptionGroup as group:
-            errors, _ = group.split(TeckoError)
-            if errors:
-                raise first_leaf(errors) from None
-            raise
+            errors: BaseException | None = group.split(TeckoError)[0]
+            while isinstance(errors, BaseExceptionGroup):
+                errors = errors.exceptions[0]
+            raise (errors or group) from None
+        finally:
+            self._tasks = None
 
-    def _see_if_state_is_older(self) -> None:
-        """Take no search for an answer yet where the state file does not know of the last POST.
-
-        It was lost or restored; what was posted shows in Keboola's search within the grace.
-        """
-        posted = self._lock.last_post
-        if posted is None or posted.wall < self.store.last_sending_at() + 0.01:
-            return
-        grace_s = self.setup.config.limits.trigger_grace_s
-        wait_s = grace_s - elapsed_s(posted, self.clock.moment())
-        if wait_s > 0:
-            self.clear_from = self.clock.mono() + wait_s
-            self.note(Event("state_is_older", "warning", None, {"wait_s": round(wait_s, 1)}))
-
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         """Start a task that `run` waits for, and whose exception ends it."""
         if self._tasks is None:
             raise RuntimeError("the engine does not run")
-        return self._tasks.create_task(work)
+        return self._tasks.create_task(work)  # type: ignore[arg-type] # coroutines all
 
-    async def drain(self, now: asyncio.Event) -> None:
-        """Begin nothing new, and give POSTs in flight their time; `now` cuts it short."""
-        self.is_stopping = True
-        for poller in self._pollers.values():
-            poller.stop()
-        posting = {w.carrier for w in self.watches.values() if w.is_posting and w.carrier}
-        hurry = asyncio.ensure_future(now.wait())
-        deadline = self.clock.mono() + DRAIN_S
-        while posting and not hurry.done() and (left_s := deadline - self.clock.mono()) > 0:
-            await asyncio.wait(
-                {*posting, hurry}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            posting = {w.carrier for w in self.watches.values() if w.is_posting and w.carrier}
-        hurry.cancel()
-        for watch in self.watches.values():
-            if watch.is_posting:
-                self.note(Event("trigger_left_open", "warning", watch.work.name))
+    def _see_if_state_is_older(self) -> None:
+        """Take no empty search for an answer yet where the state file does not know the last POST.
+
+        It was lost or restored; what was posted shows in Keboola's search within the grace.
+        """
+        posted = self.lock.last_post
+        query = "SELECT max(at) FROM events WHERE name = 'trigger_sending'"
+        if posted and posted.wall > (self.store.one(query) or 0) + 1:
+            passed_s = posted.until_s(self.clock.boot_time())
+            left_s = self.loaded.config.trigger_grace - passed_s
+            if left_s > 0:
+                self.empty_counts_from = self.clock.uptime_s() + left_s
+                self.log(Event.of("state_is_older", wait_s=round(left_s, 1)))
 
     async def _keep_house(self) -> None:
-        """See what people asked for, and write down what may wait."""
+        """See every second what has changed outside, and what has come to last."""
         while True:
             self.check_in_place()
+            self.lock.touch()
             try:
+                if by_s := self.clock.changed():
+                    self._clock_changed(by_s)
                 self.take_requests()
-                self.flush()
-                self.prune()
-                self.see_accounts()
+                self.sweep()
             except (StorageError, sqlite3.Error) as error:
-                self.note_trouble(error)
-            await asyncio.sleep(REQUESTS_LOOK_S)
+                self.note_failure(error, "housekeeping")
+            await asyncio.sleep(1.0)
 
-    def prune(self) -> None:
-        """Drop old log rows, once an hour."""
-        if self.clock.mono() - self._pruned_at > HOUR_S:
-            self.store.prune(self.clock.wall() - self.setup.config.log.retention_s)
-            self._pruned_at = self.clock.mono()
+    def _clock_changed(self, by_s: float) -> None:
+        """Move every pending time after the system's clock was set."""
+        self.runs = {run.id: shifted(run, by_s) for run in self.runs.values()}
+        self._last_told.clear()
+        for account in self.accounts.values():
+            account.find_at += by_s
+            account.wake.set()
+        self.log(Event.of("clock_changed", seconds=round(by_s)))
 
-    # --- taking a setup ---
+    def sweep(self) -> None:
+        """Tell what has come to need a person by lasting; once an hour, drop what is old."""
+        now = self.clock.uptime_s()
+        if now - self._swept_at >= 5:
+            self._swept_at = now
+            changes = [self._with_attention(run) for run in self.runs.values()]
+            self.commit([change for change in changes if change[1]])
+        if now - self._pruned_at >= HOUR_S:
+            self._pruned_at = now
+            config, wall = self.loaded.config, self.clock.now()
+            self.store.prune(config.jobs, config.retention, wall)
+            told = self._last_told.items()
+            self._last_told = {key: at for key, at in told if at > wall - MINUTE_S}
+            self._drivers = {i: task for i, task in self._drivers.items() if not task.done()}
+            self.wakes = {i: wake for i, wake in self.wakes.items() if i in self._drivers}
 
-    def apply(self, setup: Setup) -> None:
-        """Make a new setup the one that counts. After a StorageError, apply it again."""
-        self.flush(at_once=True)
-        jobs = setup.config.jobs
-        targets = {name: setup.config.target(job) for name, job in jobs.items()}
-        known = [watch.work for watch in self.watches.values()] or self.store.works()
-        works = self.store.sync(jobs, targets, known)
-        old, self.setup = self.setup, setup
-        is_other_keboola = keboola_secrets(old) != keboola_secrets(setup)  # any may carry a trigger
-        self._http.set_limits(setup.config.limits)
-        watches = {}
-        for work in works:
-            job = jobs.get(work.name) if work.position is not None else None
-            watch = self.watches.get(work.id)
-            if watch is None:
-                watch = self._begin(work)
-            else:
-                is_changed = job != watch.job or (
-                    secrets_of(old, watch.job) != secrets_of(setup, job)
-                )
-                if is_changed or (work.trigger and is_other_keboola):
-                    self._rouse(watch)
-                watch.work = work
-            watch.job = job
-            watches[work.id] = watch
-        for gone in self.watches.keys() - watches.keys():
-            # Its row may come back, with a watch and a carrier of its own: never two at a time.
-            carrier = self.watches[gone].carrier
-            if carrier:
-                carrier.cancel()
-        self.watches = watches
-        self._hurry_notices(old)
-        self._tell_standing()
-        self._rearm()
-        self._arrange_pollers()
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Begin nothing new, and give POSTs in flight up to 20 s; `hurry` cuts it short."""
+        self.is_stopping = True
+        for task in self._polling.values():
+            task.cancel()
+        until = self.clock.uptime_s() + 20
+        while self.posting and self.clock.uptime_s() < until and not hurry.is_set():
+            await wait_for_event(hurry, 0.05)
+        self.log(*(Event.of("trigger_left_open", self.runs[i]) for i in self.posting))
+
+    # --- taking a config ---
+
+    def apply(self, loaded: LoadedConfig) -> None:
+        """Make a new config the one that counts. After a StorageError the old one still does."""
+        config, terms = loaded.config, Terms(None, self.clock.boot_time())
+        terms = replace(terms, grace_s=config.trigger_grace)
+        renamed, also = self._renamed(config)
+        old_names = {old: config.jobs[new] for old, new in renamed.items()}
+        changes, before = dict[int, Change](), dict[int, Run]()
+        for stored in self.store.runs_for({**config.jobs, **old_names}):
+            mine = self.runs.get(stored.id)
+            run, events = (mine, []) if mine else as_loaded(stored, terms)
+            if run.group and run.job in renamed:
+                run = replace(run, job=renamed[run.job])
+            changes[run.id] = (run, events)
+            before[run.id] = mine or stored
+        old = self.loaded, self.runs, self._current
+        try:
+            self._current = self._assign(config, changes)
+            self.loaded, self.runs = loaded, before
+            new = [self._with_config(change, old[0]) for change in changes.values()]
+            self.commit([c for c in new if c[1] or c[0] != before.get(c[0].id)], also=also)
+        except StorageError:
+            self.loaded, self.runs, self._current = old
+            raise
+        self._arrange(loaded)
         self.take_requests(at_once=True)
-        for watch in self.watches.values():
-            self.carry(watch)
+        for run in list(self.runs.values()):
+            self._place(run)
 
-    def _hurry_notices(self, old: Setup) -> None:
-        """Have webhooks asked at once whose address is another one now."""
-        names = self.setup.config.webhook.keys()
-        changed = [n for n in names if old.secrets.get(n) != self.setup.secrets.get(n)]
-        if changed:
-            self.store.hurry_notices(changed, self.clock.wall())
-            self.mail_came.set()
+    def _renamed(self, config: Config) -> tuple[dict[str, str], list[Statement]]:
+        """Return which match jobs have a new name (old: new), and what a config changes at once.
 
-    def _begin(self, work: Work) -> Watch:
-        """Return a watch for a row, its recorded times turned into deadlines of this process.
-
-        A recorded time in the future counts as now; a clock that was set back wedges nothing.
+        A match job under a new name takes over the groups of one that has left the config. Webhooks
+        that are new are told from here on.
         """
-        wall, mono = self.clock.wall(), self.clock.mono()
-        watch = Watch(work, due=mono)
-        if work.trigger:
-            trigger = as_of_now(work.trigger, wall)
-            watch.work = replace(work, trigger=trigger)
-            watch.trigger_due = mono + max(0.0, (trigger.next_try_at or wall) - wall)
-            unknown_for_s = 0.0
-            if trigger.unknown_since:
-                unknown_for_s = elapsed_s(trigger.unknown_since, self.clock.moment())
-            watch.unknown_since = mono - unknown_for_s
-        return watch
+        last_id, names = self.store.last_event_id(), [name for name, _ in config.notify]
+        add = "INSERT OR IGNORE INTO webhooks VALUES (?, ?, 0, 0)"
+        drop = "DELETE FROM webhooks WHERE secret NOT IN (SELECT value FROM json_each(?))"
+        statements: list[Statement] = [(add, (name, last_id)) for name in names]
+        statements.append((drop, (compact_json(names),)))
+        known: dict[str, list[str]] = self.store.meta("match_jobs") or {}
+        matching = {name: job for name, job in config.jobs.items() if job.match}
+        mine = {n: [job.match_key, str(config.target(job))] for n, job in matching.items()}
+        left = {tuple(key): name for name, key in known.items() if name not in config.jobs}
+        renamed: dict[str, str] = {}
+        for name, key in mine.items():
+            if name not in known and (old := left.pop(tuple(key), None)):
+                renamed[old] = name
+                rename = "UPDATE runs SET job = ? WHERE job = ? AND \"group\" <> ''"
+                copy = "INSERT OR REPLACE INTO meta SELECT ?, value FROM meta WHERE key = ?"
+                statements.append((rename, (name, old)))
+                statements.append((copy, (f"read:{name}", f"read:{old}")))
+        if known | mine != known:
+            statements.append(Store.meta_statement("match_jobs", known | mine))
+        return renamed, statements
 
-    def _rouse(self, watch: Watch) -> None:
-        """End the backoff of a work whose config has changed."""
-        watch.due = self.clock.mono()
-        watch.changed.set()
+    def _assign(self, config: Config, changes: dict[int, Change]) -> set[int]:
+        """Bring the runs of jobs with batch_ids to what the config says; returns their numbers."""
+        targets = {name: config.target(job) for name, job in config.jobs.items()}
+        runs = [run for run, _ in changes.values() if not run.group]
+        assigned, current = assign(config.jobs, targets, runs), set()
+        for name, job in config.jobs.items():
+            if run := assigned.get(name):
+                after = replace(run, job=name, batches=in_order(job, run.batches))
+                changes[run.id] = (after if after != run else run, changes[run.id][1])
+            elif not job.match:
+                batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
+                now, self._next_id = self.clock.now(), self._next_id + 1
+                run = Run(self._next_id, name, targets[name], batches=batches, next_at=now)
+                changes[run.id] = (run, [])
+            if run:
+                current.add(run.id)
+        return current
 
-    def _rearm(self) -> None:
-        """Make rejected triggers due whose target, variables or token are others now."""
-        for watch in self.watches.values():
-            trigger, job = watch.work.trigger, watch.job
-            if trigger and job and trigger.state == TriggerState.REJECTED:
-                target, token = (
-                    self.setup.config.target(job),
-                    self.setup.secrets[job.keboola_secret],
-                )
-                if trigger_basis(job, target, token) != trigger.basis:
-                    armed = replace(trigger, next_try_at=self.clock.wall(), failures=0)
-                    watch.work = replace(watch.work, trigger=armed)
-                    self._rouse(watch)
+    def _with_config(self, change: Change, old: LoadedConfig) -> Change:
+        """Return a run as a new config has it: what has changed for it is due at once."""
+        run, events = change
+        job, old_job = self.job_of(run), old.config.jobs.get(run.job)
+        now = self.clock.now()
+        if job and run.phase in {Phase.REJECTED, Phase.INTENT} and run.sending_at is None:
+            target, token = self.loaded.config.target(job), self.loaded.secrets[job.keboola_secret]
+            if run.input_digest not in {"", input_digest(job, target, token)}:
+                return replace(as_intended(run, now), input_digest=""), events
+        if job is None or (job == old_job and self.loaded.access(job) == old.access(old_job)):
+            return change
+        if run.phase in {Phase.POLLING, Phase.INTENT, Phase.SENT, Phase.UNKNOWN}:
+            return replace(run, failures=0, next_at=min(run.next_at, now)), events
+        return change
 
-    def _arrange_pollers(self) -> None:
-        """Give each account's watches to its poller; pollers come and go with accounts."""
-        by_account: dict[Account, list[Watch]] = {}
-        names: dict[Account, str] = {}  # where secrets share an account, the first one's counts
-        for watch in self.watches.values():
-            if watch.job:
-                account = account_of(self.setup, watch.job)
-                by_account.setdefault(account, []).append(watch)
-                names[account] = min(names.get(account, END_OF_IDS), watch.job.openai_secret)
-        self._accounts |= names
-        for account in [account for account in self._pollers if account not in by_account]:
-            self._pollers.pop(account).stop()
-        for account, watches in by_account.items():
-            if account not in self._pollers:
-                note = functools.partial(self._note_account, account)
-                self._pollers[account] = Poller(self, OpenAIClient(account, self._http, note))
-                self._pollers[account].start()
-            self._pollers[account].take(watches, names[account])
+    def _arrange(self, loaded: LoadedConfig) -> None:
+        """Have an account for each OpenAI key that is used, and a client for each Keboola token."""
+        config, secrets = loaded.config, loaded.secrets
+        self.http.configure(config)
+        before, self.keboolas = self.keboolas, {}
+        for name in config.of_type("keboola"):
+            entry, known = config.secrets[name], before.get(name)
+            if not known or (known.stack_url, known.token) != (entry.stack_url, secrets[name]):
+                note = functools.partial(self.note_request, name)
+                known = Keboola(entry, secrets[name], self.http, self.clock, note)
+            self.keboolas[name] = known
+        accounts, self.accounts = self.accounts, {}
+        for name in {job.openai_secret for job in config.jobs.values()}:
+            account = Account(self, config.secrets[name], secrets[name])
+            if name in accounts and accounts[name].identity == account.identity:
+                account = accounts[name]
+            elif not self.once:
+                if name in self._polling:
+                    self._polling[name].cancel()
+                self._polling[name] = self.spawn(account.run())
+            self.accounts[name] = account
+            jobs = [job for job in config.jobs.values() if job.match and not job.rests]
+            account.configure([job for job in jobs if job.openai_secret == name])
+        for name in self._polling.keys() - self.accounts.keys():  # nobody uses them now
+            self._polling.pop(name).cancel()
+        for name in self.stats.keys() - config.secrets.keys():
+            self._set_stats(SecretStats(name, self.stats[name].type))
+            del self.stats[name]
 
-    # --- what pollers and carriers need ---
+    # --- what accounts and drivers need ---
 
-    def wake_pollers(self) -> None:
-        """Have the pollers see what is due now."""
-        for poller in self._pollers.values():
-            poller.wake.set()
+    def job_of(self, run: Run) -> Job | None:
+        return self.loaded.config.jobs.get(run.job)
 
-    def is_polled(self, watch: Watch) -> bool:
-        """Return whether a work's batches are looked at."""
-        if watch.job is None or watch.job.rests or self.is_stopping:
+    def early_s(self, run: Run) -> float:
+        """Return how early a run may be polled together with one that is due."""
+        job = self.job_of(run)
+        return min(job.poll_interval / 10, MINUTE_S) if job else 0.0
+
+    def is_polled(self, run: Run) -> bool:
+        job = self.job_of(run)
+        if job is None or job.rests or self.is_stopping or run.phase is not Phase.POLLING:
             return False
-        return not (watch.work.is_ready or watch.work.trigger)
+        return run.id in self._current or bool(job.match and run.group)
 
-    def may_post(self, watch: Watch) -> bool:
-        """Return whether a work's trigger may be sent now.
+    def may_post(self, run: Run) -> bool:
+        """Return whether a run may be started now.
 
         Other ids under the same name do not stop it; a job that is gone or paused does.
         """
-        job = self.setup.config.jobs.get(watch.work.name)
+        job = self.job_of(run)
         return job is not None and not job.rests and not self.is_stopping
 
-    def carry(self, watch: Watch) -> None:
-        """Start a carrier for a work that may need one and has none."""
-        running = watch.carrier is not None and not watch.carrier.done()
-        if (
-            not running
-            and not watch.work.is_finished
-            and (watch.work.trigger or watch.work.is_ready)
-        ):
-            watch.carrier = self.spawn(Carrier(self, watch).run())
+    def terms(self, run: Run) -> Terms:
+        config = self.loaded.config
+        limits = (config.trigger_grace, config.follow_interval, self.may_post(run))
+        return Terms(self.job_of(run), self.clock.boot_time(), self.clock.jitter(), *limits)
 
-    def is_carried(self, watch: Watch) -> bool:
-        """Return whether a watch's carrier may go on: it is the row's only one, and has time."""
-        return self.watches.get(watch.work.id) is watch and not self.is_stopping
+    async def keboola_for(self, run: Run) -> Keboola:
+        """Return a client whose token is of a run's stack and project. Raises ApiError for none.
 
-    def keboola(self, name: str) -> KeboolaClient:
-        """Return a client with a Keboola secret of the config."""
-        stack_url = self.setup.config.keboola[name].stack_url
-        note = functools.partial(self.note_request, name, KeboolaSecret.kind)
-        token = self.setup.secrets[name]
-        return KeboolaClient(stack_url, token, self._http, self._learned, note, tell=self.note)
-
-    def may_carry(self, watch: Watch, trigger: Trigger) -> list[str]:
-        """Return the secrets that may carry a trigger if they are of its project, the best first.
-
-        Its job's own comes first. Where the project is not known, only the one that it was begun
-        with may be of it: another one of the stack may be another project's.
+        A token of another project never carries a run.
         """
-        config = self.setup.config
-        job = config.jobs.get(watch.work.name)
-        names = [trigger.secret]
-        if trigger.project_id is not None and not trigger.follows_config:
-            names = [*([job.keboola_secret] if job else ()), trigger.secret, *config.keboola]
-        stack_url = trigger.target.stack_url
-        usable = {n: s for n, s in config.keboola.items() if s.stack_url == stack_url}
-        return [name for name in dict.fromkeys(names) if name in usable]
+        job, failure, target = self.job_of(run), None, run.target
+        own = [job.keboola_secret] if job else []
+        for keboola in [self.keboolas[name] for name in dict.fromkeys([*own, *self.keboolas])]:
+            if keboola.stack_url == target.stack_url:
+                try:
+                    if await keboola.project() == target.project:
+                        return keboola
+                except ApiError as error:
+                    failure = failure or error
+        where = f"project {target.project} on {target.stack_url}"
+        message = f"the config has no token of {where}, where this run was started"
+        raise failure or ApiError(message, sent=False)
 
-    def chosen_secret(self, watch: Watch, trigger: Trigger) -> tuple[str, str] | None:
-        """Return which secret carries a trigger, and its project, by what is known already."""
-        for name in self.may_carry(watch, trigger):
-            key = trigger.target.stack_url, self.setup.secrets[name]
-            project = self._learned.projects.get(key)
-            is_bound = trigger.project_id is not None and not trigger.follows_config
-            if project is not None and (project == trigger.project_id or not is_bound):
-                return name, project
-        return None
-
-    async def find_secret(self, watch: Watch, trigger: Trigger) -> tuple[str, str]:
-        """Return which secret carries a trigger, and its project, asking Keboola whose it is.
-
-        Raises ApiError where there is none: a token of another project never carries a trigger.
-        """
-        why = ""
-        for name in self.may_carry(watch, trigger):
-            try:
-                project = await self.keboola(name).project()
-            except ApiError as error:
-                if trigger.follows_config:
-                    raise
-                why += f"; {name}: {error}"
-            else:
-                chosen = self.chosen_secret(watch, trigger)
-                if chosen:
-                    return chosen
-                why += f"; {name} is of project {project}"
-        missing = f"project {trigger.project_id}"
-        if trigger.project_id is None:
-            missing = f"the project of the secret {trigger.secret}"
-        message = (
-            f"the config has no secret of {missing} on {trigger.target.stack_url},"
-            f" where this trigger was begun{why}"
-        )
-        raise ApiError(message, sent=False)
+    def tell_unreadable(self, keboola: Keboola) -> None:
+        """Tell once of old jobs that cannot be read, and count as another's."""
+        unreadable, keboola.unreadable = keboola.unreadable, {}
+        if unreadable:
+            ids, error = list(unreadable), next(iter(unreadable.values()))
+            self.log(Event.of("keboola_job_unreadable", id=", ".join(ids[:20]), error=str(error)))
 
     def check_in_place(self) -> None:
         """Raise StateError if the state file was deleted or replaced under the process.
 
         A commit into a deleted file succeeds, and would be forgotten.
         """
-        if not (self.store.is_in_place() and self._lock.is_in_place()):
+        if not (self.store.is_in_place() and self.lock.is_in_place()):
             message = f"the state file {self.store.path} or its lock was deleted or replaced"
             raise StateError(message, "nothing more is sent; start again")
 
-    def note_post(self, sending: Trigger) -> None:
-        """Remember beside the state file, too, that something is posted now."""
-        self._lock.note_post(replace(self.clock.moment(), wall=sending.sending_at or 0.0))
-
-    def record(
-        self, looks: Iterable[tuple[Watch, Mapping[str, Batch | ApiError]]], begun_at: float
-    ) -> list[Watch]:
-        """Store what a look has shown, as one, and start the triggers of which it was the last.
-
-        Returns what has changed. Of the others only the times are written, now and then: see
-        `flush`. `begun_at` is the monotonic time of the look's beginning.
-        """
-        now, mono = self.clock.wall(), self.clock.mono()
-        lag_s = mono - begun_at
-        changed: list[tuple[Watch, Work]] = []
-        news: list[Event] = []
-        whole: list[tuple[Watch, float]] = []
-        for watch, seen in looks:
-            interval_s = watch.job.poll_interval_s if watch.job else 0
-            if is_old_news(watch.work, seen):
-                self._note_look(watch, now - lag_s, mono + next_look_s(interval_s, lag_s))
+    def record_polls(self, came: Iterable[tuple[int, Mapping[str, Batch | ApiError]]]) -> None:
+        """Store what polls have brought, as one. Of what has not changed only times are written."""
+        changes, times, now = [], [], self.clock.now()
+        for run_id, answers in came:
+            run = self.runs.get(run_id)
+            job = self.job_of(run) if run else None
+            if run is None or job is None or not self.is_polled(run):
                 continue
-            try:
-                after, events = after_look(
-                    watch.work,
-                    seen,
-                    interval_s=interval_s,
-                    lag_s=lag_s,
-                    now=now,
-                    jitter=self.clock.jitter(),
-                )
-            except Exception as error:  # noqa: BLE001 - a bug that one job meets is not the others'
-                self.note_bug(error, watch.work.name)
-                watch.due = mono + MINUTE_S
-                continue
-            news += events
-            if after != watch.work:
-                changed.append((watch, after))
-            if is_whole_look(watch.work, seen):
-                whole.append((watch, mono + max(0.0, (after.next_check_at or now) - now)))
-        if changed:
-            self.save(changed, news)
-        for watch, due in whole:
-            self._note_look(watch, now - lag_s, due)
-            self.carry(watch)
-        return [watch for watch, _ in changed]
+            after, events = after_poll(run, job, answers, self.terms(run))
+            if (
+                events
+                or replace(after, next_at=run.next_at, last_check_at=run.last_check_at) != run
+            ):
+                changes.append((after, events))
+            else:
+                times.append(after)
+                self.runs[run_id] = after
+        update = "UPDATE runs SET last_check_at = ?, next_at = ? WHERE id = ?"
+        rows = [(update, (run.last_check_at, run.next_at, run.id)) for run in times]
+        try:
+            if changes or self._trouble:
+                self.commit(changes, also=rows)
+            elif rows:
+                self.store.execute(rows)
+        except StorageError as error:
+            for run, _ in changes:
+                self.note_failure(error, run.name, run)
+                self.runs[run.id] = replace(self.runs[run.id], next_at=now + 5)
 
-    def _note_look(self, watch: Watch, looked_at: float, due: float) -> None:
-        """Remember when a work was looked at, and is to be looked at again."""
-        watch.looked_at, watch.due = looked_at, due
-        self._touched.add(watch)
+    def record_found(self, found: Iterable[tuple[Run, list[Event], list[Batch]]]) -> None:
+        """Store runs that new batches begin or join, and batches that came late."""
+        changes, also = [], []
+        for changed, events, late in found:
+            self._next_id += changed.id == 0
+            run = changed if changed.id else replace(changed, id=self._next_id)
+            also += [insert("batches", batch, run_id=run.id, place=-1) for batch in late]
+            changes.append((run, events))
+        if changes:
+            self.commit(changes, also=also)
 
-    def summary(self) -> str:
-        """Return how the jobs are, in one line."""
-        statuses = [job_status(watch.work) for watch in self.watches.values() if watch.job]
-        counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
-        summary = ", ".join(counts) or "no jobs"
-        if self.is_config_rejected:
-            summary += "; the config file has problems, the previous one still counts"
-        return summary
+    # --- writing and telling ---
 
-    def in_need(self) -> set[str]:
-        """Return the jobs of the config that have an error or need a person."""
-        jobs = self.setup.config.jobs
-        works = [watch.work for watch in self.watches.values()]
-        return {work.name for work in works if work.name in jobs and needs_person(work)}
+    def _with_attention(self, run: Run) -> Change:
+        grace_s = self.loaded.config.trigger_grace
+        return after_attention(run, self.job_of(run), grace_s, self.clock.now())
 
-    # --- writing ---
-
-    def save(self, changes: Sequence[tuple[Watch, Work]], events: Sequence[Event]) -> None:
-        """Commit the new states of works with the events that tell of them, then tell them."""
-        told = [self._clean(event) for event in events]
-        works = [(watch.work, after) for watch, after in changes]
-        mail = self._mail(lambda: self._messages(works))
-        self.store.save(works, told, self.clock.wall(), mail)
-        for watch, after in changes:
-            watch.work = after
-        self._say(told, mail)
-
-    def note(self, *events: Event) -> None:
-        """Tell events that go with no change of a job; a full disk must not silence the log."""
-        told = [self._clean(event) for event in events]
-        with contextlib.suppress(StorageError):
-            self.store.log(told, self.clock.wall())
-        self._say(told)
-
-    def note_trouble(self, error: Exception, job: str | None = None) -> None:
-        """Tell once of trouble with the state file, until something could be written again."""
-        self.has_failed = True
-        if self._trouble.get(job) != str(error):
-            self._trouble[job] = str(error)
-            say(Event("state_write_failed", "error", job, {"error": str(error)}))
-
-    def note_bug(self, error: Exception, where: str) -> None:
-        """Tell of an exception that nobody has thought of, with its traceback."""
-        self.has_failed = True
-        logger().error("internal_error", where=where, exc_info=error)
-
-    def note_config(self, config: Config | None, error: str | None, *events: Event) -> None:
-        """Remember which config the process runs with, and what was wrong with the last one."""
-        self.is_config_rejected = error is not None
-        error = self._http.redactor.text(error) if error else None
-        known = self.store.meta("config") or {}
-        if config:
-            loaded_at = rfc3339(self.clock.wall())
-            known = {"path": str(config.path), "sha256": config.sha256, "loaded_at": loaded_at}
-        told = [self._clean(event) for event in events]
-        first = error.splitlines()[0] if error else None
-        mail = self._mail(lambda: config_messages(first, self._alarms))
-        self.store.put_meta("config", {**known, "error": error}, told, self.clock.wall(), mail)
-        self._say(told, mail)
-
-    def _say(self, events: Iterable[Event], mail: Mail = NO_MAIL) -> None:
-        """Tell what has been committed."""
+    def commit(
+        self,
+        changes: Iterable[Change],
+        events: Iterable[Event] = (),
+        also: Iterable[Statement] = (),
+    ) -> None:
+        """Commit the next states of runs with the events that tell of them, then tell them."""
+        rows: list[tuple[Run | None, Run]] = []
+        told, now = list(events), self.clock.now()
+        for changed, its_events in changes:
+            run, more = self._with_attention(self._clean_run(changed))
+            rows.append((self.runs.get(run.id), run))
+            told += [*its_events, *more]
+        if self._trouble:
+            told.append(Event.of("state_write_failed_recovered"))
+        last_told, fresh = dict(self._last_told), []
+        for event in told:
+            key = event.name, event.run, *map(event.fields.get, ("batch_id", "status", "secret"))
+            if not event.name.startswith(FLAPPING) or now - last_told.get(key, 0.0) >= MINUTE_S:
+                fresh.append(self._clean(event))
+                last_told[key] = now
+        stored = self.store.commit(rows, fresh, now, also)
+        self._last_told = last_told
         self._trouble.clear()
-        self.news_came.set()
-        for event in events:
+        for _, run in rows:
+            self.runs[run.id] = run
+            self._place(run)
+        for event in stored:
             say(event)
-        for message in mail.messages:
-            alarm = (message.event, message.subject)
-            if message.is_over:
-                self._alarms.pop(alarm, None)
-            elif message.lasts:
-                self._alarms[alarm] = message.job
-        if mail.copies:
-            self.mail_came.set()
+        for happened in self.told:
+            happened.set()
+
+    def _place(self, run: Run) -> None:
+        """Have a run polled, driven, or dropped from memory, as its phase says."""
+        job = self.job_of(run)
+        mine = self.accounts.get(job.openai_secret) if job and self.is_polled(run) else None
+        for account in self.accounts.values():
+            account.run_ids.discard(run.id)
+        if mine:
+            mine.run_ids.add(run.id)
+            if run.next_at < mine.until:
+                mine.wake.set()
+        is_driven = run.phase not in {Phase.POLLING, Phase.FINISHED, Phase.REFUSED}
+        if is_driven and self._tasks is not None and not self.is_stopping:
+            self.wakes.setdefault(run.id, asyncio.Event()).set()
+            driver = self._drivers.get(run.id)
+            if driver is None or driver.done():
+                self._drivers[run.id] = self.spawn(drive_run(self, run.id))
+        elif run.phase is Phase.FINISHED and job and job.match:  # the state file has the older ones
+            mates = [r for r in self.runs.values() if r.job == run.job and r.group]
+            ended = [r for r in mates if r.phase is Phase.FINISHED and not r.attention]
+            for old in sorted(ended, key=lambda r: r.finished_at or 0.0)[:-5]:
+                del self.runs[old.id]
+
+    def log(self, *events: Event) -> None:
+        """Tell events that go with no change of a run; a full disk must not silence the log."""
+        try:
+            self.commit([], events)
+        except StorageError:
+            for event in events:
+                say(self._clean(event))
 
     def _clean(self, event: Event) -> Event:
-        """Return an event without secrets: the state file keeps it too."""
-        cleaned = {key: self._http.redactor.tree(value) for key, value in event.fields.items()}
-        return replace(event, fields=cleaned)
+        """Return an event without secrets: the state file keeps it, and others read it."""
+        cleaned = self.redactor.tree(dict(event.fields))
+        return replace(event, fields=cleaned, text=self.redactor.text(event.text))
 
-    def flush(self, *, at_once: bool = False) -> None:
-        """Write when works were looked at, and how keys fared, now and then."""
-        wait_s = max(TOUCH_S, len(self._touched) * TOUCH_S_EACH)
-        is_time = at_once or self.clock.mono() - self._touched_at >= wait_s
-        if is_time and (self._touched or self._used):
-            wall, mono = self.clock.wall(), self.clock.mono()
-            looks = [
-                (watch.work.id, watch.looked_at, wall + watch.due - mono)
-                for watch in self._touched
-                if not watch.work.is_ready
-            ]
-            self.store.touch(looks, {name: self._usages[name] for name in self._used})
-            self._touched.clear()
-            self._used.clear()
-            self._touched_at = self.clock.mono()
+    def _clean_run(self, run: Run) -> Run:
+        names = ("error", "post_error", "keboola_error", "keboola_status")
+        texts: dict[str, Any] = {name: text for name in names if (text := getattr(run, name))}
+        clean: dict[str, Any] = {n: self.redactor.text(text) for n, text in texts.items()}
+        return replace(run, **clean) if clean != texts else run
 
-    # --- accounts and webhooks ---
+    def note_failure(self, error: Exception, where: str, run: Run | None = None) -> None:
+        """Tell once of trouble with the state file, until it is over; of a bug with its trace."""
+        self.has_failed = True
+        if not isinstance(error, StorageError | sqlite3.Error):
+            trace = "".join(traceback.format_exception(error)).splitlines()
+            name = type(error).__name__
+            say(self._clean(Event.of("internal_error", where=where, error=name, traceback=trace)))
+        elif (key := (run.id if run else None, str(error))) not in self._trouble:
+            self._trouble.add(key)
+            say(Event.of("state_write_failed", run, error=str(error)))
 
-    def usages(self) -> dict[str, Usage]:
-        """Return how the requests with each secret of the config have fared."""
-        secrets = self.setup.config.secrets
-        return {name: usage for name, usage in self._usages.items() if name in secrets}
+    # --- how secrets fare ---
 
-    def note_request(self, secret: str, service: str, came: Answer | ApiError) -> None:
+    def _stats_of(self, name: str) -> SecretStats:
+        entry = self.loaded.config.secrets.get(name)
+        return self.stats.get(name) or SecretStats(name, entry.type if entry else "")
+
+    def note_request(self, name: str, error: ApiError | None, _: float | None) -> None:
         """Remember how a request with a secret has fared."""
-        status, error = None, None
-        if isinstance(came, ApiError):
-            error = str(came)
-        elif not came.is_success:
-            status, error = came.status, f"{came.status}{server_words(came)}"
-        usage = self._usages.get(secret)
-        if usage is None or usage.service != service:
-            usage = Usage(service)
-        self._usages[secret] = after_request(usage, status, error, self.clock.wall())
-        self._used.add(secret)
+        if name in self.loaded.config.secrets:
+            self._set_stats(self._stats_of(name).after(error, self.clock.now()))
 
-    def _note_account(self, account: Account, came: Answer | ApiError) -> None:
-        """Remember how a request to an account has fared, under its secret's present name."""
-        self.note_request(self._accounts[account], OpenAISecret.kind, came)
+    def note_finding(self, name: str, error: ApiError | None) -> None:
+        """Remember what has kept an account's new batches from being found for long."""
+        find_error = None if error is None else str(error)
+        self._set_stats(replace(self._stats_of(name), find_error=find_error))
 
-    def see_accounts(self) -> None:
-        """Have webhooks told of keys that are refused for long."""
-        self._send(lambda: account_messages(self.usages(), self._alarms))
+    def _set_stats(self, after: SecretStats) -> None:
+        before = self._stats_of(after.name)
+        self.stats[after.name] = after
+        if bool(after.trouble) != bool(before.trouble):
+            name = "account_failing" if after.trouble else "account_failing_recovered"
+            event = Event.of(name, secret=after.name, error=after.trouble)
+            known = {
+                name: {
+                    "type": s.type,
+                    "refused_since": s.refused_since,
+                    "error": s.error,
+                    "find_error": s.find_error,
+                }
+                for name, s in self.stats.items()
+                if s.trouble
+            }
+            try:
+                self.commit([], [event], [Store.meta_statement("failing", known)])
+            except StorageError as error:
+                self.note_failure(error, after.name)
 
-    def _tell_standing(self) -> None:
-        """Have webhooks told of what is wrong already, and of what is over with its job."""
-        works = [watch.work for watch in self.watches.values()]
-        self._send(
-            lambda: [
-                *self._messages((work, work) for work in works),
-                *gone_messages(works, self._alarms),
-            ]
-        )
+    # --- what people ask for, and are shown ---
 
-    def _messages(self, changes: Iterable[tuple[Work, Work]]) -> list[Message]:
-        """Return what webhooks are told of changes."""
-        if not (self.setup.config.notify or self._alarms):
-            return []
-        return [m for before, after in changes for m in work_messages(before, after, self._alarms)]
-
-    def _mail(self, make: Callable[[], Sequence[Message]]) -> Mail:
-        """Return mail without secrets: the state file keeps it, and others read it.
-
-        A bug in what makes it is not the jobs': what it would tell of is stored all the same.
-        """
-        try:
-            hooks = self.setup.config.notify
-            redact = self._http.redactor.text
-            clean = [replace(message, text=redact(message.text)) for message in make()]
-            # An alarm that nobody was told of does not stand.
-            wanted = {event for hook in hooks for event in hook.events}
-            return mail_of([m for m in clean if m.is_over or m.event in wanted], hooks)
-        except Exception as error:  # noqa: BLE001 - see above
-            self.note_bug(error, "notify")
-            return NO_MAIL
-
-    def _send(self, make: Callable[[], Sequence[Message]]) -> None:
-        """Store messages that go with no other change."""
-        mail = self._mail(make)
-        if mail.messages:
-            self.store.save((), (), self.clock.wall(), mail)
-            self._say((), mail)
-
-    # --- what people ask for ---
+    def note_config(self, rejected: ConfigError | None, old: Config | None = None) -> None:
+        """Tell and remember which config counts, and what is wrong with the file, if so."""
+        config, known = self.loaded.config, self.store.meta("config") or {}
+        is_known = known.get("sha256") == config.sha256 and not known.get("error")
+        if self.once and is_known and not rejected:
+            return  # from cron, a pass without news says nothing
+        also: list[Statement] = []
+        if rejected:
+            problems = str(rejected).splitlines()
+            events = [Event.of("config_rejected", problem=problems[0], problems=problems)]
+        else:
+            loaded_at, path = rfc3339(self.clock.now()), str(config.path)
+            known = {"path": path, "sha256": config.sha256, "loaded_at": loaded_at}
+            good = {"path": str(config.path.absolute()), "text": self.loaded.text}
+            also.append(Store.meta_statement("good_config", good))
+            events = [Event.of("config_loaded", **config_changes(config, old))]
+            warnings = [*self.loaded.warnings]
+            if entries := ", ".join(map(quoted, self.http.rules.unreadable)):
+                warnings.append(f"$NO_PROXY has entries that are no host and no network: {entries}")
+            events += [Event.of("config_warning", warning=warning) for warning in warnings]
+            events += [Event.of("config_rejected_recovered")] if self.config_error else []
+        self.config_error = self.redactor.text(str(rejected)) if rejected else None
+        also.append(Store.meta_statement("config", {**known, "error": self.config_error}))
+        self.commit([], events, also)
 
     def take_requests(self, *, at_once: bool = False) -> None:
         """Do what people asked for with `retry` since the last time."""
-        version = self.store.data_version()
+        version = int(self.store.one("PRAGMA data_version"))
         if version == self._data_version and not at_once:
             return
-        for request in self.store.requests():
-            self._take_request(request)
+        for row in self.store.db.execute("SELECT * FROM requests ORDER BY id").fetchall():
+            id_, run_id, force, rerun, phase = row
+            request = RetryRequest(id_, run_id, bool(force), rerun, Phase(phase))
+            done: list[Statement] = [("DELETE FROM requests WHERE id = ?", (id_,))]
+            stored = self.store.runs("id = :id", {"id": run_id})
+            run = self.runs.get(run_id) or (stored[0] if stored else None)
+            came: Change | str = "it is gone"
+            if run and run_id in self.posting:
+                came = "its Keboola job is being started now"
+            elif run:
+                came = after_retry(run, self.job_of(run), request, self.clock.now())
+            if isinstance(came, str):
+                self.commit([], [Event.of("retry_refused", run, why=came)], done)
+            else:
+                self.commit([came], also=done)
         self._data_version = version
 
-    def _take_request(self, request: Request) -> None:
-        now = self.clock.wall()
-        current = [w for w in self.watches.values() if w.work.name == request.job and w.job]
-        if not current:
-            event = Event(
-                "retry_refused", "warning", request.job, {"why": "it is not in the config"}
-            )
-            self.store.dismiss(request.id, [event], now)
-            self._say([event])
-            return
-        watch = current[0]
-        after, why_not = after_retry(
-            watch.work, force=request.force, now=now, is_posting=watch.is_posting
-        )
-        seen = (request.rerun, request.was_finished)
-        if request.force and seen != (watch.work.rerun, watch.work.is_finished):
-            after, why_not = watch.work, "its Keboola job was started or found meanwhile"
-        event = Event("retry_taken", "info", request.job, {"force": request.force})
-        if why_not is not None:
-            event = Event("retry_refused", "warning", request.job, {"why": why_not})
-        self.store.settle(request.id, watch.work, after, [event], now)
-        self._say([event])
-        watch.work = after
-        if why_not is None:
-            self._rouse(watch)
-            self.carry(watch)
-            self.wake_pollers()
+    def shown(self) -> list[Run]:
+        """Return the runs that people are shown, in the config's order."""
+        place = {name: i for i, name in enumerate(self.loaded.config.jobs)}
+        runs = [
+            run
+            for run in self.runs.values()
+            if run.job in place and (run.id in self._current or run.group or run.may_be_at_keboola)
+        ]
+        return sorted(runs, key=lambda r: (place[r.job], r.id not in self._current, r.id))
+
+    def summary(self) -> str:
+        """Return how the runs are, in one line."""
+        statuses = [status_of(run, self.job_of(run)) for run in self.shown()]
+        counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
+        bad = "; the config file has problems, the previous one still counts"
+        return f"{', '.join(counts) or 'no jobs'}{bad if self.config_error else ''}"
 
 
-def refuse_other_state(old: Config, new: Config) -> None:
-    """Raise ConfigError if a running process is asked to remember in another file."""
-    if old.state_path != new.state_path:
-        what = f"the running process has {old.state_path} open"
-        cure = "restart it to use another state file"
-        raise ConfigError([Problem(str(new.path), Place(), "state", what, cure)])
+# --- reloading ------------------------------------------------------------------------------------
 
 
-def note_loaded(engine: Engine, setup: Setup) -> None:
-    """Tell that a config counts now, and what could be better about it."""
-    known = engine.store.meta("config") or {}
-    is_known = known.get("sha256") == setup.config.sha256 and not known.get("error")
-    if engine.once and is_known:
-        return  # from cron, a pass without news says nothing
-    jobs = len(setup.config.jobs)
-    events = [Event("config_loaded", "info", None, {"jobs": jobs, "sha256": setup.config.sha256})]
-    events += [Event("config_warning", "warning", None, {"warning": w}) for w in setup.warnings]
-    engine.note_config(setup.config, None, *events)
-
-
+@dataclass(eq=False)
 class Reloader:
     """Sees that the config, its key file or a secret's file has changed, and has it taken."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        files: Files,
-        env: Mapping[str, str],
-        redactor: Redactor,
-        notifier: Notifier,
-    ) -> None:
-        self._engine = engine
-        self._env = env
-        self._redactor = redactor
-        self._notifier = notifier
-        self._path = engine.setup.config.path
-        self._seen = files.fingerprint()
-        self._one_at_a_time = asyncio.Lock()
-        self.hangup = asyncio.Event()
+    _engine: Engine
+    _files: Files  # as the config that counts was read from them
+    _manager: ServiceManager
+    _configure: Callable[[Config], None]
 
-    async def watch_clock(self) -> None:
-        """Compare the files every now and then, and reload on SIGHUP whatever they say.
+    def __post_init__(self) -> None:
+        self._path = self._engine.loaded.config.path
+        self._seen = dict(self._files.seen)
+        self._growing: dict[Path, bytes] = {}  # rewritten in place: it may be half of a file
+        self._grown_at = 0.0
+        self._is_hangup = False
+        self._happened = asyncio.Event()
 
-        Events tell nothing of what lies elsewhere, of network file systems, and of what changed
-        before the watch began.
-        """
+    async def run(self) -> None:
+        """Compare the files on every event, every two seconds, and on SIGHUP, and take them."""
         while True:
-            force = await wait_for_event(self.hangup, RELOAD_LOOK_S)
-            self.hangup.clear()
-            await self.check(force=force)
+            self._happened.clear()
+            try:
+                await self.check()
+            except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+                self._engine.note_failure(error, "reload")
+            await wait_for_event(self._happened, 0.2 if self._growing else 2.0)
 
-    async def watch_files(self) -> None:
-        """Compare the files on every event in the config's directory.
+    def on_hangup(self) -> None:
+        """Reload, whatever the files say."""
+        self._is_hangup = True
+        self._happened.set()
+
+    async def watch(self) -> None:
+        """Set off a comparison on every event in the config's directory.
 
         The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
         """
-        # Here, because importing it costs the other commands a third of their start.
-        import watchfiles
+        import watchfiles  # it costs the other commands a third of their start
 
-        state = self._engine.store.path.name
-        ours = {state, state + "-wal", state + "-shm", state + "-journal", state + ".lock"}
-        for name in PUBLISHED:
-            ours |= {name, new_name(name)}
+        ours = (self._engine.store.path.name, *PUBLISHED, *(f".{name}" for name in PUBLISHED))
         while True:
             try:
                 async for _ in watchfiles.awatch(
                     self._path.parent,
-                    watch_filter=lambda _, path: Path(path).name not in ours,
-                    step=200,  # a file still being written is left alone that long
+                    watch_filter=lambda _, path: not Path(path).name.startswith(ours),
+                    step=100,
                     recursive=False,
                 ):
-                    await self.check()
-            except (OSError, RuntimeError) as error:  # the clock sees what this does not
-                say(Event("watch_failed", "warning", None, {"error": one_line(str(error))}))
+                    self._happened.set()
+            except (OSError, RuntimeError) as error:  # the comparison sees what this does not
+                self._engine.log(Event.of("watch_failed", error=one_line(str(error))))
             await asyncio.sleep(MINUTE_S)
 
-    async def check(self, *, force: bool = False) -> None:
-        """Take the files if they differ from those last tried, good or bad."""
-        async with self._one_at_a_time:
-            files = Files()
-            for path in self._seen:
-                files.read(path)
-            if not force and files.fingerprint() == self._seen:
-                return
-            self._notifier.reloading()
-            try:
-                await self._take(files)
-                self._seen = files.fingerprint()
-            except (StorageError, sqlite3.Error) as error:  # tried again at the next look
-                self._engine.note_trouble(error)
-            finally:
-                self._notifier.send("READY=1", f"STATUS={self._engine.summary()}")
+    async def check(self) -> None:
+        """Take the files if they differ from those last tried, good or bad.
 
-    async def _take(self, files: Files) -> None:
-        """Parse and decrypt all of it; only then, in one step, let it count."""
-        engine = self._engine
-        try:
-            setup = await asyncio.to_thread(
-                load_setup, self._path, files, self._env, self._redactor
-            )
-            refuse_other_state(engine.setup.config, setup.config)
-        except ConfigError as error:
-            problems = [str(problem) for problem in error.problems]
-            event = Event("config_rejected", "error", None, {"problems": problems})
-            engine.note_config(None, "\n".join(problems), event)
-            return
-        engine.apply(setup)
-        configure_logging(setup.config.log, self._redactor)
-        note_loaded(engine, setup)
-
-
-class Teller:
-    """Delivers what webhooks are to be told. A dead one holds up its own messages, nothing else.
-
-    What is to be told was committed together with what it tells of, so that it is not lost; a
-    message whose answer is lost is sent again.
-    """
-
-    TIMEOUT_S: Final = 10
-
-    def __init__(self, engine: Engine, http: Http) -> None:
-        self._engine = engine
-        self._http = http  # of its own: its requests take none of the places of others
-        http.tell = engine.note
-        self._delivered: set[int] = set()  # that are not dropped from the state file yet
-        self._busy: set[str] = set()  # webhooks that something is on its way to
-
-    @classmethod
-    def limits(cls, limits: Limits) -> Limits:
-        """Return the limits for webhooks."""
-        timeout_s = min(cls.TIMEOUT_S, limits.request_timeout_s)
-        return replace(limits, request_timeout_s=timeout_s, max_concurrency=10)
-
-    async def run(self) -> None:
-        """Deliver whatever there is, as long as the process runs; each webhook at its own pace."""
-        async with asyncio.TaskGroup() as group:
-            while True:
-                self._engine.mail_came.clear()
-                for secret, notices in self._due().items():
-                    if secret not in self._busy:
-                        self._busy.add(secret)
-                        group.create_task(self._deliver(secret, notices))
-                await wait_for_event(self._engine.mail_came, self._wait_s())
-
-    def _wait_s(self) -> float:
-        """Return how long it is until something is due."""
-        now = self._engine.clock.wall()
-        with contextlib.suppress(sqlite3.Error):
-            due = self._engine.store.next_notice_at()
-            return max(1.0, min(MINUTE_S, math.inf if due is None else due - now))
-        return MINUTE_S
-
-    async def deliver(self) -> None:
-        """Try once to deliver what is due."""
-        await all_of(self._deliver(secret, notices) for secret, notices in self._due().items())
-
-    def _due(self) -> dict[str, list[Notice]]:
-        """Return all messages of each webhook that is due for one, in their order."""
-        now = self._engine.clock.wall()
-        by_webhook: dict[str, list[Notice]] = {}
-        due = set()
-        try:
-            for notice in self._engine.store.notices():
-                by_webhook.setdefault(notice.secret, []).append(notice)
-                is_new = notice.failures == 0
-                is_ahead = notice.next_try_at > now + MAX_BACKOFF_S  # the clock was set back
-                if is_new or is_ahead or notice.next_try_at <= now:
-                    due.add(notice.secret)
-        except sqlite3.Error as error:
-            self._engine.note_trouble(error)
-        return {secret: notices for secret, notices in by_webhook.items() if secret in due}
-
-    async def _deliver(self, secret: str, notices: Sequence[Notice]) -> None:
-        """Deliver one webhook's messages. Never raises: no job depends on it."""
-        try:
-            await self._deliver_in_order(secret, notices)
-        except (StorageError, sqlite3.Error) as error:
-            self._engine.note_trouble(error)
-        except Exception as error:  # noqa: BLE001 - a bug here is not the jobs'
-            self._engine.note_bug(error, "notify")
-        else:
-            self._engine.mail_came.set()  # there may be more by now
-        self._busy.discard(secret)
-
-    async def _deliver_in_order(self, secret: str, notices: Sequence[Notice]) -> None:
-        """Deliver one webhook's messages until one of them does not get through.
-
-        The others wait with it: a dead webhook is asked once, not once for each message.
+        A file that was replaced is whole. One that was rewritten in place counts when it has stayed
+        the same for two seconds: half of a config can be valid YAML.
         """
-        for place, notice in enumerate(notices):
-            setup = self._engine.setup  # asked each time: a reload may have changed the address
-            if secret not in setup.config.webhook:
-                self._drop(notices[place:], "the config no longer has this webhook")
+        force, self._is_hangup = self._is_hangup, False
+        files = Files()
+        await asyncio.to_thread(lambda: [files.read(path) for path in self._seen])
+        changed = {p: f for p, f in files.seen.items() if f.digest != self._seen[p].digest}
+        rewritten = {p: f for p, f in changed.items() if f.inode == self._seen[p].inode}
+        growing = {path: read.digest for path, read in rewritten.items() if not read.error}
+        now = self._engine.clock.uptime_s()
+        if growing != self._growing:
+            self._growing, self._grown_at = growing, now
+        if not force and (not changed or (growing and now - self._grown_at < 2)):
+            return
+        self._growing = {}
+        self._manager.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            await self._reload(files)
+            self._seen = dict(files.seen)
+        finally:  # what could not be stored is tried again at the next comparison
+            self._manager.send("READY=1", f"STATUS={self._engine.summary()}")
+
+    async def _reload(self, files: Files) -> None:
+        """Parse and decrypt all of it; only then, in one step, let it count."""
+        engine, old = self._engine, self._engine.loaded.config
+        try:
+            load = functools.partial(load_config, self._path, files, os.environ, engine.redactor)
+            loaded = await asyncio.to_thread(load)
+            if old.state_path != loaded.config.state_path:
+                what = f"the running process has {old.state_path} open"
+                cure = "restart it to use another state file"
+                raise ConfigError([Problem(str(self._path), 1, 1, "state", what, cure)])
+        except ConfigError as error:
+            return engine.note_config(error)
+        engine.apply(loaded)
+        self._configure(loaded.config)
+        return engine.note_config(None, old)
+
+
+# --- webhooks -------------------------------------------------------------------------------------
+
+
+async def send_webhooks(engine: Engine, http: Http, *, once: bool = False) -> None:
+    """Have each webhook told of the events that its rules name; a dead one delays no other.
+
+    They read the event log: for each there is the number of the last event that it has had.
+    """
+    happened, sending = asyncio.Event(), dict[str, asyncio.Task[None]]()
+    engine.told.append(happened)
+    while True:
+        happened.clear()
+        for name, _ in engine.loaded.config.notify:
+            if name not in sending or sending[name].done():
+                sending[name] = asyncio.ensure_future(tell_webhook(engine, http, name))
+        if once:
+            await asyncio.gather(*sending.values())
+            return
+        await wait_for_event(happened, 5.0)
+
+
+async def tell_webhook(engine: Engine, http: Http, name: str) -> None:
+    """Tell one webhook what it has not had yet, in order, until one event does not get through.
+
+    An event that did not for a day is dropped.
+    """
+    store, clock = engine.store, engine.clock
+    update = "UPDATE webhooks SET told_up_to = ?, failures = ?, next_at = ? WHERE secret = ?"
+    try:
+        row = store.db.execute("SELECT * FROM webhooks WHERE secret = ?", (name,)).fetchone()
+        told_up_to, failures, next_at = tuple(row)[1:]
+        if clock.now() < next_at < clock.now() + HOUR_S:
+            return
+        for event in store.events(after=told_up_to):
+            rules = [words for rule, words in engine.loaded.config.notify if rule == name]
+            groups = EVENTS[event.name][1].split(",") if event.name in EVENTS else []
+            if not any(word in rule for rule in rules for word in (event.name, *groups)):
+                if event.id >= told_up_to + 100:  # so that the log can be pruned up to there
+                    told_up_to = event.id
+                    store.execute([(update, (told_up_to, failures, 0, name))])
+                continue
+            failure = await post_event(engine, http, name, event)
+            if failure and (clock.now() - event.at < DAY_S or failures < 5):
+                wait_s = backoff_s(failures + 1, 5, clock.jitter(), failure.retry_after_s)
+                state = (told_up_to, failures + 1, clock.now() + wait_s, name)
+                store.execute([(update, state)])
+                if failures == 0:
+                    engine.log(Event.of("notify_failed", secret=name, error=str(failure)))
                 return
-            try:
-                if notice.id not in self._delivered:
-                    await self._post(setup.secrets[secret], notice)
-            except ApiError as error:
-                self._put_off(notices[place:], error)
-                return
-            self._delivered.add(notice.id)
-            self._engine.store.drop_notices([notice.id])
-            self._delivered.discard(notice.id)
+            told_up_to, failures = event.id, 0
+            store.execute([(update, (told_up_to, 0, 0, name))])
+            if failure:
+                engine.log(Event.of("notify_dropped", secret=name, why=str(failure)))
+    except Exception as error:  # noqa: BLE001 - trouble here is not the runs'
+        engine.note_failure(error, "notify")
 
-    async def _post(self, address: Secret, notice: Notice) -> None:
-        """Post one message; raises ApiError unless it was taken."""
-        headers = {"Content-Type": "application/json"}
-        answer = await self._http.post(address.reveal(), headers, notice.body)
-        if not answer.is_success:  # its words may be an echo of the address, which is secret
-            message = f"the webhook answered {answer.status}"
-            wait_s = retry_after_s(answer.headers, self._engine.clock.wall())
-            raise ApiError(message, status=answer.status, retry_after_s=wait_s)
 
-    def _put_off(self, notices: Sequence[Notice], error: ApiError) -> None:
-        """Have messages tried again later; those that are a day old are given up."""
-        now, jitter = self._engine.clock.wall(), self._engine.clock.jitter()
-        # A host that was off for a day has to have its network back first.
-        is_tried = notices[0].failures >= NOTICE_TRIES
-        old = [n for n in notices if is_tried and now - n.at > NOTICE_LIFE_S]
-        young = [n for n in notices if not is_tried or now - n.at <= NOTICE_LIFE_S]
-        if old:
-            self._drop(old, f"not delivered within a day: {error}")
-        first = after_failed_notice(notices[0], error, now, jitter)
-        later = [replace(first, id=notice.id) for notice in young]
-        if notices[0].failures == 0:  # told once; it would go on for a day
-            fields_ = {"webhook": notices[0].secret, "error": str(error)}
-            self._engine.note(Event("notify_failed", "warning", None, fields_))
-        self._engine.store.put_off(later)
+async def post_event(engine: Engine, http: Http, name: str, event: Event) -> ApiError | None:
+    """Post one event to a webhook; returns why it was not taken, or None.
 
-    def _drop(self, notices: Sequence[Notice], why: str) -> None:
-        fields_ = {"webhook": notices[0].secret, "messages": len(notices), "why": why}
-        self._engine.note(Event("notify_dropped", "warning", None, fields_))
-        self._engine.store.drop_notices([notice.id for notice in notices])
+    Angle brackets would be commands to some chat programs. What it answers may be an echo of its
+    address, which is secret.
+    """
+    text = one_line(f"TeckoChecker: {event.text}", 1000)
+    text = text.replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}")
+    text = text.replace(">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}")
+    body = {"text": text, "event": event.name, "job": event.job, "run": event.run}
+    body |= {"level": event.level, "at": rfc3339(event.at)}
+    headers = {"Content-Type": "application/json"}
+    failure: ApiError | None = None
+    try:
+        address = engine.loaded.secrets[name].reveal()
+        answer = await http.post(address, headers, compact_json(body), 10.0)
+        if not answer.is_success:
+            failure = answer.error(f"it answered {answer.status}", retryable=True)
+    except ApiError as error:
+        failure = error
+    engine.note_request(name, failure, None)
+    return failure
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+PUBLISHED: Final = ("status.html", "status.json", "metrics.prom")
 
 
 class Signals:
@@ -6484,2356 +4676,1760 @@ class Signals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # of log rotation: nothing is to be done
 
     def _on_signal(self) -> None:
         (self.now if self.stop.is_set() else self.stop).set()
 
 
-async def keep_alive(engine: Engine, notifier: Notifier) -> None:
-    """Tell the service manager that the loop turns, and how the jobs are."""
-    interval_s = min(10.0, (notifier.watchdog_s or 60.0) / 3)
-    watchdog = ["WATCHDOG=1"] if notifier.watchdog_s else []
-    notifier.send("READY=1")
+async def keep_alive(engine: Engine, manager: ServiceManager) -> None:
+    """Tell the service manager that the loop runs, and how the runs are."""
+    watchdog = ["WATCHDOG=1"] if manager.watchdog_s else []
+    manager.send("READY=1")
     while True:
-        notifier.send(*watchdog, f"STATUS={engine.summary()}")
-        await asyncio.sleep(interval_s)
+        manager.send(*watchdog, f"STATUS={engine.summary()}")
+        await asyncio.sleep(min(10.0, (manager.watchdog_s or 60.0) / 3))
 
 
 async def run_engine(
     engine: Engine,
     signals: Signals,
-    helpers: Sequence[Helper],
-    notifier: Notifier,
+    helpers: Sequence[Callable[[], Awaitable[None]]],
+    manager: ServiceManager,
 ) -> int:
     """Let the engine work until it is done or a signal ends it; returns the exit code."""
     running = asyncio.ensure_future(engine.run(helpers))
     stopped = asyncio.ensure_future(signals.stop.wait())
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    interrupted = not running.done()
-    if interrupted:
-        notifier.send("STOPPING=1")
+    is_interrupted = not running.done()
+    if is_interrupted:
+        manager.send("STOPPING=1")
         await engine.drain(signals.now)
         running.cancel()
     stopped.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
-    with contextlib.suppress(StorageError):
-        engine.flush(at_once=True)
-        engine.prune()
-    if signals.now.is_set() or (interrupted and engine.once):
-        return 130
-    return 0
+    return 130 if signals.now.is_set() or (is_interrupted and engine.once) else 0
 
 
 # ==================================================================================================
-# 9. Publishing: what is known at one moment, for people and for programs
+# 8. Showing: one snapshot, and its renderers
 # ==================================================================================================
 
 
-HEARTBEAT_S: Final = 50.0  # the longest that published files stay as they are
-FRESH_S: Final = 15.0  # how much longer a page waits for the next one
-PUBLISH_SHARE: Final = 1 / 30  # of the time is spent on it, or more if it takes over a second
-LAST_EVENTS: Final = 3  # of each job, that are shown
+Shown = Mapping[str, Any]  # a snapshot, or a run or a batch of it
+Stats = Sequence[SecretStats]
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What is known at one moment: what `status`, the page and the metrics show."""
+def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str, Any]:
+    """Return a run as `status --json` shows it."""
+    status = status_of(run, job)
+    error = None if status.startswith("completed") else run.error
+    rests = status.startswith("completed") or (status == "paused" and not run.may_be_at_keboola)
+    same = ("keboola_job_id", "keboola_status", "keboola_error", "url")
+    trigger = {
+        "id": run.trigger_id,
+        "state": "sent" if run.phase is Phase.FINISHED else str(run.phase),
+        **{name: getattr(run, name) for name in same},
+        "sent_at": rfc3339(run.sent_at),
+        "finished_at": rfc3339(run.finished_at),
+        "error": error,
+    }
+    batches = []
+    for b in run.batches:
+        counts = {"total": b.total, "completed": b.completed, "failed": b.failed}
+        known: dict[str, Any] = {"id": b.id, "status": b.status}
+        known["request_counts"] = None if b.total is None else counts
+        files = {"output_file_id": b.output_file_id, "error_file_id": b.error_file_id}
+        times = {"created_at": b.created_at, "expires_at": b.expires_at, "completed_at": b.ended_at}
+        batches.append(known | files | {name: rfc3339(at) for name, at in times.items()})
+    return {
+        "name": run.name,
+        "job": run.job,
+        "group": run.group or None,
+        "status": status,
+        "attention": bool(attention_of(run, job, grace_s, now)),
+        "error": error,
+        "error_since": rfc3339(run.error_since) if error else None,
+        "batch_count": len(run.batches),
+        "completed_count": sum(b.status == "completed" for b in run.batches),
+        "failed_count": sum(b.has_failed for b in run.batches),
+        "batches": batches,
+        "last_check_at": rfc3339(run.last_check_at),
+        "next_check_at": None if rests else rfc3339(run.next_at),
+        "completed_at": rfc3339(run.finished_at),
+        "trigger": None if run.phase in {Phase.POLLING, Phase.REFUSED} else trigger,
+    }
 
-    at: float  # Unix seconds
-    runs: Holder
-    config: Mapping[str, str | None]  # path, sha256, loaded_at, error, as `status --json` has them
-    works: Sequence[Work]  # the config's, in its order
-    usages: Mapping[str, Usage]  # by the secret's name
-    last_events: Mapping[str, Sequence[LogRow]]  # of each job that has any
-    fresh_for_s: float = 0.0  # a page of the daemon's that is older has outlived it
+
+def snapshot(  # noqa: PLR0913 - all that is known
+    config: Config, runs: Iterable[Run], stats: Stats, daemon: Shown, loaded: Shown, *, now: float
+) -> dict[str, Any]:
+    """Return `status --json`; `loaded` is what the state file has of the config that counts."""
+    views = [run_view(r, config.jobs.get(r.job), config.trigger_grace, now) for r in runs]
+    of_config: dict[str, Any] = {"path": str(config.path), "sha256": config.sha256}
+    of_config |= {"loaded_at": None, "error": None, **loaded}
+    refused = sum(bool(secret.trouble) for secret in stats)
+    return {
+        "version": __version__,
+        "generated_at": rfc3339(now),
+        "daemon": {k: daemon.get(k) for k in ("running", "pid", "started_at", "last_loop_at")},
+        "config": of_config,
+        "attention": sum(v["attention"] for v in views) + refused + bool(of_config["error"]),
+        "jobs": views,
+    }
 
 
 # --- in words -------------------------------------------------------------------------------------
 
+# The part of the page where the runs of a status stand, in the order in which people want them.
+PART_OF_STATUS: Final = {
+    "failed": "Needs attention",
+    "triggering": "Active",
+    "active": "Active",
+    "running": "Running",
+    "paused": "Paused",
+    "completed_with_failures": "Finished",
+    "completed": "Finished",
+}
 
-def in_words(seconds: float) -> str:
-    """Return a length of time as people say it: `3 min`."""
-    for unit, size in (("day", DAY_S), ("h", HOUR_S), ("min", MINUTE_S)):
-        count = round(seconds / size)
-        if seconds >= size * 0.99:
-            return f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
-    return f"{max(0, round(seconds))} s"
+
+def in_parts(shot: Shown) -> dict[str, list[Shown]]:
+    """Return the runs of a snapshot: attention first, finished last, of these the newest first."""
+    parts: dict[str, list[Shown]] = {part: [] for part in PART_OF_STATUS.values()}
+    for view in sorted(shot["jobs"], key=lambda view: view["completed_at"] or "", reverse=True):
+        parts[PART_OF_STATUS["failed" if view["attention"] else view["status"]]].append(view)
+    return parts
 
 
-def ago(unix_s: float | None, now: float) -> str:
-    """Return how long ago something was; what is recorded in the future is now."""
-    if unix_s is None:
+def counts_in_words(shot: Shown) -> str:
+    counts = collections.Counter(view["status"] for view in shot["jobs"])
+    words = [f"{counts[s]} {s.replace('_', ' ')}" for s in PART_OF_STATUS if counts[s]]
+    return ", ".join(words) or "no jobs"
+
+
+def general_troubles(shot: Shown, stats: Stats) -> list[str]:
+    """Return what needs attention and is no run: the config file, and secrets that are refused."""
+    errors = (shot["config"]["error"] or "").splitlines()
+    texts = ["The config file has problems; the previous one still counts:", *errors[:5]]
+    if len(errors) > 5:
+        texts.append(f"and {len(errors) - 5:,} more: see `teckochecker check`")
+    secrets = [secret.trouble for secret in stats if secret.trouble]
+    secrets = [trouble[0].upper() + trouble[1:] for trouble in secrets]
+    return [*(["\n".join(texts)] if errors else []), *secrets]
+
+
+def unix_of(text: str | None) -> float | None:
+    """Return a time of a snapshot as Unix seconds."""
+    return datetime.fromisoformat(text).timestamp() if text else None
+
+
+def ago(text: str | None, shot: Shown) -> str:
+    """Return how long before a snapshot something was; what is recorded in the future is now."""
+    at, now = unix_of(text), unix_of(shot["generated_at"]) or 0.0
+    if at is None:
         return "never"
-    return f"{in_words(now - unix_s)} ago" if now - unix_s >= 1 else "just now"
+    return f"{show_duration(now - at)} ago" if now - at >= 1 else "just now"
 
 
-def until(unix_s: float | None, now: float) -> str:
-    """Return how long it is until something."""
-    return f"in {in_words(unix_s - now)}" if unix_s is not None and unix_s - now >= 1 else "now"
-
-
-def progress(batch: Batch) -> float:
-    """Return which share of a batch is done, from 0 to 1."""
-    if batch.is_terminal:
-        return 1.0
-    ended = (batch.completed or 0) + (batch.failed or 0)
-    return min(1.0, ended / batch.total) if batch.total else 0.0
-
-
-def ratio(work: Work) -> str:
-    """Return how many batches have ended: `1/2`."""
-    return f"{sum(batch.is_terminal for batch in work.batches)}/{len(work.batches)}"
-
-
-def next_of_trigger(trigger: Trigger, now: float) -> str:
-    """Return what happens next to a trigger that has not started a Keboola job yet."""
-    when = until(trigger.next_try_at, now)
-    match trigger.state:
-        case TriggerState.REJECTED if trigger.next_try_at is None:
-            return "wait for another target, variables or token, or `retry`"
-        case TriggerState.REJECTED:
-            return f"try again {when}, or `retry`"
-        case TriggerState.SENDING:
-            return "wait for Keboola's answer"
-        case TriggerState.UNKNOWN:
-            return f"search Keboola again {when}"
-        case _:
-            return f"search Keboola {when}, then start it"
-
-
-def what_next(work: Work, now: float) -> str:
-    """Return what happens next to a job, and when; or what has come of it."""
-    trigger = work.trigger
-    if work.is_finished and trigger:
-        return f"started as Keboola job {trigger.keboola_job_id}, {ago(trigger.sent_at, now)}"
-    if work.done or work.paused:
-        return "nothing: it is done elsewhere" if work.done else "nothing while it is paused"
-    if trigger:
-        return next_of_trigger(trigger, now)
-    return "start it now" if work.is_ready else f"look {until(work.next_check_at, now)}"
-
-
-def who_runs(report: Report) -> str:
-    """Return whether anyone acts on the state file, as a sentence."""
-    return {
-        Holder.DAEMON: "The daemon runs.",
-        Holder.ONCE: "A pass of --once is being made.",
-        Holder.NOBODY: "Nothing runs: start the daemon, or --once.",
-        Holder.HIDDEN: "Whether the daemon runs, this user may not see.",
-    }.get(report.runs, "")
-
-
-def in_need_first(works: Iterable[Work]) -> list[Work]:
-    """Return jobs in the order in which a person wants to see them: what needs them, then the rest.
-
-    What runs comes before what rests and what is finished.
-    """
-    last = {JobStatus.PAUSED: 2, JobStatus.COMPLETED: 3, JobStatus.COMPLETED_WITH_FAILURES: 3}
-    return sorted(works, key=lambda w: 0 if needs_person(w) else last.get(job_status(w), 1))
-
-
-def jobs_in_words(works: Iterable[Work]) -> str:
-    """Return how many jobs have which status, in one line."""
-    counts = collections.Counter(map(job_status, works))
-    return ", ".join(f"{counts[status]} {status}" for status in JobStatus if counts[status])
-
-
-# --- as JSON --------------------------------------------------------------------------------------
-
-
-def batch_view(batch: Batch) -> dict[str, object]:
-    """Return a batch as `status --json` shows it."""
-    counts = {"total": batch.total, "completed": batch.completed, "failed": batch.failed}
-    return {
-        "id": batch.id,
-        "status": batch.status,
-        "request_counts": counts if batch.total is not None else None,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
-        "completed_at": rfc3339(batch.ended_at),
+def what_next(view: Shown, shot: Shown) -> str:
+    """Return what happens next to a run, and when; or what has come of it."""
+    status, trigger = view["status"], view["trigger"] or {}
+    due, now = unix_of(view["next_check_at"]), unix_of(shot["generated_at"]) or 0.0
+    when = "now" if shot["daemon"]["running"] else "once something runs"
+    if due and due - now >= 1:
+        when = f"in {show_duration(due - now)}"
+    ended = trigger.get("keboola_status") or "started"
+    keboola_job = f"Keboola job {trigger.get('keboola_job_id')}"
+    if status.startswith("completed"):
+        counts = [batch["request_counts"] or {} for batch in view["batches"]]
+        failed = sum(count.get("failed") or 0 for count in counts)
+        lost = f", {counted(failed, 'request')} failed" if failed else ""
+        outcome = f"{keboola_job}: {ended}, {ago(view['completed_at'], shot)}{lost}"
+        return outcome if trigger.get("keboola_job_id") else "done elsewhere"
+    if status == "paused" and not due:
+        return "nothing while it is paused"
+    if status == "failed" and not trigger:  # its policy refused it
+        return "`retry --force` starts it all the same"
+    again = f"tries again {when}" if due else "waits for a change of its config"
+    words = {
+        "polling": f"polls {when}" if due or not view["group"] else "waits for more batches",
+        "intent": f"searches Keboola {when}, then starts",
+        "sending": "waits for Keboola's answer",
+        "unknown": f"searches Keboola again {when}",
+        "rejected": f"{again}, or `retry`",
+        "sent": f"{keboola_job} is {ended}; polls {when}" if due else "`retry` starts it again",
     }
+    return words[trigger.get("state", "polling")]
 
 
-def trigger_view(trigger: Trigger | None) -> dict[str, object] | None:
-    """Return a trigger as `status --json` shows it."""
-    if trigger is None:
-        return None
-    return {
-        "id": trigger.id,
-        "state": trigger.state,
-        "keboola_job_id": trigger.keboola_job_id,
-        "keboola_status": trigger.keboola_status,
-        "url": trigger.url,
-        "sent_at": rfc3339(trigger.sent_at),
-        "error": trigger.error,
-    }
+def progress_of(view: Shown) -> tuple[str, int]:
+    """Return how many batches of a run are finished, and how much of its requests, in percent."""
+    total_share = 0.0  # each batch counts the same, and as a whole once it is finished
+    for batch in view["batches"]:
+        counts = batch["request_counts"] or {}
+        done = (counts.get("completed") or 0) + (counts.get("failed") or 0)
+        is_finished = STATUS_RANK.get(batch["status"]) == 3
+        total_share += 1.0 if is_finished else min(1.0, done / (counts.get("total") or math.inf))
+    percent = math.floor(100 * total_share / max(1, view["batch_count"]))
+    return f"{view['completed_count'] + view['failed_count']}/{view['batch_count']}", percent
 
 
-def job_view(work: Work) -> dict[str, object]:
-    """Return a job as `status --json` shows it."""
-    failed = sum(is_failure(b) for b in work.batches)
-    status = job_status(work)
-    return {
-        "name": work.name,
-        "status": status,
-        "error": error_of(work),
-        "batch_count": len(work.batches),
-        "completed_count": sum(b.status == BatchStatus.COMPLETED for b in work.batches),
-        "failed_count": failed,
-        "batches": [batch_view(batch) for batch in work.batches],
-        "last_check_at": rfc3339(work.last_check_at),
-        "next_check_at": rfc3339(work.next_check_at) if status == JobStatus.ACTIVE else None,
-        "completed_at": rfc3339(work.completed_at),
-        "trigger": trigger_view(work.trigger),
-    }
+def facts_of(view: Shown, shot: Shown) -> dict[str, str]:
+    """Return what people are told of a run beside its name and status."""
+    trigger, due = view["trigger"] or {}, view["next_check_at"]
+    facts = {"error": view["error"], "next": what_next(view, shot) + (f" ({due})" if due else "")}
+    for what, at in (("last poll", view["last_check_at"]), ("ended", view["completed_at"])):
+        facts[what] = f"{at} ({ago(at, shot)})" if at else None
+    facts["Keboola job"] = trigger.get("url") or trigger.get("keboola_job_id")
+    return {what: fact for what, fact in facts.items() if fact}
 
 
-def status_document(report: Report) -> dict[str, object]:
-    """Return what `status --json` prints and `status.json` holds."""
-    return {
-        "version": __version__,
-        "generated_at": rfc3339(report.at),
-        "config": dict(report.config),
-        "jobs": [job_view(work) for work in report.works],
-    }
-
-
-def status_json(report: Report) -> str:
-    """Return the document as JSON. Job by job: other threads wait while one piece is encoded."""
-    head, end = json.dumps(status_document(replace(report, works=()))).rsplit("[]", 1)
-    return f"{head}[{', '.join(json.dumps(job_view(work)) for work in report.works)}]{end}\n"
+def batch_words(batch: Shown, view: Shown) -> str:
+    """Return what is known of a batch of a run."""
+    status = batch["status"] or ("no answer yet" if view["last_check_at"] else "not polled")
+    words, counts = [f"{batch['id']} {status}"], batch["request_counts"]
+    if counts:
+        words.append(f"{counts['completed'] or 0}/{counts['total']} requests")
+    if batch["expires_at"] and STATUS_RANK.get(batch["status"]) != 3:
+        words.append(f"expires {batch['expires_at']}")
+    return ", ".join([*words, *filter(None, (batch["output_file_id"], batch["error_file_id"]))])
 
 
 # --- as metrics -----------------------------------------------------------------------------------
 
 
-Sample = tuple[Mapping[str, str], float]
+# A metric: its name, its help, and a value, where it is known, for each set of labels.
+Family = tuple[str, str, Mapping[str, float | None]]
 
 
-def metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> list[str]:
-    """Return the lines of a metric in Prometheus' text format (version 0.0.4)."""
+def metric_families(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> list[Family]:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    full = f"teckochecker_{name}"
-    lines = [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-    for labels, value in samples:
-        pairs = ",".join(f'{key}="{label.translate(escapes)}"' for key, label in labels.items())
-        lines.append(f"{full}{f'{{{pairs}}}' if pairs else ''} {value:.15g}")
-    return lines if len(lines) > 2 else []
 
+    def labels(**pairs: str) -> str:
+        parts = [f'{key}="{text.translate(escapes)}"' for key, text in pairs.items()]
+        return f"{{{','.join(parts)}}}"
 
-def by_label(label: str, names: Iterable[str], found: Iterable[str]) -> list[Sample]:
-    """Return how often each name was found; those that were not found are 0, not missing."""
-    counts = collections.Counter({str(name): 0 for name in names})
-    counts.update(map(str, found))
-    return [({label: name}, count) for name, count in counts.items()]
+    def by_status(counts: Mapping[str, int]) -> dict[str, float | None]:
+        return {labels(status=status): count for status, count in counts.items()}
 
+    def by_secret(key: str) -> dict[str, float | None]:
+        return {labels(account=s.name, service=s.type): getattr(s, key) for s in stats}
 
-def account_metrics(usages: Mapping[str, Usage]) -> list[str]:
-    """Return how the requests with each secret have fared."""
-    labels = {name: {"account": name, "service": use.service} for name, use in usages.items()}
+    views, config, now = shot["jobs"], shot["config"], unix_of(shot["generated_at"]) or 0.0
+    jobs = dict.fromkeys(PART_OF_STATUS, 0) | collections.Counter(view["status"] for view in views)
+    batches = collections.Counter(dict.fromkeys((*STATUS_RANK, "not_polled"), 0))
+    waits: dict[str, dict[str, float | None]] = {status: {} for status in PART_OF_STATUS}
+    for view in views:
+        batches.update(b["status"] or "not_polled" for b in view["batches"])
+        pending = [b for b in view["batches"] if STATUS_RANK.get(b["status"]) != 3]
+        times = {
+            "active": [b["created_at"] for b in pending],
+            "triggering": [max((b["completed_at"] or "" for b in view["batches"]), default=None)],
+            "running": [(view["trigger"] or {}).get("sent_at")],
+        }.get(view["status"], [])
+        since = unix_of(min(filter(None, times), default=None))
+        waits[view["status"]][labels(run=view["name"])] = since and max(0.0, now - since)
+    refused = {key: since is not None for key, since in by_secret("refused_since").items()}
+    succeeded, is_good = by_secret("last_success_at"), not config["error"]
+    loaded_at = unix_of(config["loaded_at"])
     return [
-        *metric(
-            "requests_total",
-            "counter",
-            "Requests made with a secret.",
-            [(labels[name], use.requests) for name, use in usages.items()],
-        ),
-        *metric(
-            "request_errors_total",
-            "counter",
-            "Requests with a secret that brought no success.",
-            [(labels[name], use.errors) for name, use in usages.items()],
-        ),
-        *metric(
-            "last_success_timestamp_seconds",
-            "gauge",
-            "When a request with a secret last succeeded.",
-            [(labels[n], use.last_success_at) for n, use in usages.items() if use.last_success_at],
-        ),
-        *metric(
-            "account_refused",
-            "gauge",
-            "Whether the server refuses the secret (401, 403).",
-            [(labels[name], use.refused_since is not None) for name, use in usages.items()],
-        ),
+        ("info", "The program's version.", {labels(version=shot["version"]): 1}),
+        ("generated_timestamp_seconds", "When this file was made.", {"": now}),
+        ("daemon_running", "Whether the daemon ran then.", {"": shot["daemon"]["running"]}),
+        ("attention", "Runs, keys and configs that need a person.", {"": shot["attention"]}),
+        ("jobs", "Runs by status.", by_status(jobs)),
+        ("batches", "Batches of these runs by status.", by_status(batches)),
+        ("run_oldest_batch_age_seconds", "Age of its oldest unfinished batch.", waits["active"]),
+        ("run_triggering_seconds", "How long a start has been due.", waits["triggering"]),
+        ("run_running_seconds", "How long its Keboola job has been running.", waits["running"]),
+        ("keboola_jobs", "Keboola jobs by how they ended.", by_status(ended)),
+        ("requests_total", "Requests made with a secret.", by_secret("requests")),
+        ("request_errors_total", "Those of them that failed.", by_secret("errors")),
+        ("last_success_timestamp_seconds", "When one of them last succeeded.", succeeded),
+        ("account_refused", "Whether the server refuses the secret (401).", refused),
+        ("config_last_reload_successful", "Whether the config file is good.", {"": is_good}),
+        ("config_last_reload_success_timestamp_seconds", "When it was loaded.", {"": loaded_at}),
     ]
 
 
-def config_metrics(config: Mapping[str, str | None]) -> list[str]:
-    """Return whether the config file counts, and since when the one that does."""
-    loaded_at = config.get("loaded_at")
-    loaded: list[Sample] = []
-    if loaded_at:
-        loaded = [({}, datetime.fromisoformat(loaded_at).timestamp())]
-    good: list[Sample] = [({}, config.get("error") is None)]
-    return [
-        *metric("config_last_reload_successful", "gauge", "Whether the config file counts.", good),
-        *metric(
-            "config_last_reload_success_timestamp_seconds",
-            "gauge",
-            "When the config that counts was loaded.",
-            loaded,
-        ),
-    ]
+def metrics(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> str:
+    """Return a snapshot in Prometheus' text format (version 0.0.4), for its textfile collector.
 
-
-def look_metrics(works: Iterable[Work], now: float) -> list[str]:
-    """Return how long ago batches were looked at."""
-    active = [work for work in works if job_status(work) == JobStatus.ACTIVE]
-    ages = [max(0.0, now - work.last_check_at) for work in active if work.last_check_at]
-    samples: list[list[Sample]] = [[({}, age)] for age in (min(ages), max(ages))] if ages else []
-    names = ("last_look_age_seconds", "oldest_look_age_seconds")
-    texts = (
-        "Seconds since the last look at the batches of any active job.",
-        "Seconds since the last look at the active job that has waited longest.",
-    )
-    lines = [metric(n, "gauge", t, s) for n, t, s in zip(names, texts, samples, strict=False)]
-    return [line for found in lines for line in found]
-
-
-def metrics(report: Report) -> str:
-    """Return the state of all jobs in Prometheus' text format, for its textfile collector."""
-    works = report.works
-    batches = (batch.status or "unseen" for work in works for batch in work.batches)
-    statuses = (*BatchStatus, "unseen")
-    states = (work.trigger.state for work in works if work.trigger)
-    needs: list[Sample] = [({}, sum(map(needs_person, works)))]
-    made: list[Sample] = [({}, report.at)]
-    info: list[Sample] = [({"version": __version__}, 1)]
-    runs: list[Sample] = [({}, report.runs == Holder.DAEMON)]
-    lines = [
-        *metric("info", "gauge", "The program's version.", info),
-        *metric("generated_timestamp_seconds", "gauge", "When this file was made.", made),
-        *metric("daemon_running", "gauge", "Whether the daemon ran then.", runs),
-        *metric(
-            "jobs",
-            "gauge",
-            "Jobs of the config by status.",
-            by_label("status", JobStatus, map(job_status, works)),
-        ),
-        *metric("jobs_in_need", "gauge", "Jobs that need a person.", needs),
-        *metric(
-            "batches",
-            "gauge",
-            "Batches of the config's jobs by status.",
-            by_label("status", statuses, batches),
-        ),
-        *metric(
-            "triggers",
-            "gauge",
-            "Starts of Keboola jobs by how far they have come.",
-            by_label("state", TriggerState, states),
-        ),
-        *look_metrics(works, report.at),
-        *account_metrics(report.usages),
-        *config_metrics(report.config),
-    ]
+    `ended` is how many Keboola jobs of all times had which end. What is not known is left out.
+    """
+    lines = []
+    for name, text, samples in metric_families(shot, stats, ended):
+        known = {key: value for key, value in samples.items() if value is not None}
+        kind = "counter" if name.endswith("_total") else "gauge"
+        if known:
+            lines += [f"# HELP teckochecker_{name} {text}", f"# TYPE teckochecker_{name} {kind}"]
+        lines += [f"teckochecker_{name}{key} {value:.15g}" for key, value in known.items()]
     return "".join(f"{line}\n" for line in lines)
 
 
 # --- as a page ------------------------------------------------------------------------------------
 
 PAGE_STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1c2024; --dim: #555d66; --paper: #fff; --card: #f5f6f8;
-  --line: #d5d9de; --link: #0b57c2; --good: #17713a; --run: #2b66c9; --bad: #b3261e;
-  --wait: #8a5a00; --track: #c9ced6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --dim: #a6adb7; --paper: #16181b;
-  --card: #202328; --line: #3a3f46; --link: #8ab8ff; --good: #62d68d; --run: #7fb0ff;
-  --bad: #ff8f86; --wait: #f2bd5c; --track: #444a53; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0; flex: 1 1 8rem; }
-p, ul { margin: .25rem 0; }
-ul { padding-left: 1.2rem; }
-a { color: var(--link); }
+:root { color-scheme: light dark; --dim: light-dark(#555d66, #a6adb7);
+  --link: light-dark(#0b57c2, #8ab8ff); --good: light-dark(#17713a, #62d68d);
+  --bad: light-dark(#b3261e, #ff8f86); --wait: light-dark(#8a5a00, #f2bd5c); }
+body { margin: auto; max-width: 70rem; padding: .75rem; font: 1rem/1.35 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.2rem; margin: .75rem 0 .25rem; }
+p { margin: .25rem 0; white-space: pre-wrap; }
 .dim { color: var(--dim); }
-.alarm { border: 2px solid var(--bad); border-radius: .5rem; padding: .75rem; margin: .75rem 0; }
-.alarm strong, .need .error { color: var(--bad); }
-.error { color: var(--wait); }
-.loud { background: #a3170f; border-color: #a3170f; color: #fff; font-size: 1.3rem; }
-.loud strong { color: inherit; }
-.stale { display: none; }
-.stale:target { display: block; }
-.job { background: var(--card); border: 1px solid var(--line);
-  border-left: .35rem solid var(--track); border-radius: .4rem; padding: .6rem .8rem;
-  margin: .5rem 0; }
-.job.need { border-left-color: var(--bad); }
-.job header { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; }
-.pill { font-weight: 600; }
-.completed, .good { color: var(--good); }
-.active { color: var(--run); }
+.alarm { background: #a3170f; border-radius: .5rem; color: #fff; padding: .75rem; }
+body:not(.old) .stale { display: none; }
+a, .active, .running { color: var(--link); }
+.error, .failed { color: var(--bad); }
+.completed { color: var(--good); }
 .paused, .triggering, .completed_with_failures { color: var(--wait); }
-.failed, .need .pill { color: var(--bad); }
-.bar { display: block; width: 100%; height: .6rem; margin: .4rem 0 .2rem; }
-.bar .track { fill: var(--track); }
-.bar .run { fill: var(--run); }
-.bar .good { fill: var(--good); }
-.bar .bad { fill: var(--bad); }
 summary { cursor: pointer; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
-  white-space: nowrap; vertical-align: top; }
-td:last-child { white-space: normal; min-width: 14rem; }
-.scroll { overflow-x: auto; }
-pre { white-space: pre-wrap; margin: .25rem 0; }
+.run { border-top: 1px solid #8888; padding: .25rem 0; }
+.run summary { display: flex; flex-wrap: wrap; gap: 0 .75rem; }
+.run summary > * { flex: 1 9rem; }
+.run progress { accent-color: var(--link); flex: 0 5rem; margin: .3rem 0; }
+.run .error { flex-basis: 100%; }
+"""
+
+PAGE_SCRIPT: Final = """
+const { made, alive } = document.body.dataset;
+const age_s = () => Math.max(0, Math.round(Date.now() / 1000 - made));
+function tell() {
+  const s = age_s(), minutes = Math.round(s / 60);
+  age.textContent = "(" + (s < 90 ? s + " s" : minutes < 90 ? minutes + " min" :
+    Math.round(s / 3600) + " h") + " ago)";
+  document.body.classList.toggle("old", alive === "1" && s > 180);
+}
+tell();
+setInterval(tell, 1000);
+setInterval(() => (age_s() > 120 || !document.querySelector("details[open]")) &&
+  location.reload(), 30000);
 """
 
 
-def esc(text: object) -> str:
-    """Return text that is only text in HTML, in an attribute too."""
-    return html.escape(str(text), quote=True)
-
-
-def dim(text: object) -> str:
-    """Return text that is not so important."""
-    return f'<span class="dim">{esc(text)}</span>'
-
-
-def bar(work: Work) -> str:
-    """Return a job's batches as a picture of one piece each, filled as far as it is done."""
-    pieces = []
-    for place, batch in enumerate(work.batches):
-        done = progress(batch)
-        kind = "bad" if is_failure(batch) else "good" if batch.is_terminal else "run"
-        width = 1 if place == len(work.batches) - 1 else 0.97
-        parts = ((kind, done), ("track", 1 - done))
-        rects = [
-            f'<rect class="{name}" x="{place + (name == "track") * width * done:.4g}" '
-            f'width="{width * share:.3g}" height="1"/>'
-            for name, share in parts
-            if share
-        ]
-        title = f"<title>{esc(batch.id)}: {esc(batch.status or 'not looked at yet')}</title>"
-        pieces.append(f"<g>{title}{''.join(rects)}</g>")
-    label = f"{ratio(work)} batches have ended"
-    box = f'viewBox="0 0 {len(work.batches)} 1" preserveAspectRatio="none"'
-    return f'<svg class="bar" role="img" aria-label="{label}" {box}>{"".join(pieces)}</svg>'
-
-
-def keboola_link(trigger: Trigger | None) -> str:
-    """Return the Keboola job of a trigger, as a link where its address is known."""
-    if trigger is None or trigger.keboola_job_id is None:
-        return ""
-    text = f"Keboola job {esc(trigger.keboola_job_id)}"
-    if not (trigger.url and trigger.url.startswith(("https://", "http://"))):
-        return f"{text}. "
-    return f'<a href="{esc(trigger.url)}" rel="noreferrer">{text}</a>. '
-
-
-def target_text(target: Target) -> str:
-    """Return what a job starts, in one line."""
-    branch = f", branch {target.branch_id}" if target.branch_id else ""
-    return f"{target.component_id} {target.config_id}{branch} on {target.stack_url}"
-
-
-def event_line(row: LogRow) -> str:
-    """Return an event without its job, in one line."""
-    facts = ", ".join(
-        f"{key} {one_line(str(value), 200)}" for key, value in row.event.fields.items()
+def page_row(view: Shown, shot: Shown) -> str:
+    """Return one run of the page: a line, and its details folded."""
+    (finished, percent), esc = progress_of(view), html.escape
+    error, facts = one_line(view["error"] or "", 120), facts_of(view, shot).items()
+    details = [f"{what}: {esc(fact)}" for what, fact in facts if fact != error]
+    if (view["trigger"] or {}).get("url"):  # it stands last
+        details[-1] = f'<a href="{esc(view["trigger"]["url"])}" rel=noreferrer>{details[-1]}</a>'
+    others = [esc(batch_words(b, view)) for b in view["batches"] if b["status"] != "completed"]
+    details += others[:4]
+    if len(others) > 4:
+        details.append(f"and {len(others) - 4:,} more")
+    return (
+        f"<details class=run><summary><strong>{esc(view['name'])}</strong>"
+        f"<span class={view['status']}>{view['status'].replace('_', ' ')} {finished}</span>"
+        f'<progress max=100 value={percent} title="{percent}% of the requests"></progress>'
+        f"<span class=dim>{esc(what_next(view, shot))}</span>"
+        f"{f'<span class=error>{esc(error)}</span>' if error else ''}</summary>"
+        f"{'<br>'.join(details)}</details>\n"
     )
-    return f"{rfc3339(row.at)} {row.event.name}{': ' if facts else ''}{facts}"
 
 
-def job_card(work: Work, events: Sequence[LogRow], now: float) -> str:
-    """Return one job of the page."""
-    status = job_status(work)
-    error = error_of(work)
-    ended_badly = [
-        f"{b.id} {b.status}" + (f": {b.error}" if b.error else "")
-        for b in work.batches
-        if is_failure(b)
-    ]
-    is_needy = needs_person(work)
-    looked = dim(f"Last look {ago(work.last_check_at, now)}.")
-    times = f"Next: {esc(what_next(work, now))}. {looked}"
-    if work.is_finished:
-        times = dim(f"Started {ago(work.completed_at, now)}.")
-    lines = [
-        f'<article class="job{" need" if is_needy else ""}">',
-        f'<header><h3>{esc(work.name)}</h3><span><span class="pill {status}">',
-        f'{status.replace("_", " ")}</span> <span class="dim">{ratio(work)}</span></span></header>',
-        bar(work),
-        f'<p class="error">{esc(error)}</p>' if error else "",
-        *(f'<p class="error">{esc(line)}</p>' for line in ended_badly),
-        f"<p>{keboola_link(work.trigger)}{times}</p>",
-        f'<p class="dim">Target: {esc(target_text(work.target))}</p>',
-    ]
-    if events:
-        items = "".join(f"<li>{esc(event_line(row))}</li>" for row in events)
-        opened = " open" if is_needy else ""
-        lines.append(f"<details{opened}><summary>Last events</summary><ul>{items}</ul></details>")
-    return "".join([*lines, "</article>\n"])
-
-
-def account_table(usages: Mapping[str, Usage], now: float) -> str:
-    """Return how the requests with each secret have fared."""
-    rows = []
-    for name, use in usages.items():
-        since = use.refused_since
-        last = f'<span class="error">refused since {rfc3339(since)}</span>' if since else ""
-        if use.error and not since:
-            last = f"last request failed: {esc(use.error)}"
-        cells = (
-            esc(name),
-            esc(use.service),
-            use.requests,
-            use.errors,
-            ago(use.last_success_at, now),
-            last,
-        )
-        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n")
-    names = ("Secret", "Type", "Requests", "Errors", "Last success", "State")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    body = "".join(rows)
-    whole = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    scroll = 'class="scroll" role="region" aria-label="Accounts" tabindex="0"'
-    return f"<div {scroll}><table>{whole}</table></div>\n"
-
-
-def page_alarms(report: Report) -> str:
-    """Return what a reader of the page has to see before anything else."""
-    parts = []
-    if report.runs == Holder.DAEMON:
-        # Shown only where the page is asked for anew and is still this one: see `page_head`.
-        parts.append(
-            f'<div class="alarm loud stale" role="alert" id="{page_id(report)}"><strong>This page '
-            f"is stale.</strong> It was made at {rfc3339(report.at)}, and no other one since: the "
-            "daemon has died, or cannot write here.</div>\n"
-        )
-    elif report.runs == Holder.NOBODY:
-        parts.append(
-            f'<div class="alarm loud" role="alert"><strong>The daemon was stopped</strong> at '
-            f"{rfc3339(report.at)}. Nothing is looked at and nothing is started.</div>\n"
-        )
-    if report.config.get("error"):
-        parts.append(
-            '<div class="alarm" role="alert"><strong>The config file has problems;</strong> the '
-            f"previous one still counts.<pre>{esc(report.config['error'])}</pre></div>\n"
-        )
-    return "".join(parts)
-
-
-def page_id(report: Report) -> str:
-    """Return what tells this page from the next one."""
-    return f"made-{report.at:.3f}".replace(".", "-")
-
-
-def page_refresh(report: Report, name: str) -> str:
-    """Return when the page that stands in a file is to be asked for anew, and from where."""
-    other = AGAIN_FILE if name == PAGE_FILE else PAGE_FILE
-    if report.runs != Holder.DAEMON:  # there may never be another one
-        return f"{MINUTE_S}; url={other}"
-    own = page_id(report)
-    return f"{math.ceil(report.fresh_for_s)}; url={other}?{own}#{own}"
-
-
-def page_head(report: Report, name: str = PAGE_FILE) -> str:
-    """Return the page's head. It needs no script, and would run none.
-
-    The page asks for itself anew when there must be another one: with an address that points at an
-    element of this one. Should it still be there, it is shown, and says that the page is stale.
-
-    Browsers do not load again what they show already, they only go to its element. So the page
-    is there under two names, each of which asks for the other one. A web server should send it
-    with `Cache-Control: no-cache`: what has not changed for a day, browsers keep for hours.
-    """
-    digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-    needs = sum(map(needs_person, report.works))
-    title = f"{needs} in need - TeckoChecker" if needs else "TeckoChecker"
+def page(shot: Shown, stats: Stats, events: Iterable[Event], *, once: bool) -> str:
+    """Return a snapshot as a page; with `once`, a pass of --once made it: no daemon is missed."""
+    at, is_alive, needs = shot["generated_at"], shot["daemon"]["running"], shot["attention"]
+    attention = f"{needs or 'Nothing'} need{'' if needs > 1 else 's'} attention"
+    troubles = general_troubles(shot, stats)
+    if not is_alive and not once:
+        troubles = [f"The daemon was stopped at {at}: nothing is polled or started.", *troubles]
+    esc, room = html.escape, 8  # rows that stand unfolded, or three of each part
+    main = [f"<p class=alarm role=alert>{esc(text)}</p>\n" for text in troubles]
+    for part, views in in_parts(shot).items():
+        rows = [page_row(view, shot) for view in views]
+        shown, rest = rows[: max(3, room)], rows[max(3, room) :]
+        room -= len(shown)
+        main += [f"<h2>{part} ({len(rows):,})</h2>\n", *shown] if rows else []
+        more = f"<details><summary>{len(rest):,} more</summary>{''.join(rest)}</details>\n"
+        main.append(more if rest else "")
+    lines = "".join(f"<li>{rfc3339(event.at)} {esc(event.text)}\n" for event in events)
+    digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     return f"""<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta http-equiv="refresh" content="{page_refresh(report, name)}">
-<title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<title>{attention} - TeckoChecker</title>
 <link rel="icon" href="data:,">
 <style>{PAGE_STYLE}</style>
-</head>
+<body data-made="{unix_of(at):.0f}" data-alive="{is_alive:d}">
+<h1>TeckoChecker</h1>
+<p>{attention}. {counts_in_words(shot)}</p>
+<p class=dim>Made at {at} <span id=age></span></p>
+<p class="alarm stale">This page was made at {at}, and no other one since: the daemon is dead.</p>
+<main>
+{"".join(main)}<h2>Log</h2>
+<details><summary>newest first</summary><ul>{lines}</ul></details></main>
+<script>{PAGE_SCRIPT}</script>
+</html>
 """
-
-
-def page_body(report: Report) -> str:
-    """Return the page below its head: what needs a person first."""
-    ordered = in_need_first(report.works)
-    needs = sum(map(needs_person, ordered))
-    cards = [job_card(w, report.last_events.get(w.name, ()), report.at) for w in ordered]
-    made = {Holder.DAEMON: "Made by the daemon", Holder.ONCE: "Made by a pass of --once"}
-    loaded = report.config.get("loaded_at")
-    parts = [
-        f"<body>\n<header>\n{page_alarms(report)}<h1>TeckoChecker</h1>\n",
-        f"<p>{jobs_in_words(report.works) or 'no jobs'}</p>\n",
-        f'<p class="dim">{made.get(report.runs, "Made")} at {rfc3339(report.at)}',
-        f"; config loaded at {esc(loaded)}</p>\n</header>\n" if loaded else "</p>\n</header>\n",
-        "<main>\n",
-        f"<h2>Needs a person ({needs})</h2>\n{''.join(cards[:needs])}"
-        if needs
-        else '<p class="good">No job needs a person.</p>\n',
-        f"<h2>Jobs ({len(cards) - needs})</h2>\n{''.join(cards[needs:]) or '<p>none</p>'}",
-        f"<h2>Accounts</h2>\n{account_table(report.usages, report.at)}" if report.usages else "",
-        "</main>\n</body>\n</html>\n",
-    ]
-    return "".join(parts)
 
 
 # --- as files -------------------------------------------------------------------------------------
 
 
-class LastEvents:
-    """The last events of each job, read from the log as it grows."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, collections.deque[LogRow]] = {}
-        self._last_id = 0
-
-    def read(self, store: Store, jobs: Iterable[str]) -> Mapping[str, Sequence[LogRow]]:
-        """Return the last events of these jobs, the newest first."""
-        names = set(jobs)
-        self._rows = {name: rows for name, rows in self._rows.items() if name in names}
-        last_id = store.last_log_id()
-        if self._rows:
-            for row in store.logs(after=self._last_id, job=None, most=None):
-                if row.event.job in self._rows and row.id <= last_id:
-                    self._rows[row.event.job].appendleft(row)
-        for name in names - self._rows.keys():
-            rows = store.logs(after=0, job=name, most=LAST_EVENTS)
-            found = [row for row in reversed(rows) if row.id <= last_id]
-            self._rows[name] = collections.deque(found, maxlen=LAST_EVENTS)
-        self._last_id = last_id
-        return self._rows
-
-
-def put_file(directory: Path, name: str, text: str) -> None:
-    """Write a file that everyone may read, as a whole or not at all. Raises OSError.
-
-    It is not synced: after a power loss the next one comes soon.
-    """
-    new = directory / new_name(name)
+def put_file(path: Path, text: str) -> None:
+    """Write a file that everyone may read, as a whole or not at all. Raises OSError."""
+    new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        # A descriptor, not a path; and what cannot be encoded must not end the process.
-        with open(fd, "w", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            os.fchmod(fd, 0o644)
+        with new.open("x", encoding="utf-8", errors="replace") as file:
+            os.fchmod(file.fileno(), 0o644)
             file.write(text)
-        new.replace(directory / name)
+        new.replace(path)
     finally:
         new.unlink(missing_ok=True)  # a full disk is not to stay full for its sake
 
 
-def published(report: Report) -> Iterator[tuple[str, str]]:
-    """Yield what is published, by the names of the files, each when the one before is written."""
-    yield STATUS_FILE, status_json(report)
-    yield METRICS_FILE, metrics(report)
-    body = page_body(report)
-    for name in (PAGE_FILE, AGAIN_FILE):
-        yield name, page_head(report, name) + body
+async def publish(engine: Engine, *, is_running: bool, trouble: str = "") -> str:
+    """Write page, document and metrics, if the config has a place for them.
 
-
-async def in_daemon_thread(work: Callable[[], None]) -> None:
-    """Do something in a thread that does not keep the process from ending, as a pool's would.
-
-    A directory on a network that hangs would hold it for ever.
+    Returns what is in the way, or ""; it is logged where it differs from `trouble`, that of before.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
+    config, path, stats = engine.loaded.config, engine.store.path, list(engine.stats.values())
+    runs, now, before = engine.shown(), engine.clock.now(), trouble
+    daemon = lock_owner(path) if is_running else {"running": False}
 
-    def settle(error: Exception | None) -> None:
-        if done.done():  # given up meanwhile
-            return
-        if error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+    def write(directory: Path) -> None:
+        with Store.reading(path) as store:
+            loaded = (store and store.meta("config")) or {}
+            events = store.events(most=50)[::-1] if store else []
+            query = "SELECT keboola_status, count(*) FROM runs WHERE phase = 'finished' GROUP BY 1"
+            ended = dict(store.db.execute(query).fetchall()) if store else {}
+        ended.pop(None, None)  # started before its status was known
+        shot = snapshot(config, runs, stats, daemon, loaded, now=now)
+        directory.mkdir(exist_ok=True)
+        put_file(directory / "status.json", f"{json.dumps(shot)}\n")
+        put_file(directory / "metrics.prom", metrics(shot, stats, ended))
+        put_file(directory / "status.html", page(shot, stats, events, once=engine.once))
 
-    def run() -> None:
-        came: Exception | None = None
+    trouble = ""
+    if config.publish_path:
         try:
-            work()
-        except Exception as error:  # noqa: BLE001 - raised where it is waited for
-            came = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, came)
-
-    threading.Thread(target=run, name="publish", daemon=True).start()
-    await done
-
-
-class Publisher:
-    """Writes what is `published` whenever something has changed."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._last_events = LastEvents()
-        self._one_at_a_time = threading.Lock()
-        self._trouble = ""
-        self._took_s = 0.0
-
-    async def run(self) -> None:
-        """Publish what has changed, and now and then what has not, while the process runs."""
-        while True:
-            self._engine.news_came.clear()
-            await self.publish(Holder.DAEMON)
-            pause_s = min(HEARTBEAT_S, max(1.0, self._took_s / PUBLISH_SHARE))
-            await asyncio.sleep(pause_s)
-            await wait_for_event(self._engine.news_came, HEARTBEAT_S - pause_s)
-
-    async def publish(self, runs: Holder) -> None:
-        """Write the files, if the config has a place for them; trouble is told once."""
-        directory = self._engine.setup.config.publish_path
-        if directory is None:
-            return
-        trouble = ""
-        try:
-            await in_daemon_thread(functools.partial(self._write, directory, self._report(runs)))
-        except (OSError, TeckoError, sqlite3.Error) as error:
-            trouble = one_line(str(error))
-        except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+            await asyncio.to_thread(write, config.publish_path)
+        except Exception as error:  # noqa: BLE001 - nothing here may end what starts jobs
             trouble = one_line(f"{type(error).__name__}: {error}")
-        if trouble and trouble != self._trouble:
-            fields_ = {"directory": str(directory), "error": trouble}
-            self._engine.note(Event("publish_failed", "warning", None, fields_))
-        elif self._trouble and not trouble:
-            self._engine.note(Event("publish_recovered", "info"))
-        self._trouble = trouble
+    if trouble != before:
+        name = "publish_failed" if trouble else "publish_recovered"
+        engine.log(Event.of(name, directory=str(config.publish_path), error=trouble))
+    return trouble
 
-    def _report(self, runs: Holder) -> Report:
-        """Return what the engine knows now; its works are not changed, only replaced."""
-        engine = self._engine
-        clock = engine.clock
-        wall, mono = clock.wall(), clock.mono()
-        config, usages = engine.setup.config, engine.usages()
-        asked = dict.fromkeys(config.openai, OpenAISecret.kind)
-        asked |= dict.fromkeys(config.keboola, KeboolaSecret.kind)
-        watches = [watch for watch in engine.watches.values() if watch.job]
-        watches.sort(key=lambda watch: watch.work.position or 0)
-        return Report(
-            at=wall,
-            runs=runs,
-            config=config_view(config, engine.store.meta("config") or {}),
-            works=[as_looked_at(watch, wall, mono) for watch in watches],
-            usages={name: usages.get(name, Usage(kind)) for name, kind in asked.items()},
-            last_events={},
-            fresh_for_s=HEARTBEAT_S + FRESH_S + 2 * self._took_s,
-        )
 
-    def _write(self, directory: Path, report: Report) -> None:
-        """Write the files, in a thread."""
+async def keep_published(engine: Engine) -> None:
+    """Publish whenever something has changed, and at least once a minute."""
+    happened, trouble = asyncio.Event(), ""
+    engine.told.append(happened)
+    while True:
+        happened.clear()
         started = time.monotonic()
-        with self._one_at_a_time:
-            with read_store(self._engine.store.path) as store:
-                names = [work.name for work in report.works]
-                events = self._last_events.read(store, names) if store else {}
-            directory.mkdir(exist_ok=True)
-            for name, text in published(replace(report, last_events=events)):
-                put_file(directory, name, text)
-        self._took_s = time.monotonic() - started
-
-
-def as_looked_at(watch: Watch, wall: float, mono: float) -> Work:
-    """Return a watch's work with the times of its looks, which the state file learns later."""
-    if not watch.looked_at or watch.work.is_ready:
-        return watch.work
-    return replace(watch.work, last_check_at=watch.looked_at, next_check_at=wall + watch.due - mono)
-
-
-def config_view(config: Config, meta: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the config that counts, as `status --json` shows it; `meta` is the process's word."""
-    return {
-        "path": meta.get("path", str(config.path)),
-        "sha256": meta.get("sha256", config.sha256),
-        "loaded_at": meta.get("loaded_at"),
-        "error": meta.get("error"),
-    }
+        trouble = await publish(engine, is_running=True, trouble=trouble)
+        rest_s = min(50.0, max(1.0, 30 * (time.monotonic() - started)))  # to cost little CPU
+        await asyncio.sleep(rest_s)
+        await wait_for_event(happened, 50.0 - rest_s)
 
 
 # ==================================================================================================
-# 10. Commands: what a person types. Only these print
+# 9. Commands: what a person types. Only these print
 # ==================================================================================================
+
+
+def config_path(args: argparse.Namespace) -> Path:
+    given_path = getattr(args, "config", None)
+    return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
+
+
+def counts_of(config: Config) -> str:
+    """Return how much a config is about, in words."""
+    batches = sum(len(job.batch_ids) for job in config.jobs.values())
+    return f"{counted(len(config.jobs), 'job')}, {counted(batches, 'batch')}"
 
 
 # --- the daemon and --once ------------------------------------------------------------------------
 
 
-def config_path(args: argparse.Namespace) -> Path:
-    """Return the config that a command is about."""
-    given_path = getattr(args, "config", None)
-    return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
+async def at_most(seconds: float, work: Awaitable[object], hurry: asyncio.Event) -> None:
+    """Wait for work so long at most, or until `hurry` is set."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hurry.wait())]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def was_cut_short(work: Coroutine[Any, Any, None], by: asyncio.Event) -> bool:
-    """Do something unless an event is or becomes set; returns whether it was."""
-    doing, waiting = asyncio.ensure_future(work), asyncio.ensure_future(by.wait())
+def load_at_start(
+    path: Path, files: Files, redactor: Redactor, *, once: bool
+) -> tuple[LoadedConfig, ConfigError | None]:
+    """Return the config to run with, and what is wrong with the file, if it is not that one.
+
+    A daemon whose file the last edit broke goes on with that path's last good one of the state
+    file. Raises ConfigError where there is none.
+    """
     try:
-        if not by.is_set():
-            await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        is_cut = not doing.done()
-    finally:
-        doing.cancel()
-        waiting.cancel()
-        await asyncio.gather(doing, waiting, return_exceptions=True)
-    if not is_cut:
-        doing.result()  # raises what it raised
-    return is_cut
+        return load_config(path, files, os.environ, redactor), None
+    except ConfigError as error:
+        state_path = read_config_file(path, files)[0].state_path
+        with contextlib.suppress(TeckoError), Store.reading(state_path) as store:
+            good = store and store.meta("good_config")
+            if good and not once and good["path"] == str(path.absolute()):
+                return load_config(path, files, os.environ, redactor, good["text"]), error
+        raise
 
 
-async def tell_once(engine: Engine, teller: Teller) -> None:
-    """Tell webhooks what a pass has found out; what takes long is for the next one."""
-    try:
-        engine.see_accounts()
-    except (StorageError, sqlite3.Error) as error:
-        engine.note_trouble(error)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(PATIENCE_S):
-            await teller.deliver()
-
-
-async def serve(path: Path, env: Mapping[str, str], *, once: bool) -> int:
+async def serve(path: Path, *, once: bool) -> int:
     """Be the daemon or, with `once`, one pass of it; returns the exit code.
 
     Raises ConfigError, LockedError and StateError before anything was asked of a server.
     """
-    redactor, files = Redactor(), Files()
-    setup = load_setup(path, files, env, redactor)
-    configure_logging(setup.config.log, redactor)
-    notifier = Notifier(env)
-    clock = SystemClock()
-    lock = StateLock(setup.config.state_path, Holder.ONCE if once else Holder.DAEMON)
-    store = Store.open(setup.config.state_path)
-    http = Http(setup.config.limits, redactor, clock)
-    engine = Engine(setup, store, lock, http, once=once)
-    publisher = Publisher(engine)
-    teller = Teller(engine, Http(Teller.limits(setup.config.limits), redactor, clock))
-    signals = Signals()
-    helpers: list[Helper] = []
+    redactor, files, writer, clock = Redactor(), Files(), LogWriter(), Clock()
+    asyncio.get_running_loop().set_default_executor(DaemonThreads())
+    loaded, rejected = load_at_start(path, files, redactor, once=once)
+    config, manager, signals = loaded.config, ServiceManager(os.environ), Signals()
+    configure = functools.partial(configure_logging, redactor=redactor, writer=writer)
+    configure(config)
+    lock = StateLock(config.state_path, "--once" if once else "daemon", clock.now())
+    store, http = Store.open(config.state_path), Http(config, redactor)
+    webhooks = Http(replace(config, max_concurrency=10, request_timeout=10), redactor)
+    engine = Engine(loaded, store, lock, http, clock, redactor, once=once)
+    helpers: list[Callable[[], Awaitable[None]]] = []
     if not once:
-        reloader = Reloader(engine, files, env, redactor, notifier)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.hangup.set)
-        alive = functools.partial(keep_alive, engine, notifier)
-        helpers = [alive, reloader.watch_clock, reloader.watch_files, publisher.run, teller.run]
+        reloader = Reloader(engine, files, manager, configure)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.on_hangup)
+        alive = functools.partial(keep_alive, engine, manager)
+        tell = functools.partial(send_webhooks, engine, webhooks)
+        show = functools.partial(keep_published, engine)
+        helpers = [alive, reloader.run, reloader.watch, show, tell]
     try:
-        note_loaded(engine, setup)
-        code = await run_engine(engine, signals, helpers, notifier)
-        if once and code == 0 and await was_cut_short(tell_once(engine, teller), signals.stop):
-            code = 130
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                last = publisher.publish(Holder.ONCE if once else Holder.NOBODY)
-                await was_cut_short(last, signals.stop if once else signals.now)
+        if not once:
+            batches = sum(len(job.batch_ids) for job in config.jobs.values())
+            facts: dict[str, Any] = {
+                "jobs": len(config.jobs),
+                "batches": batches,
+                "pid": os.getpid(),
+            }
+            facts |= {"version": __version__, "config": str(path), "what_text": counts_of(config)}
+            engine.log(Event.of("daemon_started", None, **facts))
+        engine.note_config(rejected)
+        code = await run_engine(engine, signals, helpers, manager)
+        if once and code == 0:
+            code = end_of_pass(engine)
+            telling = send_webhooks(engine, webhooks, once=True)
+            await at_most(PATIENCE_S, telling, signals.stop)
+            code = 130 if signals.stop.is_set() else code
+        elif not once:
+            engine.log(Event.of("daemon_stopped"))
+        await at_most(PATIENCE_S, publish(engine, is_running=False), signals.now)
     finally:
         await http.close()
-        store.close()
-        lock.close()
-    if code == 0 and once:
-        names = sorted(engine.in_need())
-        if names:  # said in every such pass: an exit code alone explains nothing
-            say(Event("jobs_need_attention", "warning", None, {"jobs": names}))
-        code = 1 if names or engine.has_failed else 0
+        await webhooks.close()
+        for used in (store, lock, writer):
+            used.close()
     return code
 
 
+def end_of_pass(engine: Engine) -> int:
+    """Tell what needs attention, when that is new and then once a day; returns the exit code."""
+    engine.sweep()
+    needs = {r.name: r.error or r.attention for r in engine.shown() if r.attention}
+    needs |= {name: use.trouble for name, use in engine.stats.items() if use.trouble}
+    names, now = list(needs), engine.clock.now()
+    told = engine.store.meta("attention_told") or {}
+    if needs and (told.get("names") != names or not 0 <= now - told["at"] < DAY_S):
+        runs = "; ".join(f"{name} ({why})" for name, why in needs.items())
+        event = Event.of("jobs_need_attention", count=len(names), runs=runs, names=names)
+        remember = Store.meta_statement("attention_told", {"names": names, "at": now})
+        engine.commit([], [event], [remember])
+    return 1 if needs or engine.has_failed else 0
+
+
 def run_daemon(args: argparse.Namespace) -> int:
-    """Run the daemon, or one pass with --once."""
-    return asyncio.run(serve(config_path(args), os.environ, once=args.once))
+    """Start a Keboola job, once, when OpenAI has finished a team's batches.
 
-
-# --- check, and what commands share ---------------------------------------------------------------
-
-
-def draft_for_reading(args: argparse.Namespace) -> Draft:
-    """Return the config so far as it can be read, for commands that look at the state file.
-
-    Raises ConfigError where that does not even tell where the state file is.
+    Without a command: run as the daemon, in the foreground, until SIGTERM; the config is read again
+    whenever it changes, and on SIGHUP.
     """
-    files, redactor = Files(), Redactor()
-    draft = read_draft(config_path(args), files)
-    if draft.problems:
-        redactor.learn(Opener(draft.config, files, os.environ).open_all().values())
-        draft = replace(draft, problems=without_secrets(draft.problems, redactor))
-    if not draft.config.sha256 and not is_there(draft.config.state_path):
-        raise ConfigError(draft.problems)
-    return draft
+    return asyncio.run(serve(config_path(args), once=args.once))
 
 
-def no_such_job(name: str) -> UsageError:
-    """Return the error of a command about a job that is not there."""
-    return UsageError(f"there is no job {quoted(name)}", "`status` lists them all")
+# --- what commands share --------------------------------------------------------------------------
 
-
-def counted(n: int, noun: str) -> str:
-    """Return a number with its noun."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{n} {noun if n == 1 else plural}"
-
-
-def run_check(args: argparse.Namespace) -> int:
-    """Validate the config just as the start does, without asking any server."""
-    path = config_path(args)
-    setup = load_setup(path, Files(), os.environ, Redactor())
-    for warning in setup.warnings:
-        print(f"{path}: warning: {warning}", file=sys.stderr)
-    jobs = setup.config.jobs.values()
-    batches = sum(len(job.batch_ids) for job in jobs)
-    counts = ((len(jobs), "job"), (batches, "batch"), (len(setup.secrets), "secret"))
-    print(f"{path}: fine: {', '.join(counted(n, noun) for n, noun in counts)}")
-    return 0
-
-
-RED: Final = "\033[31m"
-GREEN: Final = "\033[32m"
-DIM: Final = "\033[2m"
-PLAIN: Final = "\033[0m"
+RED, GREEN, DIM = "\033[31m", "\033[32m", "\033[2m"
 
 
 def can_show(text: str) -> bool:
     """Return whether standard output's encoding has these characters."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, "replace").decode(encoding) == text
 
 
 def painted(text: str, colour: str) -> str:
     """Return text in a colour, on a terminal whose owner wants colours (https://no-color.org)."""
     is_dumb = os.environ.get("TERM") == "dumb"
     is_wanted = sys.stdout.isatty() and not is_dumb and not os.environ.get("NO_COLOR")
-    return f"{colour}{text}{PLAIN}" if colour and text and is_wanted else text
+    return f"{colour}{text}\033[0m" if colour and text and is_wanted else text
 
 
-def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
-def fitted(text: str, most: int | None) -> str:
-    """Return a line, cut to so many columns."""
-    if most is None or columns_of(text) <= most:
-        return text
-    text = text[:most]
-    while text and columns_of(text) >= most:
-        text = text[:-1]
-    return f"{text}…" if can_show("…") else text
+# --- check, init ----------------------------------------------------------------------------------
 
 
-def terminal_columns() -> int | None:
-    """Return how wide the terminal is; None where standard output is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+def run_check(args: argparse.Namespace) -> int:
+    """Validate the config offline, just as the start does.
 
+    YAML, every key, the Fernet key and every secret. Each problem is one line with its place and
+    its cure. No server is asked.
+    """
+    path = config_path(args)
+    loaded = load_config(path, Files(), os.environ, Redactor())
+    for warning in loaded.warnings:
+        print(f"{path}: warning: {warning}", file=sys.stderr)
+    print(f"{path}: fine: {counts_of(loaded.config)}, {counted(len(loaded.secrets), 'secret')}")
+    return 0
 
-def table(
-    rows: Sequence[Sequence[str]], colours: Sequence[str] = (), most: int | None = None
-) -> list[str]:
-    """Return rows as lines with aligned columns, cut to a width if there is one."""
-    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row, colour in itertools.zip_longest(rows, colours, fillvalue=""):
-        cells = [
-            cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths, strict=True)
-        ]
-        lines.append(painted(fitted("  ".join(cells).rstrip(), most), colour))
-    return lines
-
-
-# --- init -----------------------------------------------------------------------------------------
 
 EXAMPLE_CONFIG: Final = """\
-# A first config for TeckoChecker. Replace what is in CAPITALS, then run `teckochecker encrypt` and
-# `teckochecker check`. What is commented out is optional; a key with a value there shows its
-# default, unless the line says "for example".
+# A first config for TeckoChecker. Put your own in place of what is in CAPITALS, then run
+# `teckochecker encrypt` and `teckochecker check`. README.md names all keys.
 
-# state: teckochecker.db            # the SQLite file; relative paths are relative to this file
-# key_file: teckochecker.key        # encrypts the values under `secrets`; mode 0600
-# publish: www                      # for example; a directory for a status page and metrics
-
-# log:
-#   level: info                     # debug | info | warning | error
-#   format: auto                    # auto (console on a terminal, else JSON lines) | console | json
-#   retention: 30d                  # how long the state file keeps its log
-# limits:
-#   max_concurrency: 10             # requests in flight, all servers together: 1 to 100
-#   request_timeout: 30s            # for one request as a whole: 1s to 60s
-#   trigger_grace: 60s              # how long Keboola's search may not show a new job: 30s to 24h
+# publish: www                       # a directory for status.html, status.json, metrics.prom
 
 secrets:
   openai-prod:
     type: openai
-    value: YOUR-OPENAI-KEY          # in plain only until `teckochecker encrypt` has run
-    # env: OPENAI_API_KEY           # or, instead of value: the name of an environment variable
-    # file: /run/secrets/openai     # or a file with nothing but the key
-    # base_url: https://api.openai.com/v1    # or another server with the same batch API
-    # organization: org-abc         # for example; header OpenAI-Organization
-    # project: proj_abc             # for example; header OpenAI-Project
+    value: YOUR-OPENAI-KEY           # in plain only until `teckochecker encrypt`
   keboola-prod:
     type: keboola
-    value: YOUR-KEBOOLA-TOKEN       # env: and file: work here too
-    stack_url: https://connection.keboola.com    # the address in your browser, up to the first /
-  # alerts:                         # for example; a webhook, which `notify` below makes use of
-  #   type: webhook
-  #   value: https://hooks.slack.com/services/T0/B0/XYZ    # the address is a secret: encrypt it
+    value: YOUR-KEBOOLA-TOKEN
+    stack_url: https://connection.keboola.com   # the address in your browser, up to the first /
+  # alerts: {type: webhook, value: https://YOUR-WEBHOOK}   # the address is secret: encrypt it
 
-# notify:                           # for example; without events: all of them
-#   - {secret: alerts, events: [job_failed, trigger_unknown, account_failing, config_rejected]}
+# notify:                            # who is told when something needs attention
+#   - {secret: alerts}
 
-# Any key of a job may stand here; the job's own value wins.
-defaults:
+defaults:                            # any key of a job; the job's own value wins
   openai_secret: openai-prod
   keboola_secret: keboola-prod
-  component_id: kds-team.app-custom-python
-  # poll_interval: 30s              # 1s to 24h
+  component_id: kds-team.app-custom-python   # keboola.orchestrator or keboola.flow starts a Flow
+  poll_interval: 30s                 # 1s to 24h; durations are 30s, 2m, 1h30m, 7d
 
 jobs:
-  my-first-job:                     # any name; with the batch ids it is what a job is known by
-    batch_ids: [batch_YOUR_ID]      # 1 to 10; the Keboola job starts when all of them have ended
-    config_id: "123456"             # the Keboola configuration to start
-    # branch_id: "789"              # for example; a Keboola development branch
-    # config_row_ids: ["1", "2"]    # for example; only these rows of the configuration
-    # mode: run                     # run | forceRun | debug
-    # variables: {dataset: products}    # for example; more variables for the Keboola job
-    # paused: false                 # true: no looks at the batches, no Keboola job
-    # done: false                   # true: something else has started it; nothing is to be done
+  my-first-job:                      # any name without a /
+    batch_ids: [batch_YOUR_ID]       # 1 to 10; when all are finished, the Keboola job is started
+    config_id: "123456"              # the Keboola configuration to start
+    # deadline: 26h                  # needs attention when the batches take longer than that
+  # found-by-metadata:               # batches are found by their metadata, as they come
+  #   match: {pipeline: nightly}     # every pair must be equal; instead of batch_ids
+  #   since: 2026-11-25              # batches created before that date (UTC) are not looked at
+  #   config_id: "123457"
 """
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a file that only its owner can read. Raises UsageError if there is one already."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise UsageError(
-            f"{path} is there already", "nothing is overwritten: choose another DIR"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", "choose another DIR") from None
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
-        file.write(text)
-        file.flush()
-        os.fsync(fd)
-
-
 def run_init(args: argparse.Namespace) -> int:
-    """Write a first config and a new key."""
-    from cryptography.fernet import Fernet
+    """Write a commented config.yaml and a new key file.
 
-    directory = Path(args.directory)
-    config, key = directory / "config.yaml", directory / DEFAULT_KEY
-    for path in (config, key):  # so that not one of them is written where the other one is there
-        if is_there(path):
-            raise UsageError(
-                f"{path} is there already", "nothing is overwritten: choose another DIR"
-            )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot make {directory}: {error.strerror}", "choose another DIR"
-        ) from None
-    write_new(key, Fernet.generate_key().decode() + "\n")
-    write_new(config, EXAMPLE_CONFIG)
-    shown = shlex.quote(str(config))
-    print(f"wrote {config} and {key}, which only you can read. Next:")
-    print(f"  1. edit {config}: tokens in plain, stack, batch ids, config_id")
-    print(f"  2. teckochecker --config {shown} encrypt")
-    print(f"  3. teckochecker --config {shown} check, then doctor, then neither: the daemon")
+    Both only for your eyes (mode 0600). What is there already is never overwritten.
+    """
+    directory, made = Path(args.directory), []
+    config, key = directory / "config.yaml", directory / "teckochecker.key"
+    directory.mkdir(parents=True, exist_ok=True)
+    private = functools.partial(os.open, mode=0o600)
+    for path, text in ((config, EXAMPLE_CONFIG), (key, f"{Fernet.generate_key().decode()}\n")):
+        with contextlib.suppress(FileExistsError):
+            with open(path, "x", encoding="utf-8", opener=private) as file:
+                file.write(text)
+            made.append(path)
+    if not made:
+        raise UsageError(f"{config} and {key} are there already", "nothing is overwritten")
+    command = f"teckochecker --config {shlex.quote(str(config))}"
+    print(f"wrote {' and '.join(map(str, made))}, which only you can read. Next:")
+    print(f"  1. edit {config}: stack, batch ids, config_id, and the tokens, in plain for now")
+    print(f"  2. {command} encrypt")
+    print(f"  3. {command} doctor, then without a command: the daemon")
     return 0
 
 
-# --- secrets --------------------------------------------------------------------------------------
+# --- editing the config ---------------------------------------------------------------------------
 
 
-def source_text(source: SecretSource) -> str:
-    """Return where a secret's value comes from; never the value."""
-    text = source.text.reveal()
-    if source.kind == "value":
-        return "value" if looks_encrypted(text) else "value, NOT ENCRYPTED: run `encrypt`"
-    if source.kind == "env" and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", text):
-        return "env, BUT NOT A VARIABLE'S NAME"  # it may be the token itself
-    return f"{source.kind} {one_line(text, 200)}"
+def yaml_text(value: object) -> str:
+    """Return a value in YAML's flow style, in quotes where text would be read as another type."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{yaml_text(k)}: {yaml_text(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml_text, value))}]"
+    text = json.dumps(value, ensure_ascii=False)  # which is YAML too
+    if re.search("[\ud800-\udfff]", text):
+        raise UsageError(f"{quoted(text)} is not UTF-8 text", "nothing is changed")
+    if isinstance(value, str) and re.fullmatch(r"\w[\w ./=@-]*(?<! )", value):
+        node: Any = yaml.compose(value, Loader=_LOADER)
+        text = value if node.tag == f"{_TAG}str" else text
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
-def run_secrets(args: argparse.Namespace) -> int:
-    """List the secrets, and who uses each."""
-    draft = read_draft(config_path(args), Files())
-    if draft.problems:
-        raise ConfigError(draft.problems)
-    config = draft.config
-    users: dict[str, list[str]] = {hook.secret: ["notify"] for hook in config.notify}
-    for job in config.jobs.values():
-        users.setdefault(job.openai_secret, []).append(job.name)
-        users.setdefault(job.keboola_secret, []).append(job.name)
-    rows = [("SECRET", "TYPE", "FROM", "USED BY")]
-    for secret in config.secrets.values():
-        jobs = ", ".join(users.get(secret.name, ())) or "nobody"
-        rows.append((secret.name, secret.kind, source_text(secret.source), jobs))
-    print("\n".join(table(rows)) if config.secrets else "no secrets")
-    return 0
+def block_lines(values: Mapping[str, object], column: int, depth: int) -> Iterator[str]:
+    """Yield lines in block style; below depth 3, where a job has its keys, all is flow style."""
+    for key, value in values.items():
+        head = f"{' ' * column}{yaml_text(key)}:"
+        if value and isinstance(value, Mapping) and depth < 3:
+            yield head
+            yield from block_lines(value, column + (column or 2), depth + 1)
+        else:
+            yield f"{head} {yaml_text(value)}"
 
 
-# --- encrypt --------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class ConfigEditor:
+    """A config's text, changed at the marks of its YAML nodes; all else keeps every byte.
 
-
-def encrypted_value(at: Cursor, old: str, keyring: Keyring, *, rotate: bool) -> str | None:
-    """Return what to write instead of a value, or None and a problem."""
-    if keyring.decrypt(old) is not None:
-        return keyring.rotate(old) if rotate else old
-    if looks_encrypted(old):
-        return at.bad("is encrypted with another key", "add that key after the first one")
-    problem = check_secret_value(old)
-    return at.bad(problem, "write the token") if problem else keyring.encrypt(Secret(old))
-
-
-def spliced(node_text: str, token: str) -> str:
-    """Return a scalar's source text with its value replaced.
-
-    An anchor stays, a comment behind it or behind a block's `|`, and what ends a block.
+    Each change is read back: where the new text does not say what is meant, or says more than that,
+    TeckoError is raised, and the text stays. A byte order mark is no part of the text.
     """
-    anchor = re.match(r"(?:[&!]\S*\s+|#[^\n]*\n\s*)*", node_text)
-    prefix = anchor[0] if anchor else ""
-    block = re.match(r"[|>][^\r\n#]*(#[^\r\n]*)?\r?\n", node_text[len(prefix) :])
-    comment = f"  {block[1].rstrip()}" if block and block[1] else ""
-    end = node_text[len(node_text.rstrip()) :]
-    return f"{prefix}{token}{comment}{end}"
+
+    text: str
+    tree: YamlNode
+
+    def find(self, *path: str) -> YamlNode | None:
+        found: YamlNode | None = self.tree
+        for name in path:
+            found = found.entries("").get(name) if found else None
+        return found
+
+    def entries(self, *path: str) -> dict[str, YamlNode]:
+        """Return what a section or an entry has; what is wrong there is no business of ours."""
+        found = self.find(*path)
+        return found.entries("") if found else {}
+
+    def set(self, value: object, *path: str) -> None:
+        """Replace a value, or add it below those beside it; makes a missing section."""
+        node, parent = self.find(*path), self.find(*path[:-1])
+        if parent is None:
+            self.set({path[-1]: value}, *path[:-1])
+        elif node is None:
+            self._apply(self._added(parent, value, *path), value, *path)
+        else:
+            start, end = self._span(node)
+            comment = re.match(r"[|>][-+\d]*([ \t]+#[^\r\n]*)", self.text[start:end])
+            new = f"{'' if start < end else ' '}{yaml_text(value)}{comment[1] if comment else ''}"
+            self._apply([(start, end, new)], value, *path)
+
+    def remove(self, *path: str) -> None:
+        """Remove a key with its value and the comments inside; an emptied section becomes {}."""
+        entry, parent = self.find(*path), self.find(*path[:-1])
+        if entry is None or parent is None:
+            raise UsageError(f"{self.tree.file} has no {'.'.join(path)}", "nothing is changed")
+        start, end, splices = entry.key.start_mark.index, entry.node.end_mark.index, []
+        node: Any = parent.node
+        if not node.flow_style:
+            start, end = start - entry.key.start_mark.column, self._end_of(entry.key, parent)
+            end = self.text.find("\n", end) + 1 or end
+            if len(node.value) == 1:
+                colon = self.text.find(":", parent.key.end_mark.index) + 1
+                splices = [(colon, colon, " {}")]
+        elif comma := re.match(r"\s*,[ \t]*", self.text[end:]):
+            end += comma.end()
+        elif (before := self.text[:start].rstrip(" \t")).endswith(","):
+            start = len(before) - 1
+        self._apply([(start, end, ""), *splices], None, *path)
+
+    def _span(self, at: YamlNode) -> tuple[int, int]:
+        """Return where a value begins and ends; a block's own marks take in what follows it."""
+        start, end = at.node.start_mark.index, at.node.end_mark.index
+        return start, start + len(self.text[start:end].rstrip())
+
+    def _end_of(self, key: yaml.Node, parent: YamlNode) -> int:
+        """Return where the last line of an entry ends: of its value, or of a deeper comment."""
+        start, column = key.start_mark.index, key.start_mark.column
+        limits = [parent.node.end_mark.index, *(k.start_mark.index for k, _ in parent.node.value)]
+        lines = self.text[start : min(limit for limit in limits if limit > start)].split("\n")
+        while re.fullmatch(rf"\s*| {{0,{column}}}#.*", lines[-1]):
+            lines.pop()
+        return start + len("\n".join(lines).rstrip("\r"))
+
+    def _added(self, parent: YamlNode, value: object, *path: str) -> list[tuple[int, int, str]]:
+        """Return the splices that put a key below those beside it, in their style."""
+        node: Any = parent.node
+        outer: Any = self.find(*path[:-2])
+        pair, splices, (start, end) = {path[-1]: value}, [], self._span(parent)
+        is_empty = self.text[start:end] in {"", "{}", "~", "null"}
+        if is_empty and path[1:] and not outer.node.flow_style:
+            splices = [(len(self.text[:start].rstrip(" \t")), end, "")]
+            column, below = parent.key.start_mark.column, self._end_of(parent.key, outer)
+            column += column or 2
+        elif not parent.is_mapping:
+            return []
+        elif node.flow_style:
+            end = node.value[-1][1].end_mark.index if node.value else end - 1
+            return [(end, end, f"{', ' if node.value else ''}{yaml_text(pair)[1:-1]}")]
+        else:
+            last = node.value[-1][0]
+            column, below = last.start_mark.column, self._end_of(last, parent)
+        line_end = "\r\n" if "\r\n" in self.text else "\n"
+        lines = "".join(f"{line_end}{line}" for line in block_lines(pair, column, len(path)))
+        return [*splices, (below, below, lines)]
+
+    def _apply(self, splices: list[tuple[int, int, str]], value: object, *path: str) -> None:
+        """Change the text, if all it says differently then is `value` at `path` (None: removed)."""
+        meant: Any = self.tree.plain_value()
+        inner = meant
+        for name in path[:-1]:
+            inner[name] = inner[name] if isinstance(inner.get(name), dict) else {}
+            inner = inner[name]
+        inner.pop(path[-1], None)
+        if value is not None:
+            node: Any = yaml.compose(yaml_text(value), Loader=_LOADER)
+            inner[path[-1]] = replace(self.tree, node=node).plain_value()
+        text = self.text
+        for start, end, new in sorted(splices, reverse=True):
+            text = text[:start] + new + text[end:]
+        tree = compose(text, Path(self.tree.file), [])
+        if tree is None or tree.plain_value() != meant:
+            what = f"cannot change {one_line('.'.join(path))} in {self.tree.file}"
+            why = "an anchor, a key that stands twice, or the layout is in the way"
+            raise TeckoError(f"{what}: {why}", "edit it by hand")
+        self.text, self.tree = text, tree
 
 
-def encrypted_text(
-    text: str, values: Mapping[str, Cursor], keyring: Keyring, *, rotate: bool
-) -> tuple[str, list[str]]:
-    """Return the config's text with its plain values encrypted, and the names of their secrets.
+# --- the config file ------------------------------------------------------------------------------
 
-    With `rotate`, tokens are closed again with the first key too. Raises ConfigError.
-    """
-    changes: dict[tuple[int, int], str] = {}
-    names: list[str] = []
-    problems: list[Problem] = []
-    secrets: list[Secret] = []
-    for name, at in values.items():
-        old = at.text("write the token")
-        secrets.append(keyring.decrypt(old or "") or Secret(old or ""))
-        new = None if old is None else encrypted_value(at, old, keyring, rotate=rotate)
-        problems = at.problems
-        if new and new != old:
-            changes[at.node.start_mark.index, at.node.end_mark.index] = new
-            names.append(name)
-    if problems:
-        raise ConfigError(problems)
-    for (start, end), token in sorted(changes.items(), reverse=True):
-        text = text[:start] + spliced(text[start:end], token) + text[end:]
-    again = secret_values(text, Path(), problems)
-    if [keyring.decrypt(str(at.node.value)) for at in again.values()] != secrets:
-        raise TeckoError(
-            "an encrypted value would not read back the same", "write it in quotes, on one line"
-        )
-    return text, names
+
+@contextlib.contextmanager
+def editors_lock(path: Path) -> Iterator[None]:
+    """Keep other editors out of a config's directory. Raises TeckoError after ten seconds."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without locks, what others change is still noticed
+            fd = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            for _ in range(500):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.02)
+            else:
+                what = f"another command has been changing {path} for ten seconds"
+                raise TeckoError(what, "run this one again")
+        yield
 
 
 def replace_file(path: Path, old: bytes, new: bytes) -> None:
-    """Replace a file's content as a whole or not at all; mode and owner stay.
-
-    Raises TeckoError if someone else has written it meanwhile, or it cannot be done.
-    """
-    real = path.resolve()
-    fd, temporary = tempfile.mkstemp(dir=real.parent, prefix=f".{real.name}.")
+    """Replace a file's content as a whole or not at all; mode, owner and links to it stay."""
+    real = Path(os.path.realpath(path))
     try:
-        with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
-            before = real.stat()
-            file.write(new)
-            file.flush()
-            if (os.fstat(fd).st_uid, os.fstat(fd).st_gid) != (before.st_uid, before.st_gid):
-                os.fchown(fd, before.st_uid, before.st_gid)
-            os.fchmod(fd, stat.S_IMODE(before.st_mode))
-            os.fsync(fd)
-        if real.read_bytes() != old:
-            raise TeckoError(f"{path} was changed meanwhile", "run the command again")
-        Path(temporary).replace(real)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=real.parent, prefix=".teckochecker-") as directory:
+            temporary, status = Path(directory, "config"), real.stat()
+            temporary.write_bytes(new)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.chown(temporary, status.st_uid, status.st_gid)
+            temporary.chmod(stat.S_IMODE(status.st_mode))
+            if real.read_bytes() != old:
+                raise TeckoError(f"{path} was changed meanwhile", "run the command again")
+            temporary.replace(real)
+    except OSError as error:
+        hint = "run this as the file's owner, with room on the disk"
+        if error.errno == errno.EBUSY:
+            hint = "it is a mount of its own: mount its directory instead"
+        raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
 
 
-def typed_text(name: str) -> str:
-    """Return what a person types, unseen, or what comes over standard input."""
-    if sys.stdin is None:  # closed by whoever started us
-        return ""
-    if sys.stdin.isatty():
-        with contextlib.suppress(EOFError):
-            return getpass.getpass(f"{name}: ")
-        return ""
-    return sys.stdin.buffer.read(MAX_SECRET_BYTES + 1).decode("utf-8", "replace")
+def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> int:
+    """Change the config file, if that brings no new problem; print what `change` says, return 0."""
+    with editors_lock(path):
+        files = Files()
+        config, problems, text = read_config_file(path, files)
+        tree = compose(text, path, [])
+        if tree is None:
+            raise ConfigError(problems)
+        old = text.removeprefix("\ufeff")
+        editor = ConfigEditor(old, tree)
+        done = change(editor, config)
+        known = {(problem.path, problem.what) for problem in problems}
+        for problem in parse_config(editor.text, path)[1]:
+            if (problem.path, problem.what) not in known:
+                raise UsageError(one_line(f"{problem.path}: {problem.what}", 1000), problem.cure)
+        if editor.text != old:
+            new = text[: len(text) - len(old)] + editor.text
+            replace_file(path, files.read(path).data, new.encode())
+    print(done)
+    return 0
 
 
-def new_secret(name: str, kind: str | None) -> Secret:
-    """Return a new value for a secret. Raises UsageError for what can be none."""
-    text = typed_text(name)
-    problem = f"is over {MAX_SECRET_BYTES >> 10} KiB" if len(text) > MAX_SECRET_BYTES else None
-    text = text.strip()
-    problem = problem or check_secret_value(text)
-    if problem is None and kind == WebhookSecret.kind:
-        problem = webhook_problem(text)
-    if problem:
-        raise UsageError(f"what was given for {name} {problem}", "nothing is changed")
-    return Secret(text)
+# --- encrypt, secret ------------------------------------------------------------------------------
 
 
-def text_with_value(text: str, found: Mapping[str, Cursor], token: str) -> str:
-    """Return the config's text with a token as the `value` of a secret; `found` are its keys."""
-    if "value" in found:
-        node = found["value"].node
-        start, end = node.start_mark.index, node.end_mark.index
-        new = spliced(text[start:end], token) if end > start else f" {token}"
-        return text[:start] + new + text[end:]
-    last = found["type"]
-    place = last.node.end_mark.index
-    if last.key is None or text[place:].lstrip()[:1] in {",", "}"}:  # in braces
-        return f"{text[:place]}, value: {token}{text[place:]}"
-    line = text[place:].partition("\n")[0]
-    end_of_line = "\r\n" if line.endswith("\r") else "\n"
-    place += len(line.rstrip("\r"))  # behind a comment
-    indent = " " * last.key.start_mark.column
-    return f"{text[:place]}{end_of_line}{indent}value: {token}{text[place:]}"
+def text_of(own: Mapping[str, YamlNode], key: str) -> str | None:
+    return own[key].text("") if key in own else None
 
 
-def set_value(text: str, path: Path, name: str, keyring: Keyring) -> str:
-    """Return the config's text with a new value for one secret. Raises TeckoError."""
-    problems: list[Problem] = []
-    entries = secret_entries(text, path, problems)
+def encrypt_values(editor: ConfigEditor, config: Config, *only: str, rotate: bool = False) -> str:
+    """Put tokens in the place of plain values. Raises ConfigError for each that cannot be one."""
+    opener = SecretOpener(config, Files(), os.environ)
+    keys, tokens, problems = opener.fernet(), {}, []
+    if keys is None:
+        raise ConfigError(opener.problems)
+    for name in only or editor.entries("secrets"):
+        own = editor.entries("secrets", name)
+        text = text_of(own, "value")
+        if text is None:
+            continue
+        opened = decrypted(keys, text)
+        plain = text if opened is None else opened
+        problem = token_problem(plain, text_of(own, "type") or "")
+        if opened is None and looks_encrypted(text):
+            problem = "is encrypted with another key", "add that key after the first one"
+        if problem:
+            own["value"].bad(*problem)
+            problems.append(own["value"].problems[-1])
+        elif opened is None or rotate:
+            tokens[name] = keys.encrypt(plain.encode()).decode()
     if problems:
         raise ConfigError(problems)
-    found = entries.get(name, {})
-    other = next((kind for kind in ("env", "file") if kind in found), None)
-    if "type" not in found:
-        cure = "write it there with its type: (and stack_url:) first"
-        raise UsageError(f"{path} has no secret {quoted(name)} under secrets", cure)
-    if other:
-        raise UsageError(f"the secret {name} has {other}:", f"take {other}: out first")
-    secret = new_secret(name, found["type"].text(""))
-    token = keyring.encrypt(secret)
-    wanted = raw_values(text, path) | {name: token}
-    text = text_with_value(text, found, token)
-    if raw_values(text, path) != wanted:  # an anchor would change another one with it
-        cure = f"write {name}: with type: and value: of its own, each on its own line"
-        raise TeckoError(f"the value has no place of its own in {path}", cure)
-    return text
-
-
-def raw_values(text: str, path: Path) -> dict[str, str]:
-    """Return what is written as each secret's `value`; nothing where the text cannot be read."""
-    problems: list[Problem] = []
-    values = secret_values(text, path, problems)
-    return {} if problems else {name: str(at.node.value) for name, at in values.items()}
+    for name, token in tokens.items():
+        editor.set(token, "secrets", name, "value")
+    return f"encrypted: {', '.join(tokens)}" if tokens else "nothing to do: no value is in plain"
 
 
 def run_encrypt(args: argparse.Namespace) -> int:
-    """Encrypt the plain values of the config, in place; or a new value for one secret."""
-    path, files = config_path(args), Files()
-    draft = read_draft(path, files)
-    if not draft.config.sha256:
-        raise ConfigError(draft.problems)
-    data = files.read(path).data
-    text = data.decode().removeprefix(BYTE_ORDER_MARK)
-    mark = data[: len(data) - len(text.encode())]
-    problems: list[Problem] = []
-    values = secret_values(text, path, problems)
-    if problems:
-        raise ConfigError(problems)
-    names: list[str] = []
-    if values or args.set is not None:
-        opener = Opener(draft.config, files, os.environ)
-        keyring = opener.keyring()
-        if keyring is None:
-            raise ConfigError(opener.problems)
-        if args.set is not None:
-            text, names = set_value(text, path, args.set, keyring), [args.set]
+    """Encrypt every plain value under `secrets:` in the config, in place.
+
+    What is encrypted already stays, but --rotate encrypts it with the first key; the old one can
+    then be removed from the key file. If one value cannot be encrypted, nothing is written.
+    """
+    return edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate))
+
+
+def typed_text(name: str) -> str:
+    """Return what a person types, unseen, or what comes over standard input, if anything does."""
+    with contextlib.suppress(EOFError, AttributeError):  # AttributeError: it is closed
+        if sys.stdin.isatty():
+            return getpass.getpass(f"{name}: ").strip()
+        return sys.stdin.buffer.read(70_000).decode("utf-8", "replace").strip()
+    return ""
+
+
+def secret_users(editor: ConfigEditor) -> dict[str, list[str]]:
+    """Return who uses each secret: jobs (also unfinished ones), `defaults` and `notify`."""
+    defaults, rules = editor.entries("defaults"), editor.find("notify")
+    uses = [("defaults", defaults)]
+    uses += [(name, defaults | job.entries("")) for name, job in editor.entries("jobs").items()]
+    uses += [("notify", rule.entries("")) for rule in (rules.items("") if rules else ())]
+    users: dict[str, list[str]] = {}
+    for user, keys in uses:
+        names = (text_of(keys, key) for key in ("openai_secret", "keboola_secret", "secret"))
+        for name in filter(None, names):
+            users.setdefault(name, []).append(user)
+    return users
+
+
+def run_secret(args: argparse.Namespace) -> int:
+    """List the secrets of the config, set one, or remove one.
+
+    `set` asks for the value without showing it, or reads it from standard input, and writes it into
+    the config, encrypted. A new secret needs --type; one of type keboola also --stack-url. `remove`
+    is refused while anything uses the secret. `list` shows types and users, and never a value.
+    """
+    name = getattr(args, "name", "")
+
+    def list_all(editor: ConfigEditor, config: Config) -> str:
+        users, rows = secret_users(editor), [("SECRET", "TYPE", "USED BY")]
+        for name in editor.entries("secrets"):
+            secret, using = config.secrets.get(name), ", ".join(users.get(name, ["nobody"]))
+            kind = secret.type if secret else "not readable: run `check`"
+            rows.append((one_line(name), kind, one_line(using, 80)))
+        return "\n".join(table(rows)) if rows[1:] else "no secrets"
+
+    def set_one(editor: ConfigEditor, config: Config) -> str:
+        old_kind = text_of(editor.entries("secrets", name), "type")
+        if old_kind and args.type not in {None, old_kind}:
+            cure = "leave --type out, or remove the secret first"
+            raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
+        values = {"type": None if old_kind else args.type, "value": text}
+        values |= {"stack_url": args.stack_url, "base_url": args.base_url}
+        for key, value in given(values).items():
+            editor.set(value, "secrets", name, key)
+        encrypt_values(editor, config, name)
+        return f"encrypted: {name}"
+
+    def remove_one(editor: ConfigEditor, _: Config) -> str:
+        if users := secret_users(editor).get(name):
+            using = one_line(", ".join(users))
+            raise UsageError(f"the secret {name} is used by {using}", "change that first")
+        editor.remove("secrets", name)
+        return f"removed: {name}"
+
+    text = typed_text(name) if args.action == "set" else ""  # not under the lock: it may take long
+    change = {"list": list_all, "set": set_one, "remove": remove_one}[args.action]
+    return edit_config(config_path(args), change)
+
+
+# --- job ------------------------------------------------------------------------------------------
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each key that a job can have."""
+    for key, reader in JOB_KEYS.items():
+        option, is_ids = f"--{key.replace('_', '-')}", key.endswith("_ids")
+        if reader is YamlNode.boolean:
+            parser.add_argument(option, dest=key, action=argparse.BooleanOptionalAction)
+        elif is_ids or key in {"match", "variables"}:
+            option, form = option.removesuffix("s"), "ID" if is_ids else "KEY=VALUE"
+            parser.add_argument(option, dest=key, metavar=form, action="append", help="repeatable")
         else:
-            text, names = encrypted_text(text, values, keyring, rotate=args.rotate)
-    try:
-        if names:
-            replace_file(path, data, mark + text.encode())
-    except OSError as error:
-        hint = "run this as the file's owner, with room on the disk"
-        raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
-    print(f"encrypted: {', '.join(names)}" if names else "nothing to do: no value is in plain")
-    return 0
+            parser.add_argument(option, dest=key, metavar="TEXT")
+
+
+def run_job(args: argparse.Namespace) -> int:
+    """Add a job to the config, or pause, resume or remove one.
+
+    The daemon sees the change by itself. `add` needs --batch-id or --match, and what `defaults:`
+    does not say already. A paused job polls nothing and starts nothing; of a removed one, the runs
+    in flight are finished. Comments and layout of the file stay as they are.
+    """
+    name = args.name
+
+    def change(editor: ConfigEditor, _: Config) -> str:
+        is_there = editor.find("jobs", name) is not None
+        if args.action == "add":
+            if is_there:
+                raise UsageError(f"there is a job {quoted(name)} already", "choose another name")
+            values = given({key: getattr(args, key) for key in JOB_KEYS})
+            for key in values.keys() & {"match", "variables"}:
+                pairs = [text.partition("=") for text in values[key]]
+                if not all(left and equals for left, equals, _ in pairs):
+                    raise UsageError(f"{key} is written KEY=VALUE", "nothing is changed")
+                values[key] = {left: right for left, _, right in pairs}
+            editor.set(values, "jobs", name)
+        elif not is_there:
+            raise UsageError(f"there is no job {quoted(name)}", "`status` lists them all")
+        elif args.action == "remove":
+            editor.remove("jobs", name)
+        else:
+            editor.set(args.action == "pause", "jobs", name, "paused")
+        return f"{args.action.removesuffix('e')}ed: {name}"
+
+    return edit_config(config_path(args), change)
 
 
 # --- doctor ---------------------------------------------------------------------------------------
 
-LEAST_FREE_BYTES: Final = 100 * 1024 * 1024
-MOST_SKEW_S: Final = MINUTE_S
-EXPIRES_SOON_S: Final = 14 * DAY_S
-DOCTOR_TIMEOUT_S: Final = 10
-DOCTOR_PATIENCE_S: Final = 45  # for all requests with one secret; the secrets go side by side
-WORTH_A_PAGE: Final = 10  # batches that a page of the list shows; fewer are asked for one by one
-VARIABLES_COMPONENT: Final = "keboola.variables"
-
-
-def new_token_cure(secret: AnySecret) -> str:
-    """Return where a new token belongs."""
-    if secret.source.kind == "value":
-        return f"make a new one, then run `encrypt --set {secret.name}`"
-    return f"make a new one, and put it into {source_text(secret.source)}"
-
-
-def cure_for(secret: AnySecret, error: ApiError) -> str:
-    """Return what to do where a server takes no request with a secret."""
-    return new_token_cure(secret) if error.status in REFUSED else server_cure(error)
-
-
-def server_cure(error: ApiError) -> str:
-    """Return what to do where it is not the secret that a server refuses."""
-    if error.status is None:
-        return "check the address, the network and the proxy"
-    if error.status < 400:
-        return "check the address: something else answers there"
-    return "see the server's own words, and its status page"
-
-
-class Findings:
-    """What is right and what is wrong, in the order in which it is told.
-
-    What is found out side by side gets a `part` each, in the order of the config.
-    """
-
-    def __init__(self) -> None:
-        self._found: list[tuple[bool, str] | Findings] = []
-
-    def good(self, text: str) -> None:
-        """Note what is right."""
-        self._found.append((True, text))
-
-    def bad(self, text: str, cure: str = "") -> None:
-        """Note what is wrong, and what to do about it."""
-        self._found.append((False, f"{text}; {cure}" if cure else text))
-
-    def part(self) -> Findings:
-        """Return a place for what is yet to be found out."""
-        part = Findings()
-        self._found.append(part)
-        return part
-
-    def lines(self) -> Iterator[tuple[bool, str]]:
-        """Return each line, with whether it tells of something right."""
-        for found in self._found:
-            if isinstance(found, Findings):
-                yield from found.lines()
-            else:
-                yield found
-
-
-Sight = Callable[[str, Http, Findings], Coroutine[Any, Any, None]]
-
 
 class Doctor:
-    """Tries out everything that has to be right, and prints a line about each."""
+    """Tries everything that has to be right, and prints a line about each thing."""
 
     def __init__(self, config: Config, secrets: Mapping[str, Secret], redactor: Redactor) -> None:
         self.config = config
-        self.is_ill = False
+        self.counts: collections.Counter[str] = collections.Counter()  # of lines, by mark
         self._secrets = secrets
         self._redactor = redactor
-        self._ended: set[str] = set()  # batches that nobody looks at again
-        self._finished: set[tuple[str, str]] = set()  # jobs, by name and batches
-        self._skews: dict[str, float] = {}  # by the secret whose server told the time
+        # The batches that are polled, by job. What `done` or a finished run is about may be gone.
+        self._polled = {name: {*job.batch_ids} for name, job in config.jobs.items() if not job.done}
 
-    def tell(self, found: Findings) -> None:
-        """Print what was found out."""
-        for is_right, text in found.lines():
-            self.is_ill = self.is_ill or not is_right
-            right, wrong = ("✓", "✗") if can_show("✓✗") else ("ok", "WRONG")
-            mark = painted(right, GREEN) if is_right else painted(wrong, RED)
-            print(mark, one_line(self._redactor.text(text), 1000), flush=True)
+    def tell(self, mark: str, what: str, cure: str = "") -> None:
+        """Print what is right (✓), could be better (!) or is wrong (✗), and count it."""
+        self.counts[mark] += 1
+        words = {} if can_show("✓✗") else {"✓": "ok", "✗": "WRONG"}
+        shown = painted(words.get(mark, mark), {"✓": GREEN, "✗": RED}.get(mark, ""))
+        text = self._redactor.text(f"{what}; {cure}" if cure else what)
+        print(shown, one_line(text, 1000), flush=True)
 
-    # --- this machine ---
-
-    def see_config(self, draft: Draft, opener: Opener) -> None:
-        """Tell what is wrong with the config, the key and the secrets."""
-        found = Findings()
-        problems = sorted([*draft.problems, *opener.problems], key=lambda problem: problem.place)
-        for problem in problems:
-            found.bad(str(problem))
-        if not problems:
-            jobs, secrets = len(self.config.jobs), len(self._secrets)
-            words = f"{counted(jobs, 'job')}, {counted(secrets, 'secret')}, and every secret opens"
-            found.good(f"{self.config.path}: {words}")
-        for warning in opener.warnings:
-            found.bad(warning)
-        self.tell(found)
-
-    def see_files(self) -> None:
-        """Check what lies on this machine's disk."""
-        found, path = Findings(), self.config.state_path
-        self._see_directory(path.parent, "the state file", found)
-        place = self.config.publish_path
-        if place:
-            where = place if os.path.lexists(place) else place.parent
-            self._see_directory(where, "published files", found)
+    def check_files(self) -> None:
+        """Check the directories, the state file, and whose the files are."""
+        state, publish = self.config.state_path, self.config.publish_path
+        self._check_directory(state.parent, "the state file")
+        if publish:
+            place = publish if os.path.lexists(publish) else publish.parent
+            self._check_directory(place, "published files")
         try:
-            with read_store(path) as store:
+            with Store.reading(state) as store:
                 if store:
-                    store.refuse_damage()
-                    self._learn(store.works("position IS NOT NULL"))
-            self._see_rights(path, found)
+                    store.check_undamaged()
+                    self._leave_out_finished(store)
             there = "is whole" if store else "is not there yet: the first start makes it"
-            found.good(f"the state file {path} {there}")
+            self.tell("✓", f"the state file {state} {there}")
+            if state.parent.is_dir():
+                self._check_owners()
         except TeckoError as error:
-            found.bad(str(error))
-        except sqlite3.Error as error:
-            found.bad(f"cannot use the state file {path}: {error}", state_hint(error))
-        holder = holder_of(path)
-        running = {Holder.NOBODY: "nothing runs now", Holder.HIDDEN: "something may run now"}
-        found.good(running.get(holder, f"running now: {holder}"))
-        self.tell(found)
+            self.tell("✗", str(error))
 
-    def _learn(self, works: Iterable[Work]) -> None:
-        """Remember what is over: its batches and its configuration may be gone by now."""
-        for work in works:
-            self._ended |= {batch.id for batch in work.batches if batch.is_terminal}
-            if work.is_finished:
-                self._finished.add((work.name, batch_key(batch.id for batch in work.batches)))
-
-    def _open_jobs(self) -> list[Job]:
-        """Return the jobs that something is still to be done for."""
-        jobs = self.config.jobs.values()
-        return [
-            job
-            for job in jobs
-            if not job.done and (job.name, batch_key(job.batch_ids)) not in self._finished
-        ]
-
-    def _see_directory(self, directory: Path, what: str, found: Findings) -> None:
-        """Check that files can be made in a directory, and that its disk has room."""
-        try:
-            free = shutil.disk_usage(directory).free
-        except OSError as error:
-            cure = "create it (under systemd, the unit does)"
-            return found.bad(f"{directory}, for {what}: {error.strerror}", cure)
+    def _check_directory(self, directory: Path, what: str) -> None:
+        text = f"{directory}, for {what},"
         if not os.access(directory, os.W_OK | os.X_OK):
-            cure = "as the daemon's user, it would have to be: chown it, or run this as that user"
-            return found.bad(f"{directory}, for {what}, cannot be written by this user", cure)
-        if free < LEAST_FREE_BYTES:
-            text = f"{directory}, for {what}, has {free >> 20} MiB left"
-            return found.bad(text, "free some of the disk")
-        return found.good(f"{directory}, for {what}: {free >> 20:,} MiB free")
+            cure = "create it, or run this as the daemon's user"
+            self.tell("✗", f"{text} is not there, or not this user's to write", cure)
+        elif (free_mib := shutil.disk_usage(directory).free >> 20) < 100:
+            self.tell("✗", f"{text} has only {free_mib} MiB left", "make room on that disk")
+        else:
+            self.tell("✓", f"{text} has {free_mib:,} MiB left")
 
-    def _see_rights(self, state_path: Path, found: Findings) -> None:
-        """Check that the files that are there already can be written."""
-        for path in (state_path, lock_path(state_path)):
-            if is_there(path) and not os.access(path, os.R_OK | os.W_OK):
-                cure = "chown it to the daemon's user, or run this as that user"
-                found.bad(f"{path} cannot be written by this user", cure)
+    def _check_owners(self) -> None:
+        """Check that the files belong to the daemon's user, and that it can read the config.
 
-    # --- the servers ---
+        It is the directory's owner. In one of root's it may be anybody: then the lock file tells.
+        """
+        config, state = self.config.path, self.config.state_path
+        lock, *beside = (state.with_name(state.name + end) for end in (".lock", "-wal", "-shm"))
+        files = {path: path.stat() for path in (config, state, lock, *beside) if path.exists()}
+        model = lock if lock in files and state.parent.stat().st_uid == 0 else state.parent
+        user = model.stat()
+        if user.st_uid == 0 or files[config].st_mode & 0o044:  # whoever's: it can be read
+            del files[config]
+        for path in (path for path, file in files.items() if file.st_uid != user.st_uid):
+            owners = [owner_of(path), owner_of(model)]
+            what = f"{path} belongs to {owners[0]}, but {model} to {owners[1]}"
+            run = f"run: chown {user.st_uid}:{user.st_gid} {shlex.quote(str(path))}"
+            self.tell("✗", what, run)
 
-    async def see_servers(self) -> None:
-        """Ask OpenAI and Keboola with every secret, about everything that the jobs need of them."""
-        timeout_s = min(DOCTOR_TIMEOUT_S, self.config.limits.request_timeout_s)
-        limits = replace(self.config.limits, request_timeout_s=timeout_s)
-        http = Http(limits, self._redactor, SystemClock())
-        sights = [(self._see_openai, name) for name in self.config.openai if name in self._secrets]
-        sights += [
-            (self._see_keboola, name) for name in self.config.keboola if name in self._secrets
-        ]
-        tasks = [asyncio.create_task(self._patiently(see, name, http)) for see, name in sights]
+    def _leave_out_finished(self, store: Store) -> None:
+        """Leave out jobs and batches that are finished, and add the batches of groups."""
+        jobs, polled = self.config.jobs, self._polled
+        for run in store.runs_for(jobs, recent=False):
+            ids = {batch.id for batch in run.batches}
+            if run.job not in polled or not (run.group or ids == {*jobs[run.job].batch_ids}):
+                continue
+            if run.phase is Phase.FINISHED and not run.group:
+                del polled[run.job]
+            else:
+                polled[run.job] |= ids
+                polled[run.job] -= {batch.id for batch in run.batches if batch.is_final}
+
+    async def check_servers(self) -> None:
+        """Ask OpenAI and Keboola with every secret about all that the jobs need of them."""
+        asyncio.get_running_loop().set_default_executor(DaemonThreads())
+        timeout_s = min(8, self.config.request_timeout)
+        http = Http(replace(self.config, request_timeout=timeout_s), self._redactor)
         try:
-            for task in tasks:
-                self.tell(await task)
+            await asyncio.gather(*(self._check_secret(name, http) for name in self._secrets))
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await http.close()
-        self._see_skews()
 
-    async def _patiently(self, see: Sight, name: str, http: Http) -> Findings:
-        """Return what is found out with one secret, as far as the time allows."""
-        found = Findings()
+    async def _check_secret(self, name: str, http: Http) -> None:
+        entry, parts = self.config.secrets[name], (self._secrets[name], http, Clock())
         try:
-            async with asyncio.timeout(DOCTOR_PATIENCE_S):
-                await see(name, http, found)
-        except TimeoutError:
-            text = f"{name}: not everything was answered within {DOCTOR_PATIENCE_S} s"
-            found.bad(text, "see why its server is slow; for very many jobs, raise max_concurrency")
-        return found
-
-    def _note_time(self, name: str, came: Answer | ApiError) -> None:
-        """Remember how far a server's clock is from ours."""
-        server_s = None if isinstance(came, ApiError) else http_date(came.headers.get("date", ""))
-        if server_s is not None:
-            self._skews[name] = time.time() - server_s
-
-    def _see_skews(self) -> None:
-        found = Findings()
-        wrong = {name: skew for name, skew in self._skews.items() if abs(skew) > MOST_SKEW_S}
-        for name, skew in wrong.items():
-            side = "ahead of" if skew > 0 else "behind"
-            cure = "let NTP set it (systemd-timesyncd, chrony)"
-            found.bad(f"the clock is {in_words(abs(skew))} {side} the server's of {name}", cure)
-        if self._skews and not wrong:
-            most = max(map(abs, self._skews.values()))
-            found.good(f"the clock agrees with the servers' to {most:.0f} s")
-        self.tell(found)
-
-    # --- OpenAI ---
-
-    async def _see_openai(self, name: str, http: Http, found: Findings) -> None:
-        """Check an OpenAI key, and whether it reads the batches that are watched with it."""
-        secret = self.config.openai[name]
-        account = Account(self._secrets[name], secret.base_url, secret.organization, secret.project)
-        client = OpenAIClient(account, http, functools.partial(self._note_time, name))
-        jobs = [job for job in self._open_jobs() if job.openai_secret == name]
-        ids = dict.fromkeys(batch_id for job in jobs for batch_id in job.batch_ids)
-        watched = [batch_id for batch_id in ids if batch_id not in self._ended]
-        listed: set[str] = set()
-        try:
-            listed = await self._listed(client, watched)
-            found.good(f"{name}: {secret.base_url} takes the key")
+            if entry.type == "openai":
+                await self._check_openai(OpenAI(entry, *parts, lambda *_: None))
+            elif entry.type == "keboola":
+                await self._check_keboola(Keboola(entry, *parts, lambda *_: None))
         except ApiError as error:
-            if error.status not in {404, 405}:
-                found.bad(f"{name}: {secret.base_url}: {error}", cure_for(secret, error))
-                return
-            if not watched:
-                text = f"{name}: {secret.base_url} has no list of batches"
-                found.good(f"{text}, and no job a batch: the key is not tried")
-        failures = await self._unreadable(client, [key for key in watched if key not in listed])
-        self._tell_failures(name, jobs, failures, found)
-        if len(failures) < len(watched):
-            found.good(f"{name}: reads {len(watched) - len(failures)} of {len(watched)} batches")
+            self._tell_failure(name, f"{name}: {entry.stack_url or entry.base_url}", error)
 
-    def _tell_failures(
-        self,
-        name: str,
-        jobs: Iterable[Job],
-        failures: Mapping[str, ApiError],
-        found: Findings,
-    ) -> None:
-        for job in jobs:
-            for batch_id in job.batch_ids:
-                error = failures.get(batch_id)
-                if error is None:
-                    continue
-                cure = cure_for(self.config.secrets[name], error)
-                if error.status == 404:
-                    cure = "correct batch_ids, or openai_secret, or that secret's base_url"
-                found.bad(f"job {job.name}: {batch_id}: {error}", cure)
+    def _tell_failure(self, name: str, what: str, error: ApiError, not_there: str = "") -> None:
+        """Tell of a request that failed; `not_there` is the cure of an id that is wrong."""
+        token, address = self._new_token(name), "check the address, the network and the proxy"
+        cures = {None: address, 200: address, 401: token, 403: not_there or token}
+        cures |= {400: not_there, 404: not_there} if not_there else {}
+        cure = cures.get(error.status, "see the server's own words, and its status page")
+        self.tell("✗", f"{what}: {error}", cure)
 
-    async def _listed(self, client: OpenAIClient, watched: Sequence[str]) -> set[str]:
-        """Return which batches the account's list shows, page after page while they show many."""
-        known = {batch_id: Batch(batch_id) for batch_id in watched}
-        listed: set[str] = set()
-        cursor = None
-        while True:
-            page = await client.page(cursor, known)
-            fresh = page.batches.keys() - listed
-            listed |= fresh
-            is_worth_it = len(fresh) >= WORTH_A_PAGE and len(listed) < len(known)
-            if not (is_worth_it and page.has_more):
-                return listed
-            cursor = page.ids[-1]
+    def _new_token(self, name: str) -> str:
+        """Return where a new token for a secret belongs."""
+        entry, config = self.config.secrets[name], shlex.quote(str(self.config.path))
+        if entry.source != "value":
+            return f"make a new one, and put it into {entry.source} {entry.text.reveal()}"
+        return f"make a new one, then run: teckochecker --config {config} secret set {name}"
 
-    async def _unreadable(
-        self, client: OpenAIClient, batch_ids: Sequence[str]
-    ) -> dict[str, ApiError]:
-        """Return which batches cannot be read, and why."""
-        failures: dict[str, ApiError] = {}
-
-        async def see(batch_id: str) -> None:
-            try:
-                await client.batch(batch_id)
-            except ApiError as error:
-                failures[batch_id] = error
-
-        await all_of(map(see, batch_ids))
-        return failures
-
-    # --- Keboola ---
-
-    async def _see_keboola(self, name: str, http: Http, found: Findings) -> None:
-        """Check a Keboola token, its queue, and every configuration that is started with it."""
-        stack_url = self.config.keboola[name].stack_url
-        note = functools.partial(self._note_time, name)
-        client = KeboolaClient(stack_url, self._secrets[name], http, note=note)
+    async def _check_openai(self, openai: OpenAI) -> None:
+        """Check an OpenAI key, and whether it reads the batches that are polled with it."""
+        name, jobs, shown = openai.name, self.config.jobs, set[str]()
+        polled = {job: ids for job, ids in self._polled.items() if jobs[job].openai_secret == name}
+        batch_ids = set(itertools.chain(*polled.values()))
         try:
-            self._see_token(name, await client.verify(), found)
+            shown = {row["id"] for row in (await openai.page(None))[0]}
+            self.tell("✓", f"{name}: {self.config.secrets[name].base_url} takes the key")
         except ApiError as error:
-            return found.bad(
-                f"{name}: {stack_url}: {error}", cure_for(self.config.secrets[name], error)
-            )
-        jobs: dict[Target, list[Job]] = {}
-        for job in self._open_jobs():
-            if job.keboola_secret == name:
-                jobs.setdefault(self.config.target(job), []).append(job)
-        queue = self._see_queue(name, client, next(iter(jobs), None), found.part())
-        sights = [self._see_target(client, t, own, found.part()) for t, own in jobs.items()]
-        return await all_of([queue, *sights])
+            is_needed = not batch_ids or any(jobs[job].match for job in polled)
+            if is_needed or error.status not in {404, 405, 429, 501}:  # these are the list's alone
+                raise
+        left = batch_ids - shown
+        answers = await asyncio.gather(*map(openai.ask, left), return_exceptions=True)
+        failures = {k: e for k, e in zip(left, answers, strict=True) if isinstance(e, ApiError)}
+        cure = "correct the id, the secret or its base_url"
+        for job, ids in polled.items():
+            for key in sorted(ids & failures.keys()):
+                self._tell_failure(name, f"job {job}: {key}", failures[key], cure)
+        if read := len(batch_ids) - len(failures):
+            self.tell("✓", f"{name}: reads {read:,} of {counted(len(batch_ids), 'batch')}")
 
-    def _see_token(self, name: str, said: Mapping[str, Any], found: Findings) -> None:
-        owner = said.get("owner")
-        project = text_or_none(owner.get("name")) if isinstance(owner, dict) else None
-        if project is None:
-            text = f"{name}: {self.config.keboola[name].stack_url} names no project of the token"
-            return found.bad(text, "correct stack_url: it is no Keboola stack")
-        left_s, when = math.inf, ""
-        with contextlib.suppress(ValueError, OverflowError):
+    async def _check_keboola(self, keboola: Keboola) -> None:
+        """Check a Keboola token, and every configuration that is started with it."""
+        name, said = keboola.name, await keboola.verify()
+        project = text_or_none(as_dict(said.get("owner")).get("name")) or await keboola.project()
+        mark, end, cure = "✓", "", ""
+        with contextlib.suppress(ValueError, OverflowError):  # most tokens do not expire
             expires = datetime.fromisoformat(str(said.get("expires")))
             left_s = expires.replace(tzinfo=expires.tzinfo or UTC).timestamp() - time.time()
-            when = f", expires in {in_words(left_s)}" if left_s > 0 else ", has expired"
-        text = f"{name}: the token is one of project {quoted(project)}{when}"
-        if left_s < EXPIRES_SOON_S:
-            return found.bad(text, new_token_cure(self.config.keboola[name]))
-        return found.good(text)
+            end = f", expires in {counted(max(0, int(left_s // DAY_S)), 'day')}"
+            if left_s < 14 * DAY_S:
+                mark, cure = "!", self._new_token(name)
+        self.tell(mark, f"{name}: the token is one of project {quoted(project)}{end}", cure)
+        if said.get("canCreateJobs") is False:
+            cure = f"give it that right, or {self._new_token(name)}"
+            self.tell("✗", f"{name}: the token may not start jobs (canCreateJobs is false)", cure)
+        jobs: dict[Target, list[Job]] = {}
+        for job in map(self.config.jobs.__getitem__, self._polled):
+            if job.keboola_secret == name:
+                jobs.setdefault(self.config.target(job), []).append(job)
+        await asyncio.gather(*(self._check_target(keboola, *each) for each in jobs.items()))
 
-    async def _see_queue(
-        self, name: str, client: KeboolaClient, target: Target | None, found: Findings
-    ) -> None:
-        """Check that the queue is there, and that it can be searched."""
+    async def _check_target(self, keboola: Keboola, target: Target, jobs: list[Job]) -> None:
+        """Check that a configuration can be started, and gets its variables from each job."""
+        more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
+        text = f"job {jobs[0].name}{more}: {target}"
         try:
-            url = await client.queue_url()
-            if target:
-                await client.search(target, time.time() - MINUTE_S, "-")
-            found.good(f"{name}: the queue is {url}")
+            await keboola.search(target, time.time() - MINUTE_S, "-")
+            content = as_dict((await keboola.configuration(target)).get("configuration"))
+            if key := id_text(content.get("variables_id")):
+                place = replace(target, component_id="keboola.variables", config_id=key)
+                content = as_dict((await keboola.configuration(place)).get("configuration"))
         except ApiError as error:
-            found.bad(f"{name}: the queue: {error}", cure_for(self.config.secrets[name], error))
-
-    async def _see_target(
-        self, client: KeboolaClient, target: Target, jobs: Sequence[Job], found: Findings
-    ) -> None:
-        """Check that the configuration of some jobs is there, and fits each of them."""
-        try:
-            said = await client.configuration(target)
-            needed = await self._variables_of(client, target, said)
-        except ApiError as error:
-            cure = server_cure(error)
-            if error.status in {400, 404, *REFUSED}:
-                cure = "correct component_id, config_id, branch_id or the token's rights"
-            for job in jobs:
-                found.bad(f"job {job.name}: {target_text(target)}: {error}", cure)
-            return
+            cure = "correct component_id, config_id, branch_id or the token's rights"
+            return self._tell_failure(keboola.name, text, error, cure)
+        self.tell("✓", f"{text} is there")
+        # The tasks of a Flow get the variables that it is started with.
+        if not key and target.component_id not in {"keboola.orchestrator", "keboola.flow"}:
+            cure = "connect a variables configuration to it (README, What Keboola gets)"
+            self.tell("!", f"{text} has no variables_id: its Keboola job gets no batch ids", cure)
+        rows = content.get("variables") if key else None
+        declared = [str(as_dict(v).get("name")) for v in rows] if isinstance(rows, list) else []
         for job in jobs:
-            self._see_job(job, said, needed, found)
-
-    def _see_job(
-        self, job: Job, said: Mapping[str, Any], needed: list[str] | None, found: Findings
-    ) -> None:
-        """Check that a configuration is enabled, has a job's rows, and gets all its variables."""
-        text = f"job {job.name}: {target_text(self.config.target(job))}"
-        rows = said.get("rows")
-        gone: list[str] = []
-        if isinstance(rows, list):
-            there = {str(row.get("id")) for row in rows if isinstance(row, dict)}
-            gone = [row_id for row_id in job.config_row_ids if row_id not in there]
-        missing = [n for n in needed or () if n not in {*OWN_VARIABLES, *dict(job.variables)}]
-        if said.get("isDisabled") is True:
-            return found.bad(f"{text} is disabled", "enable it in Keboola")
-        if gone:
-            return found.bad(f"{text} has no rows {', '.join(gone)}", "correct config_row_ids")
-        if missing:
-            cure = "add them to the job's variables: what is sent replaces the defaults"
-            return found.bad(f"{text} needs the variables {', '.join(missing)}", cure)
-        takes = "gets its variables"
-        if needed is None:
-            takes = "declares no variables: its Keboola job gets no batch ids"
-        return found.good(f"{text} is there, and {takes}")
-
-    async def _variables_of(
-        self, client: KeboolaClient, target: Target, said: Mapping[str, Any]
-    ) -> list[str] | None:
-        """Return the names of the variables that a configuration declares; None: it takes none."""
-        inner = said.get("configuration")
-        variables_id = inner.get("variables_id") if isinstance(inner, dict) else None
-        if not isinstance(variables_id, str | int):
-            return None
-        where = replace(target, component_id=VARIABLES_COMPONENT, config_id=str(variables_id))
-        found = (await client.configuration(where)).get("configuration")
-        variables = found.get("variables") if isinstance(found, dict) else None
-        rows = variables if isinstance(variables, list) else []
-        return [str(row.get("name")) for row in rows if isinstance(row, dict)]
+            sent = keboola_variables(Run(0, job.name, target, "a" if job.match else ""), job)
+            if missing := ", ".join(name for name in declared if name not in sent):
+                cure = "add them to the job's variables: what is sent replaces the defaults"
+                self.tell("✗", f"job {job.name}: {target} needs the variables {missing}", cure)
+        return None
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Try out everything that has to be right."""
-    redactor, files = Redactor(), Files()
-    draft = read_draft(config_path(args), files)
-    opener = Opener(draft.config, files, os.environ)
-    secrets = opener.open_all()
-    redactor.learn((*secrets.values(), *opener.keys, *opener.webhook_paths(secrets)))
-    doctor = Doctor(draft.config, secrets, redactor)
-    doctor.see_config(draft, opener)
-    if draft.config.sha256:
-        doctor.see_files()
-        asyncio.run(doctor.see_servers())
-    return 1 if doctor.is_ill else 0
+    """Try everything that has to be right: a line each, with the cure.
+
+    Nothing is started or changed, and it works beside the daemon. Exits 1 if anything is wrong.
+    """
+    redactor = Redactor()
+    loaded, problems = open_config(config_path(args), Files(), os.environ, redactor)
+    config, doctor = loaded.config, Doctor(loaded.config, loaded.secrets, redactor)
+    for problem in ConfigError(problems).problems:
+        doctor.tell("✗", str(problem))
+    if not doctor.counts:
+        jobs = counted(len(config.jobs), "job")
+        doctor.tell("✓", f"{config.path}: {jobs}, and every secret opens")
+    for warning in loaded.warnings:
+        doctor.tell("!", warning)
+    if config.sha256:
+        doctor.check_files()
+        with asyncio.Runner() as runner:
+            runner.get_loop()  # takes time: Ctrl-C in it would leave a coroutine never awaited
+            runner.run(doctor.check_servers())
+    wrong, warnings = doctor.counts["✗"], doctor.counts["!"]
+    print(f"{counted(wrong, 'problem')}, {counted(warnings, 'warning')}")
+    return 1 if wrong else 0
 
 
 # --- import ---------------------------------------------------------------------------------------
 
-OLD_KEY_VARIABLE: Final = "SECRET_KEY"
-_OLD_SECRETS: Final = "SELECT id, name, type, value FROM secrets ORDER BY id"
-_OLD_JOBS: Final = """
-SELECT id, name, openai_secret_id, keboola_secret_id, keboola_stack_url, keboola_component_id,
-       keboola_configuration_id, poll_interval_seconds, status
-FROM polling_jobs ORDER BY id"""
-_OLD_BATCHES: Final = "SELECT job_id, batch_id FROM job_batches ORDER BY id"
-_OLD_DONE: Final = frozenset({"completed", "completed_with_failures"})
-
-
-def numbered(name: str) -> Iterator[str]:
-    """Return a name, then the same with numbers behind it."""
-    yield name
-    for number in itertools.count(2):
-        yield f"{name}-{number}"
-
-
-def name_for_secret(text: str, taken: Container[str]) -> str:
-    """Return a name for a secret that is like `text`, and not taken."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:80] or "secret"
-    return next(n for n in numbered(plain) if n not in taken)
-
-
-def name_for_job(text: str, taken: Container[str]) -> str:
-    """Return a name for a job that is like `text`, and not taken."""
-    plain = one_line(text, 190) or "job"
-    return next(n for n in numbered(plain) if n not in taken)
-
-
-def old_stack_url(text: str) -> str | None:
-    """Return a stack's address as the config has it; None for what is none."""
-    url = text.strip().rstrip("/")
-    if not url or url_problem(url if "://" in url else f"https://{url}"):
-        return None
-    parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
-    is_page = (parts.hostname or "").startswith("connection.")  # of Keboola's, on that stack
-    return f"{parts.scheme}://{parts.netloc}{'' if is_page else parts.path}"
-
 
 class Importer:
-    """Makes a config of the database of TeckoChecker 0.9; `notes` tell what a person has to see."""
+    """Makes a config of TeckoChecker 0.9's database; `notes` tell what a person has to decide."""
 
-    def __init__(self, db: sqlite3.Connection, old: Fernet, new: Keyring) -> None:
+    SECRETS = """
+        SELECT s.id, s.name, value, 'openai', '' FROM polling_jobs
+            JOIN secrets AS s ON s.id = openai_secret_id
+        UNION SELECT s.id, s.name, value, 'keboola', rtrim(keboola_stack_url, '/') FROM polling_jobs
+            JOIN secrets AS s ON s.id = keboola_secret_id ORDER BY 1"""
+    JOBS = """
+        SELECT job.*, lower(job.status) AS state, rtrim(keboola_stack_url, '/') AS stack_url,
+            EXISTS (SELECT 1 FROM job_batches WHERE job_id = job.id AND lower(job_batches.status)
+                NOT IN ('completed', 'failed', 'expired', 'cancelled')) AS is_pending,
+            (SELECT json_group_array(batch_id) FROM (SELECT batch_id FROM job_batches
+                WHERE job_id = job.id ORDER BY id)) AS batch_ids, started, failed
+        FROM polling_jobs AS job LEFT JOIN (
+            SELECT job_id, max(text LIKE '%keboola_triggered%') AS started,
+                max(text LIKE '%trigger%' AND (text LIKE '%fail%' OR text LIKE '%error%')) AS failed
+            FROM (SELECT job_id, ifnull(status, '') || ' ' || ifnull(message, '') AS text
+                FROM polling_logs) GROUP BY job_id) ON job_id = job.id
+        ORDER BY job.id"""
+
+    def __init__(self, db: sqlite3.Connection, old: Fernet, new: MultiFernet) -> None:
         db.row_factory = sqlite3.Row
-        self._db = db
-        self._old = old
-        self._new = new
         self.notes: list[str] = []
-        self._rows = {row["id"]: row for row in db.execute(_OLD_SECRETS)}
+        self._db, self._old, self._new = db, old, new
         self._names: dict[tuple[int, str], str] = {}  # of secrets, by old id and stack
-        self._secrets: dict[str, dict[str, str]] = {}
 
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, Any]:
         """Return the config as plain data. Raises UsageError where a secret does not open."""
-        batches: dict[int, list[str]] = {}
-        for row in self._db.execute(_OLD_BATCHES):
-            ids = batches.setdefault(row["job_id"], [])
-            if str(row["batch_id"]) not in ids:
-                ids.append(str(row["batch_id"]))
-        jobs: dict[str, object] = {}
-        for row in self._db.execute(_OLD_JOBS):
-            name = name_for_job(str(row["name"]), jobs)
-            if name != row["name"]:
-                self.notes.append(f"the job {quoted(str(row['name']))} is called {name} now")
-            job = self._job(name, row, batches.get(row["id"], []))
-            if job:
-                jobs[name] = job
-        for old_id, row in self._rows.items():
-            if not any(key[0] == old_id for key in self._names):
-                text = quoted(str(row["name"]))
-                self.notes.append(f"the secret {text} is left out: no job here uses it")
-        return {"secrets": self._secrets, "jobs": jobs}
+        secrets, jobs = self._secrets(), dict[str, dict[str, Any]]()
+        for row in self._db.execute(self.JOBS):
+            name = one_line(str(row["name"]).replace("/", "-"), 180) or "job"
+            while name in jobs:
+                name = f"{name}-{row['id']}"
+            openai, keboola = row["openai_secret_id"], row["keboola_secret_id"]
+            jobs[name] = {  # also what cannot stand there: who reads the config is told
+                "batch_ids": [*dict.fromkeys(map(str, json.loads(row["batch_ids"])))],
+                "config_id": str(row["keboola_configuration_id"] or ""),
+                "openai_secret": self._names.get((openai, ""), f"secret-{openai}"),
+                "keboola_secret": self._names.get((keboola, row["stack_url"]), f"secret-{keboola}"),
+                "component_id": str(row["keboola_component_id"] or ""),
+                "poll_interval": f"{row['poll_interval_seconds'] or 120}s",
+                **self._rest(name, row),
+            }
+        defaults = {}
+        for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval"):
+            if len(values := {job[key] for job in jobs.values()}) == 1:
+                defaults[key] = values.pop()
+                for job in jobs.values():
+                    del job[key]
+        return {"secrets": secrets, "defaults": defaults, "jobs": jobs}
 
-    def _job(self, name: str, row: sqlite3.Row, batch_ids: list[str]) -> dict[str, object] | None:
-        """Return a job as the config has it; None, and a note, where it cannot have it."""
-        stack_url = old_stack_url(str(row["keboola_stack_url"] or ""))
-        why_not = None
-        if not 1 <= len(batch_ids) <= 10:
-            why_not = f"it has {counted(len(batch_ids), 'batch')}, and 1 to 10 are possible"
-        elif stack_url is None:
-            why_not = "its stack's address is none"
-        elif not {row["openai_secret_id"], row["keboola_secret_id"]} <= self._rows.keys():
-            why_not = "one of its secrets is not there"
-        elif not (row["keboola_component_id"] and row["keboola_configuration_id"]):
-            why_not = "it has no component or no configuration"
-        if why_not or stack_url is None:
-            self.notes.append(f"the job {name} is left out: {why_not}")
-            return None
-        job: dict[str, object] = {
-            "batch_ids": batch_ids,
-            "openai_secret": self._secret(row["openai_secret_id"], ""),
-            "keboola_secret": self._secret(row["keboola_secret_id"], stack_url),
-            "component_id": str(row["keboola_component_id"]),
-            "config_id": str(row["keboola_configuration_id"]),
-            "poll_interval": imported_interval(row["poll_interval_seconds"]),
-        }
-        return job | self._status(name, str(row["status"]).lower())
-
-    def _status(self, name: str, status: str) -> dict[str, object]:
-        """Return what keeps a job from starting again, as far as its status asks for that."""
-        if status in _OLD_DONE:
-            return {"done": True}
-        if status == "active":
-            return {}
-        if status != "paused":
-            words = "take out paused: to start it, or write done: true"
-            self.notes.append(f"the job {name} was {one_line(status)}, and is paused now: {words}")
-        return {"paused": True}
-
-    def _secret(self, old_id: int, stack_url: str) -> str:
-        """Return the name of a secret in the config; a token used with two stacks becomes two."""
-        if (old_id, stack_url) not in self._names:
-            row = self._rows[old_id]
-            text = str(row["name"])
-            if any(key[0] == old_id for key in self._names):
-                host = urllib.parse.urlsplit(stack_url).hostname or "other"
-                text = f"{text}-{host.removeprefix('connection.').removesuffix('.keboola.com')}"
-            name = name_for_secret(text, self._secrets)
+    def _secrets(self) -> dict[str, dict[str, str]]:
+        """Return the secrets that jobs use; a token with two stacks becomes two."""
+        secrets: dict[str, dict[str, str]] = {}
+        for old_id, old_name, token, kind, stack_url in self._db.execute(self.SECRETS):
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(old_name)).strip("-._")[:80] or "secret"
+            while name in secrets:
+                name = f"{name}-{old_id}"
+            try:
+                value = self._new.encrypt(self._old.decrypt(token)).decode()
+            except (InvalidToken, ValueError, TypeError):
+                message = f"$SECRET_KEY does not open the secret {quoted(str(old_name))}"
+                raise UsageError(message, "set $SECRET_KEY as the old program had it") from None
+            base_url = os.environ.get("OPENAI_BASE_URL") if kind == "openai" else ""
+            entry = {"type": kind, "value": value, "stack_url": stack_url, "base_url": base_url}
+            secrets[name] = {key: text for key, text in entry.items() if text}
             self._names[old_id, stack_url] = name
-            kind = KeboolaSecret.kind if stack_url else OpenAISecret.kind
-            self._secrets[name] = {"type": kind, "value": self._reencrypted(name, row)}
-            if stack_url:
-                self._secrets[name]["stack_url"] = stack_url
-        return self._names[old_id, stack_url]
+        return secrets
 
-    def _reencrypted(self, name: str, row: sqlite3.Row) -> str:
-        """Return a secret's value, closed with our key."""
-        from cryptography.fernet import InvalidToken
-
-        value = row["value"]
-        try:
-            token = value if isinstance(value, bytes) else str(value).encode()
-            text = self._old.decrypt(token.strip()).decode().strip()
-        except (InvalidToken, ValueError):
-            cure = f"set ${OLD_KEY_VARIABLE} as the old program had it"
-            message = f"${OLD_KEY_VARIABLE} does not open the secret {quoted(str(row['name']))}"
-            raise UsageError(message, cure) from None
-        problem = check_secret_value(text)
-        if problem:
-            self.notes.append(f"the secret {name} {problem}: run `encrypt --set {name}`")
-        return self._new.encrypt(Secret(text))
-
-
-def imported_interval(seconds: object) -> str:
-    """Return an old interval as the config writes it, within its limits."""
-    return f"{min(DAY_S, max(1, count_or_none(seconds) or 120))}s"
+    def _rest(self, name: str, row: sqlite3.Row) -> dict[str, bool]:
+        """Return what keeps a job from starting twice; what is not certain gets a note."""
+        state, started = one_line(str(row["state"])), row["started"]
+        is_active, was_completed = state == "active", state.startswith("completed")
+        cure = "it is paused now: remove paused: to start it, or write done: true"
+        unclear = "all its batches are finished, but its log has no start of Keboola"
+        cases = (
+            (state == "paused", "paused", ""),
+            (was_completed and (started or not row["failed"]), "done", ""),
+            (is_active and started, "done", ", but has started Keboola: it is done now"),
+            (is_active and row["is_pending"], "", ""),
+            (is_active, "paused", f", and {unclear}; {cure}"),
+            (was_completed, "paused", f", but could not start Keboola; {cure}"),
+            (True, "paused", f"; {cure}"),
+        )
+        rest, note = next((rest, note) for holds, rest, note in cases if holds)
+        if note:
+            self.notes.append(f"the job {name} was {state}{note}")
+        return {rest: True} if rest else {}
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Print a config made of the database of TeckoChecker 0.9."""
-    from cryptography.fernet import Fernet
+    """Print a config made of a database of TeckoChecker 0.9, with $SECRET_KEY from then.
 
-    old = Path(args.old)
-    if not is_there(old):
-        raise UsageError(f"there is no file {old}", "name the database of TeckoChecker 0.9")
-    old_key = os.environ.get(OLD_KEY_VARIABLE, "")
-    if not old_key:
-        cure = "set it as the old program had it: it opens the old secrets"
-        raise UsageError(f"${OLD_KEY_VARIABLE} is not set", cure)
+    Exits 1 if standard error says what a person has to correct or to decide.
+    """
     path, files = config_path(args), Files()
-    opener = Opener(read_draft(path, files).config, files, os.environ)
-    keyring = opener.keyring()
-    if keyring is None:
+    opener = SecretOpener(read_config_file(path, files)[0], files, os.environ)
+    keys = opener.fernet()
+    if keys is None:
         raise ConfigError(opener.problems)
-    key = base64.urlsafe_b64encode(
-        hashlib.sha256(old_key.encode(errors="surrogateescape")).digest()
-    )
+    digest = hashlib.sha256(os.environb.get(b"SECRET_KEY", b"")).digest()
+    uri = f"{Path(args.old).absolute().as_uri()}?mode=ro"
     try:
-        with contextlib.closing(connect_readonly(old.absolute().as_uri() + "?mode=ro")) as db:
-            importer = Importer(db, Fernet(key), keyring)
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            importer = Importer(db, Fernet(base64.urlsafe_b64encode(digest)), keys)
             config = importer.config()
-    except sqlite3.Error as error:
-        cure = "name a copy of the database of TeckoChecker 0.9, made while it was stopped"
-        raise UsageError(f"cannot import {old}: {error}", cure) from None
-    text = (
-        f"# Imported from {one_line(str(old))}. Put it in place of config.yaml, then run `check`.\n"
-    )
-    text += yaml.safe_dump(config, sort_keys=False, allow_unicode=can_show("ěš🌙"), width=1000)
-    problems = parse_config(text, Path("<imported>")).problems
-    for note in (*importer.notes, *map(str, problems)):
+    except sqlite3.Error as error:  # its name is not echoed: PostgreSQL's has a password in it
+        cure = "name a copy of 0.9's SQLite file (if it was PostgreSQL, copy its tables into one)"
+        raise UsageError(f"cannot import OLD.db: {error}", cure) from None
+    layout: Any = {"sort_keys": False, "allow_unicode": can_show("ěš🌙"), "width": 1000}
+    jobs = yaml.safe_dump({"jobs": config.pop("jobs")}, default_flow_style=None, **layout)
+    head = "# Imported from TeckoChecker 0.9. Put it in place of config.yaml and run `check`."
+    text = f"{head}\n{yaml.safe_dump(config, **layout)}{jobs}"
+    notes = [*importer.notes, *map(str, parse_config(text, Path("<imported>"))[1])]
+    for note in notes:
         print(f"teckochecker: {note}", file=sys.stderr)
     print(text, end="")
-    return 1 if importer.notes or problems else 0
+    return 1 if notes else 0
 
 
 # --- status ---------------------------------------------------------------------------------------
 
 
-def read_report(draft: Draft, *, events_of: Container[str] = ()) -> Report:
-    """Return what the state file knows of the config's jobs, with the last events of some.
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a command knows: the config that counts, its runs, and the snapshot of these."""
 
-    Where nothing has run yet, it is what the first start would make of the config.
-    """
-    config = draft.config
-    runs = holder_of(config.state_path)
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(read_store(config.state_path))
-        if store is None:
-            db = stack.enter_context(
-                contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
-            )
-            migrate(db, config.state_path)
-            store = Store(db, config.state_path)
-            targets = {name: config.target(job) for name, job in config.jobs.items()}
-            store.sync(config.jobs, targets, store.works())
-        works = store.works("position IS NOT NULL")
-        names = [work.name for work in works if work.name in events_of]
-        view = config_view(config, store.meta("config") or {})
-        on_disk = "\n".join(map(str, draft.problems)) or None
-        usages = store.usages()
-        return Report(
-            at=time.time(),
-            runs=runs,
-            config=view | {"error": on_disk or view["error"]},
-            works=works,
-            usages={name: usages[name] for name in config.secrets if name in usages},
-            last_events={name: store.logs(after=0, job=name, most=10) for name in names},
-        )
+    config: Config
+    runs: Sequence[Run]
+    shot: dict[str, Any]
+    troubles: Sequence[str]  # what needs attention and is no run
+    store: Store | None  # None: nothing has run yet
 
-
-def progress_bar(work: Work, width: int = 10) -> str:
-    """Return how far a job's batches are: on a terminal as a bar, elsewhere in numbers only."""
-    share = sum(map(progress, work.batches)) / len(work.batches)
-    numbers = f"{ratio(work):>5} {math.floor(100 * share):>3}%"
-    if not sys.stdout.isatty():
-        return numbers.strip()
-    full, empty = ("█", "░") if can_show("█░") else ("#", ".")
-    done = math.floor(width * share)
-    return f"{full * done}{empty * (width - done)} {numbers}"
-
-
-def job_table(works: Sequence[Work], now: float) -> list[str]:
-    """Return the jobs as lines of a table, those first that need a person.
-
-    On a terminal, what is wrong with a job has a line of its own: it would stand beyond the edge.
-    """
-    if not works:
-        return ["no jobs"]
-    most = terminal_columns()
-    rows, colours, below = [("JOB", "STATUS", "PROGRESS", "LAST LOOK", "NEXT")], [""], [""]
-    for work in in_need_first(works):
-        error, step = one_line(error_of(work) or ""), what_next(work, now)
-        name = work.name
-        if most is None:
-            step = f"{step}; {error}" if error else step
-        else:
-            name = fitted(name, max(12, most // 4))
-            below.append(error and painted(fitted(f"  {error}", most), RED))
-        status = job_status(work)
-        rows.append((name, status, progress_bar(work), ago(work.last_check_at, now), step))
-        is_done = status in {JobStatus.COMPLETED, JobStatus.PAUSED}
-        colours.append(RED if needs_person(work) else DIM if is_done else "")
-    lines = itertools.zip_longest(table(rows, colours, most), below, fillvalue="")
-    return [line for pair in lines for line in pair if line]
-
-
-def job_details(work: Work, events: Sequence[LogRow], now: float) -> str:
-    """Return everything about one job, with every batch and what happened last."""
-    trigger = work.trigger
-    facts = [
-        ("job", work.name),
-        ("status", job_status(work)),
-        ("error", error_of(work)),
-        ("batches", progress_bar(work)),
-        ("target", target_text(work.target)),
-        ("last look", ago(work.last_check_at, now)),
-        ("next", what_next(work, now)),
-        ("trigger", f"{trigger.state} {trigger.id}" if trigger else None),
-        ("Keboola job", trigger.keboola_job_id if trigger else None),
-        ("address", trigger.url if trigger else None),
-        ("started", rfc3339(work.completed_at)),
-    ]
-    lines = [f"{name:<12} {value}" for name, value in facts if value is not None]
-    rows = [("BATCH", "STATUS", "REQUESTS", "OUTPUT", "NOTE")]
-    for b in work.batches:
-        requests = f"{b.completed or 0}/{b.total}" if b.total is not None else ""
-        rows.append(
-            (b.id, b.status or "not looked at", requests, b.output_file_id or "", b.error or "")
-        )
-    happened = [event_line(row) for row in events]
-    return "\n".join([*lines, "", *table(rows), *([""] if happened else []), *happened])
-
-
-def status_text(report: Report, job: str | None) -> str:
-    """Return a report for people: of all jobs, or of one."""
-    lines = []
-    if report.config["error"]:
-        lines += ["The config file has problems; a running daemon goes on with the previous one:"]
-        lines += [painted(line, RED) for line in report.config["error"].splitlines()]
-        lines.append("")
-    if job is not None:
-        events = report.last_events.get(job, ())
-        return "\n".join([*lines, job_details(report.works[0], events, report.at)])
-    lines.append(f"{who_runs(report)} {jobs_in_words(report.works) or 'No jobs.'}")
-    return "\n".join([*lines, "", *job_table(report.works, report.at)])
-
-
-WATCH_S: Final = 2.0
-HOME: Final = "\033[H"
-NO_WRAP: Final = "\033[?7l"  # a long line is cut by the terminal, and pushes nothing off it
-WRAP: Final = "\033[?7h"
-CLEAR_BELOW: Final = "\033[J"
-
-
-def watch_status(args: argparse.Namespace) -> NoReturn:
-    """Draw the status again and again, until Ctrl-C."""
-    if args.json or args.check:
-        raise UsageError("--watch goes without --json and --check", "leave one of them out")
-    if not sys.stdout.isatty():
-        raise UsageError("--watch draws on a terminal", "use --json, or `logs --follow`")
-    try:
-        while True:
-            try:
-                text = status_text(chosen_report(args), args.job)
-            except TeckoError as error:  # a file is replaced, or away for a moment
-                text = str(error)
-            lines = text.splitlines()[: shutil.get_terminal_size().lines - 1]
-            drawn = "".join(f"{line}\033[K\n" for line in lines)
-            print(f"{HOME}{NO_WRAP}{drawn}{CLEAR_BELOW}{WRAP}", end="", flush=True)
-            time.sleep(WATCH_S)
-    except KeyboardInterrupt:
-        print(WRAP)  # it may have come while one was drawn; and a line's end behind the ^C
-        raise
-
-
-def chosen_report(args: argparse.Namespace) -> Report:
-    """Return the report on all jobs, or on the one that was named. Raises UsageError."""
-    report = read_report(draft_for_reading(args), events_of=(args.job,))
-    if args.job is None:
-        return report
-    works = [work for work in report.works if work.name == args.job]
-    if not works:
-        raise no_such_job(args.job)
-    return replace(report, works=works)
-
-
-def run_status(args: argparse.Namespace) -> int:
-    """Show what is known of the jobs."""
-    if args.watch:
-        watch_status(args)
-    report = chosen_report(args)
-    if args.json:
-        print(json.dumps(status_document(report), indent=2))
-    else:
-        print(status_text(report, args.job))
-    is_bad = report.config["error"] is not None or any(map(needs_person, report.works))
-    return 1 if args.check and is_bad else 0
-
-
-# --- logs and schema ------------------------------------------------------------------------------
-
-
-def log_line(row: LogRow) -> str:
-    """Return a row of the log as one line for people."""
-    subject = {"job": row.event.job} if row.event.job else {}
-    facts = [
-        f"{key}={one_line(str(value))}" for key, value in (subject | dict(row.event.fields)).items()
-    ]
-    return " ".join([rfc3339(row.at) or "", f"{row.event.level:<7}", row.event.name, *facts])
-
-
-def log_json(row: LogRow) -> str:
-    """Return a row of the log as one line of JSON."""
-    event = row.event
-    facts = {"at": rfc3339(row.at), "level": event.level, "event": event.name, "job": event.job}
-    return json.dumps(facts | {"fields": dict(event.fields)})
-
-
-def run_logs(args: argparse.Namespace) -> int:
-    """Print the log that the state file keeps, and with --follow what comes."""
-    config = draft_for_reading(args).config
-    last, most = 0, args.n
-    while True:
-        with read_store(config.state_path) as store:
-            rows = store.logs(after=last, job=args.job, most=most) if store else []
-            if not (rows or last or most == 0 or args.job is None or args.job in config.jobs):
-                raise no_such_job(args.job)
-        for row in rows:
-            print(log_json(row) if args.json else log_line(row), flush=args.follow)
-            last = row.id
-        if not args.follow:
-            return 0
-        most = None
-        time.sleep(REQUESTS_LOOK_S)
-
-
-def run_schema(_: argparse.Namespace) -> int:
-    """Print the SQL of the state file."""
-    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        migrate(db, Path(":memory:"))
-        print(f"PRAGMA user_version = {len(MIGRATIONS)};")
-        for (sql,) in db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL"):
-            print(re.sub(r"\n {8}", "\n", sql.strip()) + ";")
-    return 0
-
-
-# --- retry ----------------------------------------------------------------------------------------
-
-
-def run_retry(args: argparse.Namespace) -> int:
-    """Ask for a job to be tried again, through the state file."""
-    draft = draft_for_reading(args)
-    path = draft.config.state_path
-    if not is_there(path):
-        raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
-    works = {work.name: work for work in read_report(draft).works}
-    if args.job not in works:
-        raise no_such_job(args.job)
-    now = time.time()
-    _, why_not = after_retry(works[args.job], force=args.force, now=now)
-    if why_not:
-        raise UsageError(f"{args.job}: {why_not}")
-    uri = path.absolute().as_uri() + "?mode=rw"
-    with contextlib.closing(
-        sqlite3.connect(uri, uri=True, timeout=COMMAND_TIMEOUT_S, isolation_level=None)
-    ) as db:
-        check_version(db, path)
-        Store(db, path).ask(works[args.job], force=args.force, now=now)
-    acting = holder_of(path) != Holder.NOBODY
-    print(
-        "asked: the running daemon does it within two seconds"
-        if acting
-        else "asked: nothing runs now; the next start or --once does it"
-    )
-    return 0
-
-
-# ==================================================================================================
-# 11. main: the command line, and the one place where exceptions become exit codes
-# ==================================================================================================
-
-EXIT_CODES: Final = """\
-exit codes: 0 fine; 1 a job has an error or needs a person; 2 usage or config error;
-75 another instance holds the state file; 130 interrupted"""
-
-
-COMMAND_HELP: Final = {
-    "init": (
-        "write a commented config.yaml and a new key file",
-        "Both only for your eyes (mode 0600). What is there already is never overwritten.",
-        "init /srv/teckochecker",
-    ),
-    "check": (
-        "validate the config offline",
-        """\
-It goes the daemon's own way: YAML, every key, the Fernet key, every secret. Each
-problem is one line with its place and its cure. No server is asked.""",
-        "check --config config.yaml",
-    ),
-    "encrypt": (
-        "encrypt every plain value under secrets, in place",
-        """\
-Comments and layout stay, and so do the file's mode and owner; the file is replaced as
-a whole. With --set, it takes one secret from a prompt, or from standard input, and puts it
-in its place. The key comes from $TECKOCHECKER_KEY, $CREDENTIALS_DIRECTORY/teckochecker.key
-or key_file (Fernet: AES-128-CBC with HMAC-SHA256); of several, the first encrypts.""",
-        "encrypt --rotate",
-    ),
-    "doctor": (
-        "try out everything that has to be right",
-        """\
-Config, key, permissions, disk, state file, clock, every OpenAI key and watched batch, every
-Keboola token, queue and configuration: a line each, ✗ with the cure. Nothing is started,
-nothing is changed; it works beside the daemon. Exits 1 if there is any ✗.""",
-        "doctor --config /etc/teckochecker/config.yaml",
-    ),
-    "secrets": (
-        "list the secrets and which jobs use each",
-        "Names, types and where the values come from; never a value.",
-        "secrets",
-    ),
-    "status": (
-        "show the jobs, or one job with its batches",
-        """\
-It reads the state file, whether the daemon runs or not, and says which. PROGRESS is
-batches ended/all, and how much of their requests is done.""",
-        "status nightly-embeddings --json",
-    ),
-    "logs": (
-        "show what has happened, of all jobs or of one",
-        "It reads the log that the state file keeps, also while the daemon runs.",
-        "logs nightly-embeddings -n 20 --follow",
-    ),
-    "import": (
-        "print a config made of a database of TeckoChecker 0.9",
-        """\
-The old secrets are opened with $SECRET_KEY and closed again with our key. Jobs that were
-completed come with done: true, so that nothing starts again. Exits 1 if something is left
-out, which is told on standard error.""",
-        "import old/teckochecker.db > imported.yaml",
-    ),
-    "schema": (
-        "print the SQL of the state file",
-        "For whoever wants to read it with other programs. It needs no config.",
-        "schema",
-    ),
-    "retry": (
-        "try a job again now",
-        """\
-Arms a trigger that Keboola rejected, searches at once for one whose outcome is
-unknown, or looks at the batches at once. A running daemon does it within two seconds,
-otherwise the next start or --once.""",
-        "retry nightly-embeddings --force",
-    ),
-}
-
-
-def count_of(text: str) -> int:
-    """Return a number of lines. Raises argparse.ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of lines")
-    return int(text)
-
-
-def add_commands(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], shared: argparse.ArgumentParser
-) -> None:
-    """Add each command with its help and its own options."""
-    runs = {
-        "init": run_init,
-        "check": run_check,
-        "encrypt": run_encrypt,
-        "doctor": run_doctor,
-        "secrets": run_secrets,
-        "import": run_import,
-        "status": run_status,
-        "logs": run_logs,
-        "schema": run_schema,
-        "retry": run_retry,
-    }
-    parsers = {}
-    for name, (text, more, example) in COMMAND_HELP.items():
-        parsers[name] = commands.add_parser(
-            name,
-            parents=[shared],
-            help=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            description=f"{text[0].upper()}{text[1:]}.\n{more}",
-            epilog=f"example: teckochecker {example}\n\n{EXIT_CODES}",
-        )
-        parsers[name].set_defaults(run=runs[name])
-    encrypt = parsers["encrypt"].add_mutually_exclusive_group().add_argument
-    encrypt(
-        "--rotate",
-        action="store_true",
-        help="also encrypt again, under the first key, what is encrypted already",
-    )
-    encrypt("--set", metavar="NAME", help="ask for this secret's value, and put it there")
-    parsers["import"].add_argument("old", metavar="OLD.db", help="the old program's database")
-    status = parsers["status"].add_argument
-    status("job", nargs="?", metavar="JOB", help="show only this job, with every batch")
-    status("--json", action="store_true", help="print JSON, for programs")
-    status("--watch", action="store_true", help="draw it again every two seconds, until Ctrl-C")
-    status("--check", action="store_true", help="exit 1 if anything needs a person")
-    init = parsers["init"].add_argument
-    init("directory", nargs="?", metavar="DIR", default=".", help="where (default: here)")
-    logs = parsers["logs"].add_argument
-    logs("job", nargs="?", metavar="JOB", help="only what concerns this job")
-    logs("-n", type=count_of, metavar="N", default=100, help="the last N lines (default: 100)")
-    logs("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
-    logs("--json", action="store_true", help="print a JSON object a line")
-    retry = parsers["retry"].add_argument
-    retry("job", metavar="JOB", help="the job's name")
-    retry(
-        "--force",
-        action="store_true",
-        help="start the Keboola job of a finished job once more, or send an unknown trigger again "
-        "although the first one may have arrived",
-    )
-
-
-def new_parser() -> argparse.ArgumentParser:
-    """Return the command line's grammar."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--config",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help="the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)",
-    )
-    parser = argparse.ArgumentParser(
-        prog="teckochecker",
-        parents=[shared],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Start a Keboola job, once, when OpenAI has finished a team's batches.\n"
-        "Without a command: run as the daemon, in the foreground, until SIGTERM; the config is\n"
-        "read again whenever it changes, and on SIGHUP.",
-        epilog=f"example: teckochecker --config /etc/teckochecker/config.yaml\n\n{EXIT_CODES}",
-    )
-    parser.add_argument("--version", action="version", version=f"teckochecker {__version__}")
-    parser.add_argument(
-        "--once",
-        action="store_true",
-        help="make one pass over every unfinished job, start what is ready, and exit (for cron)",
-    )
-    parser.set_defaults(run=run_daemon)
-    add_commands(parser.add_subparsers(title="commands", metavar="COMMAND"), shared)
-    return parser
+    def chosen(self, name: str) -> list[tuple[Run, dict[str, Any]]]:
+        """Return the runs that a name means: one run, or those of a job. Raises UsageError."""
+        pairs = zip(self.runs, self.shot["jobs"], strict=True)
+        found = [(run, shown) for run, shown in pairs if name in {run.name, run.job}]
+        if not found and name not in self.config.jobs:
+            hint = "`teckochecker status` lists them all"
+            raise UsageError(f"there is no job {quoted(name)}", hint)
+        return found
 
 
 @contextlib.contextmanager
-def printing() -> Iterator[None]:
-    """Have all that a command prints arrive before it ends.
+def viewing(args: argparse.Namespace) -> Iterator[View]:
+    """Return what the state file knows, or where nothing has run yet, what the start would make.
 
-    What cannot arrive is dropped: at its end, the interpreter would try once more, and complain.
+    Where the file has problems, the last good config counts, as it does for the daemon. Raises
+    ConfigError where it does not even tell where the state file is.
     """
+    path, files, redactor = config_path(args), Files(), Redactor()
+    config, problems, _ = read_config_file(path, files)
+    if problems:
+        opener = SecretOpener(config, files, os.environ)
+        redactor.learn(opener.all_known(opener.open_all()))
+        problems = [replace(p, what=redactor.text(p.what)) for p in problems]
+        if not config.sha256 and not is_there(config.state_path):
+            raise ConfigError(problems)
+    with Store.reading(config.state_path) as store:
+        loaded = (store and store.meta("config")) or {}
+        good = (store and store.meta("good_config")) or {}
+        if problems:
+            loaded["error"] = str(ConfigError(problems))
+            if good.get("path") == str(path.absolute()):
+                config, _ = parse_config(good["text"], path)
+        runs = known_runs(config, store, args.job or "")
+        stats = [s for s in store.stats().values() if s.name in config.secrets] if store else []
+        owner = lock_owner(config.state_path)
+        shot = snapshot(config, runs, stats, owner, loaded, now=time.time())
+        yield View(config, runs, shot, general_troubles(shot, stats), store)
+
+
+def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
+    """Return the runs of a config's jobs, in its order, as the state file has them or will.
+
+    Of a match job these are the recent ones, and the one whose name is `wanted`.
+    """
+    stored = {run.id: run for run in store.runs_for(config.jobs)} if store else {}
+    job_name, _, group = wanted.partition("/")
+    if store and group:
+        stored |= {run.id: run for run in store.groups(job_name, [group]).values()}
+    targets = {name: config.target(job) for name, job in config.jobs.items()}
+    assigned = assign(config.jobs, targets, [run for run in stored.values() if not run.group])
+    runs = []
+    for name, job in config.jobs.items():
+        if not job.match:
+            batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
+            new = Run(0, name, targets[name], batches=batches, next_at=math.inf)
+            run = assigned.get(name, new)
+            stored.pop(run.id, None)
+            runs.append(replace(run, job=name, batches=in_order(job, run.batches)))
+        others = [run for run in stored.values() if run.job == name]
+        runs += [r for r in others if (job.match and r.group) or r.may_be_at_keboola]
+    return runs
+
+
+def status_table(view: View) -> Iterator[str]:
+    """Yield the runs as lines: attention first, each with what happens next.
+
+    On a terminal nothing is wider than it, and of very many only the first are shown.
+    """
+    shot, is_terminal, rows = (
+        view.shot,
+        sys.stdout.isatty(),
+        [("RUN", "STATUS", "BATCHES", "LAST POLL")],
+    )
+    width = max(60, shutil.get_terminal_size().columns) if is_terminal else 10_000
+    views = [shown for part in in_parts(shot).values() for shown in part]
+    shown = views[:60] if is_terminal else views
+    for run in shown:
+        finished, percent = progress_of(run)
+        name, status = one_line(run["name"], max(12, width - 54)), run["status"].replace("_", " ")
+        rows.append((name, status, f"{finished} {percent:>3}%", ago(run["last_check_at"], shot)))
+    nothing = "Nothing runs" if view.store else "Nothing has run here yet"
+    start = f"{nothing}: start the daemon, or --once."
+    who = "The daemon runs." if shot["daemon"]["running"] else start
+    titles, *body = table(rows)
+    yield from (*textwrap.wrap(f"{who} {counts_in_words(shot)}", width), "", titles)
+    for run, line in zip(shown, body, strict=True):
+        is_quiet = run["status"] in {"completed", "paused"}
+        yield painted(line, RED if run["attention"] else DIM if is_quiet else "")
+        for text, colour in ((what_next(run, shot), DIM), (run["error"] or "", RED)):
+            wrapped = textwrap.wrap(text, width - 4, max_lines=4, placeholder=" …")
+            yield from (painted(f"    {part}", colour) for part in wrapped)
+    if len(views) > len(shown):
+        yield f"… and {counted(len(views) - len(shown), 'run')} more; see --json"
+
+
+def job_story(view: View, run: Run, shown: Shown) -> Iterator[str]:
+    """Yield everything about one run: its batches, what Keboola got, and its whole story."""
+    trigger = shown["trigger"] or {}
+    facts = {"run": run.name, "status": shown["status"].replace("_", " ")}
+    facts |= {**facts_of(shown, view.shot), "target": str(run.target)}
+    facts |= {"trigger": f"{trigger['state']} {trigger['id']}"} if trigger else {}
+    yield from (f"{name:<12} {value}" for name, value in facts.items())
+    yield from ("", "Batches:")
+    for batch, known in zip(run.batches, shown["batches"], strict=True):
+        yield f"  {batch_words(known, shown)}{f': {batch.error}' if batch.error else ''}"
+    if run.payload:
+        values = json.loads(run.payload)["variableValuesData"]["values"]
+        yield from ("", "What Keboola gets:", *(f"  {v['name']} = {v['value']}" for v in values))
+    events = view.store.events(name=run.name) if view.store else []
+    yield from ("", *(f"{rfc3339(event.at)} {event.text}" for event in events))
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Show the runs, or one job with its whole story.
+
+    It reads the state file, whether the daemon runs or not, and says which. What needs attention
+    comes first. BATCHES: finished/all, and how much of their requests is done.
+    """
+    with viewing(args) as view:
+        shot = dict(view.shot)
+        lines = [painted(line, RED) for text in view.troubles for line in text.splitlines()]
+        if args.job is None:
+            lines += status_table(view)
+        else:
+            pairs = view.chosen(args.job)
+            shot["jobs"] = [shown for _, shown in pairs]
+            stories = ["\n".join(job_story(view, run, shown)) for run, shown in pairs]
+            if not stories:
+                job = view.config.jobs[args.job]
+                match = ", ".join(f"{key}: {value}" for key, value in job.match)
+                when = "once it is resumed, it" if job.rests else "it"
+                what = f"finds batches with {match}, created since {rfc3339(job.since)}"
+                stories = [f"{job.name}: no run yet; {when} {what}"]
+            lines.append("\n\n".join(stories))
+        print(json.dumps(shot, indent=2) if args.json else "\n".join(lines))
+        why = why_not_alive(view) if args.alive else ""
+        if why:
+            print(f"teckochecker: {why}", file=sys.stderr)
+        return 1 if why or (args.check and view.shot["attention"]) else 0
+
+
+def why_not_alive(view: View) -> str:
+    """Return why the daemon is to be called dead, or ""."""
+    daemon, now = view.shot["daemon"], time.time()
+    if not daemon["running"]:
+        return "no daemon runs"
+    for run in view.runs:
+        job = view.config.jobs[run.job]
+        due_at = max(run.next_at, run.last_check_at or 0.0, unix_of(daemon["started_at"]) or 0.0)
+        is_polled = run.phase is Phase.POLLING and not job.rests
+        if is_polled and due_at < now - 2 * job.poll_interval - MINUTE_S:
+            return f"the polls of {run.name} are overdue"
+    return ""
+
+
+# --- logs, schema, retry --------------------------------------------------------------------------
+
+
+def run_logs(args: argparse.Namespace) -> int:
+    """Show what has happened, of all jobs or of one.
+
+    It reads the events that the state file keeps, also while the daemon runs.
+    """
+    with viewing(args) as view:
+        path = view.config.state_path
+        if args.job and not (view.store and view.store.events(name=args.job, most=1)):
+            view.chosen(args.job)  # it has a name of something, or nothing is shown
+    last, most = 0, args.n
+    while True:
+        with Store.reading(path) as store:
+            newest = store.last_event_id() if store else 0
+            events = store.events(after=last, name=args.job, most=most) if store else []
+        last = max([newest, *(event.id for event in events)])
+        for event in events:
+            mark = "" if event.level == "info" else f"{event.level}: "
+            line = f"{rfc3339(event.at)} {mark}{event.text}"
+            document = json.dumps(event.document(), ensure_ascii=False)
+            print(document if args.json else line, flush=args.follow)
+        if not args.follow:
+            return 0
+        most = None
+        time.sleep(1.0)
+
+
+def run_schema(_: argparse.Namespace) -> int:
+    """Print the SQL of the state file, for whoever reads it with other programs."""
+    print(f"PRAGMA user_version = {SCHEMA_VERSION};")
+    print("\n".join(f"{textwrap.dedent(statement).strip()};" for statement in SCHEMA))
+    return 0
+
+
+def run_retry(args: argparse.Namespace) -> int:
+    """Try a run again now, or all unfinished ones of a job.
+
+    Polls, searches, or starts again what Keboola rejected or what failed there. A running daemon
+    does it within two seconds, otherwise the next start or --once.
+    """
+    with viewing(args) as view:
+        path, found = view.config.state_path, [run for run, _ in view.chosen(args.job)]
+        if view.store is None:
+            raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
+        asked, why = [], "it has no unfinished runs"
+        own = [run for run in found if run.name == args.job]
+        for run in own or [run for run in found if run.phase is not Phase.FINISHED]:
+            request = RetryRequest(0, run.id, args.force, run.rerun, run.phase)
+            after = after_retry(run, view.config.jobs[run.job], request, time.time())
+            if isinstance(after, str):
+                why = after
+            else:
+                asked.append((run.id, args.force, run.rerun, str(run.phase)))
+    if not asked:
+        raise TeckoError(f"{args.job}: {why}")
+    insert = "INSERT INTO requests (run_id, force, rerun, phase) VALUES (?, ?, ?, ?)"
+    with contextlib.closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as db:
+        Store(db, path).execute([(insert, row) for row in asked])
+    owner, when = lock_owner(path), "nothing runs now; the next start or --once does it"
+    if owner["running"] or owner["once"]:
+        when = "the running daemon does it within two seconds"
+    print(f"asked: {when}")
+    return 0
+
+
+# ==================================================================================================
+# 10. Command line, and the one place where exceptions become exit codes
+# ==================================================================================================
+
+EXIT_CODES: Final = """\
+exit codes: 0 fine; 1 something needs attention, or the command could not do it; 2 usage or config
+error; 75 another instance holds the state file; 130 interrupted"""
+
+# Each command: what does it, whose docstring is its help, and an example of its arguments.
+COMMANDS: Final[Mapping[str, tuple[Callable[[argparse.Namespace], int], str]]] = {
+    "init": (run_init, "/srv/teckochecker"),
+    "check": (run_check, "--config config.yaml"),
+    "doctor": (run_doctor, "--config /etc/teckochecker/config.yaml"),
+    "encrypt": (run_encrypt, "--rotate"),
+    "secret": (run_secret, "set openai-prod --type openai"),
+    "job": (run_job, "add nightly --batch-id batch_abc123 --config-id 123456"),
+    "status": (run_status, "nightly-embeddings"),
+    "logs": (run_logs, "nightly-embeddings -n 20 --follow"),
+    "retry": (run_retry, "nightly-embeddings --force"),
+    "import": (run_import, "old/teckochecker.db > imported.yaml"),
+    "schema": (run_schema, "> schema.sql"),
+}
+
+
+def add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
+    add = {name: parser.add_argument for name, parser in parsers.items()}
+    add["init"]("directory", nargs="?", metavar="DIR", default=".", help="where (default: here)")
+    add["import"]("old", metavar="OLD.db", help="the old program's database")
+    add["encrypt"]("--rotate", action="store_true", help="encrypt all under the first key")
+    for name in ("status", "logs"):
+        add[name]("job", nargs="?", metavar="JOB", help="only this run, or the runs of this job")
+        add[name]("--json", action="store_true", help="print JSON, for programs")
+    add["status"]("--check", action="store_true", help="exit 1 if anything needs attention")
+    overdue = "exit 1 if no daemon runs, or polls are overdue"
+    add["status"]("--alive", action="store_true", help=overdue)
+    add["logs"]("-n", type=int, metavar="N", default=100, help="the last N lines (default: 100)")
+    add["logs"]("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    add["retry"]("job", metavar="JOB", help="the name of a run, or of a job")
+    force = "decide an unknown start, start what the policy refused, or repeat a success"
+    add["retry"]("--force", action="store_true", help=force)
+
+
+def add_actions(
+    parser: argparse.ArgumentParser, command: str, names: Sequence[str], style: Mapping[str, Any]
+) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name in names:
+        what = f"{name} {command}{'s' if name == 'list' else ''}"
+        action = actions.add_parser(name, help=what, **style)
+        if name != "list":
+            action.add_argument("name", metavar="NAME")
+        for option in ("--type", "--stack-url", "--base-url") if name == "set" else ():
+            action.add_argument(option, metavar="TEXT")
+        if name == "add":
+            add_job_options(action)
+
+
+def new_parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    text = "the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)"
+    shared.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS, help=text)
+    raw = argparse.RawDescriptionHelpFormatter
+    style: dict[str, Any] = {"parents": [shared], "formatter_class": raw}
+
+    def told(run: Callable[[argparse.Namespace], int], example: str) -> dict[str, Any]:
+        parts = [textwrap.fill(" ".join(p.split()), 88) for p in str(run.__doc__).split("\n\n")]
+        if run is run_logs:
+            parts.append(textwrap.fill(f"events: {', '.join(EVENTS)}", 88))
+        epilog = f"example: teckochecker {example}\n\n{EXIT_CODES}"
+        return {"description": "\n\n".join(parts), "epilog": epilog, **style}
+
+    example = "--config /etc/teckochecker/config.yaml"
+    parser = argparse.ArgumentParser("teckochecker", **told(run_daemon, example))
+    parser.set_defaults(run=run_daemon)
+    parser.add_argument("--version", action="version", version=f"teckochecker {__version__}")
+    once = "make one pass over every unfinished run, start what is ready, and exit (for cron)"
+    parser.add_argument("--once", action="store_true", help=once)
+    commands, parsers = parser.add_subparsers(title="commands", metavar="COMMAND"), {}
+    for name, (run, arguments) in COMMANDS.items():
+        line = str(run.__doc__).splitlines()[0].rstrip(".")
+        about = told(run, f"{name} {arguments}")
+        parsers[name] = commands.add_parser(name, help=line[0].lower() + line[1:], **about)
+        parsers[name].set_defaults(run=run)
+    add_options(parsers)
+    add_actions(parsers["secret"], "secret", ["list", "set", "remove"], style)
+    add_actions(parsers["job"], "job", ["add", "pause", "resume", "remove"], style)
+    return parser
+
+
+def open_standard_files() -> None:
+    """Have 0, 1 and 2 open: else the state file could get one of them, and the log into it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(nowhere, "w", closefd=False)))
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        raise
-
-
-def exit_code(args: argparse.Namespace) -> int:
-    """Run a command; what it raises for a person is told, and becomes its exit code."""
-    try:
-        return int(args.run(args))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except TeckoError as error:
-        print(f"teckochecker: {error}", file=sys.stderr)
-        return error.exit_code
-    except sqlite3.Error as error:
-        hint = state_hint(error)
-        print(f"teckochecker: cannot use the state file: {error}; {hint}", file=sys.stderr)
-        return 1
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # what it cannot show is no crash
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code, and tells what is raised for a person."""
+    open_standard_files()
     parser = new_parser()
     args = parser.parse_args(argv)
     if args.once and args.run is not run_daemon:
         parser.error("--once goes without a command")
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no crash
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        with printing():
-            return exit_code(args)
-    except BrokenPipeError:  # `| head` has seen enough
-        return 0
-    except OSError as error:
-        if args.run is run_daemon:
-            raise
-        with contextlib.suppress(OSError):
-            what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-            print(f"teckochecker: cannot go on: {what}; see to that first", file=sys.stderr)
-        return 1
+        code = int(args.run(args))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        code, text = 0, ""
+    except TeckoError as error:  # a ConfigError's lines begin with their places
+        who = "" if isinstance(error, ConfigError) else "teckochecker: "
+        code, text = error.exit_code, f"{who}{error}"
+    except sqlite3.Error as error:
+        code, text = 1, f"teckochecker: cannot use the state file: {error}; {STATE_HINT}"
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        what = f"{error.strerror or error}{where}"
+        code, text = 1, f"teckochecker: cannot go on: {what}; see to that first"
+    else:
+        return code
+    with contextlib.suppress(OSError):
+        print(text, end="\n" if text else "", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # at its end, the interpreter would try again to write what cannot arrive
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 if __name__ == "__main__":

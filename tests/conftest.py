@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 from harness import KEBOOLA_TOKEN, OPENAI_KEY, Workspace
 from simulator import Simulator
-from workers import pytest_addoption, pytest_runtestloop
-
-__all__ = ["pytest_addoption", "pytest_runtestloop"]  # hooks of pytest's
 
 
 @pytest.fixture
@@ -20,6 +17,7 @@ def sim(caplog: pytest.LogCaptureFixture) -> Iterator[Simulator]:
     with Simulator() as simulator:
         simulator.add_key(OPENAI_KEY)
         simulator.add_token(KEBOOLA_TOKEN)
+        simulator.job_seconds = 0
         yield simulator
     # What goes wrong inside the event loop is only logged by asyncio.
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -1,9 +1,9 @@
 """Runs teckochecker and kills it, as kill -9 does, right before or after one of its commits.
 
-    python tests/crashing.py STATE before|after NUMBER [TECKOCHECKER'S ARGUMENTS]
+    python tests/crashing.py PHASE before|after NUMBER [TECKOCHECKER'S ARGUMENTS]
 
-The commit is the NUMBERth one that brings a trigger into STATE. What no other process can time
-is timed here, around the program instead of in it.
+The commit is the NUMBERth one that brings a run into PHASE. What no other process can time is
+timed here, around the program instead of in it.
 """
 
 from __future__ import annotations
@@ -19,41 +19,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import teckochecker as program
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 class CrashingStore(program.Store):
     """The state file's store, up to the commit at which the process ends."""
 
-    state = ""
+    phase = ""
     when = ""
     commits_left = 0
 
-    def save(
+    def commit(
         self,
-        changes: Iterable[tuple[program.Work, program.Work]],
-        events: Sequence[program.Event],
+        runs: Iterable[tuple[program.Run | None, program.Run]],
+        events: Iterable[program.Event],
         now: float,
-        mail: program.Mail = program.NO_MAIL,
-    ) -> None:
-        """Save, unless this is the moment."""
-        changes = list(changes)
-        for before, after in changes:
-            old, new = before.trigger, after.trigger
-            if new and new.state == self.state and (old is None or old.state != new.state):
+        also: Iterable[program.Statement] = (),
+    ) -> list[program.Event]:
+        """Commit, unless this is the moment."""
+        runs = list(runs)
+        for _, after in runs:
+            stored = self.one("SELECT phase FROM runs WHERE id = ?", after.id)
+            if after.phase == self.phase != stored:
                 type(self).commits_left -= 1
-        is_the_one = self.commits_left == 0
+        is_the_one = self.commits_left <= 0
         if is_the_one and self.when == "before":
-            die()
-        super().save(changes, events, now, mail)
+            os.kill(os.getpid(), signal.SIGKILL)
+        told = super().commit(runs, events, now, also)
         if is_the_one and self.when == "after":
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return told
 
 
 def main(arguments: Sequence[str]) -> int:
-    state, when, number, *rest = arguments
-    CrashingStore.state, CrashingStore.when = state, when
+    CrashingStore.phase, CrashingStore.when, number, *rest = arguments
     CrashingStore.commits_left = int(number)
     program.Store = CrashingStore  # type: ignore[misc]
     return program.main(rest)

@@ -159,7 +159,7 @@ class Daemon:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or self._ended:
                     why = "before the process ended" if self._ended else f"within {timeout:g} s"
-                    log = "\n".join(self.lines[-30:])
+                    log = "\n".join(line[:400] for line in self.lines[-30:])
                     raise TimeoutError(f"no {event} {fields} {why}; its log:\n{log}")
                 self._news.wait(left_s)
         return found[0]
@@ -276,7 +276,7 @@ class Workspace:
         }
         self.config: JsonObject = {
             "log": {"level": "info", "format": "json"},
-            "limits": {"trigger_grace": "1s"},
+            "limits": {"trigger_grace": "1s", "follow_interval": "1s"},
             "secrets": self.secrets,
             "defaults": {
                 "openai_secret": "openai",
@@ -420,15 +420,19 @@ class Workspace:
         with closing(sqlite3.connect(self.state)) as db, db:
             db.execute(statement)
 
-    def trigger_row(self, name: str) -> JsonObject:
-        """The newest trigger of a job, straight from the state file, which stays as it is."""
-        with closing(sqlite3.connect(f"{self.state.as_uri()}?mode=ro", uri=True)) as db:
+    def runs(self) -> list[JsonObject]:
+        """The runs, straight from the state file, which stays as it is; none yet is none."""
+        with (
+            suppress(sqlite3.OperationalError),
+            closing(sqlite3.connect(f"{self.state.as_uri()}?mode=ro", uri=True)) as db,
+        ):
             db.row_factory = sqlite3.Row
-            query = (
-                "SELECT t.* FROM triggers t JOIN jobs j ON j.id = t.job_id"
-                " WHERE j.name = ? ORDER BY t.created_at DESC"
-            )
-            return dict(db.execute(query, (name,)).fetchone())
+            return [dict(row) for row in db.execute("SELECT * FROM runs ORDER BY id")]
+        return []
+
+    def run_row(self, name: str) -> JsonObject:
+        """The newest run of a job."""
+        return [run for run in self.runs() if run["job"] == name][-1]
 
     # ---- what came of it ----
 

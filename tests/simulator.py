@@ -11,7 +11,8 @@ From a test:
         ...  # point the program at sim.openai_url and sim.stack_url
         sim.wait_for(lambda: sim.jobs)
 
-By hand: `python tests/simulator.py --help`.
+By hand: `python tests/simulator.py --help`. OpenAI's own client works with it, too: it takes the
+upload of a file and the creation of a batch, with metadata, as the real API does.
 
 A request's way, on which holds stop it and a fault bends it:
 
@@ -45,14 +46,15 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email import message_from_bytes
+from email.policy import HTTP
 from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import partial
 from http import HTTPStatus
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 from urllib.parse import parse_qsl, unquote
 
@@ -242,6 +244,12 @@ TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 STAMPED = TERMINAL | {"in_progress", "finalizing", "cancelling"}
 STAMPS = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 PARTIAL = frozenset({"expired", "cancelled"})
+PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+ENDPOINTS = [
+    *("/v1/responses", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+    *("/v1/moderations", "/v1/images/generations", "/v1/images/edits", "/v1/videos"),
+]
+CANCEL_S = 0.5  # the real one takes up to ten minutes
 
 
 @dataclass(slots=True)
@@ -254,13 +262,13 @@ class Batch:
     total: int
     failed: int
     output: bool
-    error_file: bool
     metadata: dict[str, str] | None
+    endpoint: str = "/v1/chat/completions"
+    input_file_id: str = ""  # none: one that bears the batch's name
     position: int = 0
     status: str = "validating"
     deleted: bool = False
-    # Grows whenever the timeline is replaced, which makes the changes planned before void.
-    plan: int = 0
+    planned: int = 0  # grows whenever the timeline is replaced
     stamps: dict[str, int] = field(default_factory=dict)
     overrides: JsonObject = field(default_factory=dict)
     _json: bytes | None = None
@@ -291,9 +299,9 @@ class Batch:
         return {
             "id": self.id,
             "object": "batch",
-            "endpoint": "/v1/chat/completions",
+            "endpoint": self.endpoint,
             "errors": self._errors(),
-            "input_file_id": f"file-{self.id}-input",
+            "input_file_id": self.input_file_id or f"file-{self.id}-input",
             "completion_window": "24h",
             "status": self.status,
             "output_file_id": f"file-{self.id}-output" if has_output else None,
@@ -324,7 +332,7 @@ class Batch:
         if self.status.lower() not in TERMINAL - {"failed"}:
             return False, False
         has_output = self.output and self._counts()["completed"] > 0
-        return has_output, self.error_file or self.failed > 0
+        return has_output, self.failed > 0
 
     def _errors(self) -> JsonObject | None:
         if self.status.lower() != "failed":
@@ -338,19 +346,55 @@ class Batch:
         return {"object": "list", "data": [error]}
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """An uploaded file; of a batch's requests, it counts the lines and those that are no JSON."""
+
+    project: str
+    purpose: str
+    lines: int
+    broken: int
+
+
 class OpenAI(Api):
-    """The Batch API: one key sees the batches of one project."""
+    """The Files and Batch APIs: one key sees the files and batches of one project."""
 
     name = "openai"
 
-    def __init__(self) -> None:
+    def __init__(self, agenda: Agenda) -> None:
         super().__init__()
+        self._agenda = agenda
+        self._made = itertools.count(1)
         self.keys: dict[str, str] = {}
+        self.files: dict[str, File] = {}
         self.batches: dict[str, Batch] = {}
         self._by_project: dict[str, list[Batch]] = {}
         self.ahead_s = 0.0  # how far this clock is from the true one
+        self.batch_seconds: float | None = None
         self._route("get", "GET", r"/v1/batches/([^/]+)", self.get)
         self._route("list", "GET", r"/v1/batches", self.list)
+        self._route("create", "POST", r"/v1/batches", self.create)
+        self._route("cancel", "POST", r"/v1/batches/([^/]+)/cancel", self.cancel)
+        self._route("upload", "POST", r"/v1/files", self.upload)
+
+    # ---- what becomes of batches ----
+
+    def wall(self) -> float:
+        return self._agenda.wall() + self.ahead_s
+
+    def plan(self, batch: Batch, timeline: Iterable[tuple[float, str]]) -> None:
+        """Sets what the batch will come to; what was planned before is void."""
+        batch.planned += 1
+        now = self._agenda.now()
+        for after_s, status in timeline:
+            if after_s <= 0:
+                batch.enter(status, self.wall())
+            else:
+                self._agenda.add(now + after_s, partial(self._enter, batch, batch.planned, status))
+
+    def _enter(self, batch: Batch, planned: int, status: str, wall: float) -> None:
+        if batch.planned == planned:
+            batch.enter(status, wall + self.ahead_s)
 
     def add(self, batch: Batch) -> None:
         if batch.id in self.batches:
@@ -363,6 +407,71 @@ class OpenAI(Api):
     def delete(self, batch_id: str) -> None:
         """Forgets a batch; its place in the project's list stays, so that positions stay true."""
         self.batches.pop(batch_id).deleted = True
+
+    # ---- requests ----
+
+    def upload(self, request: Request) -> Answer:
+        project, form = self._project(request), read_form(request)
+        name, content = form.get("file", ("", b""))
+        purpose = form.get("purpose", ("", b""))[1].decode()
+        if purpose not in PURPOSES:
+            message = f"Invalid value: '{purpose}'. Supported values are: {', '.join(PURPOSES)}."
+            raise ApiError(400, message, "purpose")
+        if purpose == "batch" and not name.endswith(".jsonl"):
+            raise ApiError(400, "Invalid file format for Batch API. Must be .jsonl")
+        lines = content.splitlines()
+        file_id = f"file-{next(self._made):024x}"
+        self.files[file_id] = File(project, purpose, len(lines), sum(map(is_broken, lines)))
+        now = int(self.wall())
+        return Answer.json(
+            {
+                "id": file_id,
+                "object": "file",
+                "bytes": len(content),
+                "created_at": now,
+                "filename": name,
+                "purpose": purpose,
+                "status": "processed",
+                "expires_at": now + 30 * 86_400 if purpose == "batch" else None,
+                "status_details": None,
+            }
+        )
+
+    def create(self, request: Request) -> Answer:
+        """Begins a batch, which ends after `batch_seconds`; one with a broken line fails."""
+        project, body = self._project(request), request.json()
+        check_new_batch(body)
+        file = self.files.get(body["input_file_id"])
+        if file is None or (file.project, file.purpose) != (project, "batch"):
+            raise ApiError(400, f"Invalid input file: {body['input_file_id']}.", "input_file_id")
+        batch = Batch(
+            id=f"batch_{next(self._made):032x}",
+            project=project,
+            created_at=int(self.wall()),
+            total=file.lines,
+            failed=0,
+            output=True,
+            metadata=body.get("metadata"),
+            endpoint=body["endpoint"],
+            input_file_id=body["input_file_id"],
+        )
+        self.add(batch)
+        answer = Answer(body=batch.json())
+        ends_s = self.batch_seconds
+        if file.broken or not file.lines:
+            self.plan(batch, [(0, "validating"), (ends_s or 0.1, "failed")])
+        elif ends_s is None:
+            self.plan(batch, [(0, "in_progress")])
+        else:
+            self.plan(batch, [(0, "in_progress"), (ends_s, "completed")])
+        return answer
+
+    def cancel(self, batch_id: str, request: Request) -> Answer:
+        batch = self._visible(batch_id, self._project(request))
+        if batch.status in TERMINAL:
+            raise ApiError(409, f"Cannot cancel a batch with status '{batch.status}'.")
+        self.plan(batch, [(0, "cancelling"), (CANCEL_S, "cancelled")])
+        return Answer(body=batch.json())
 
     def get(self, batch_id: str, request: Request) -> Answer:
         return Answer(body=self._visible(batch_id, self._project(request)).json())
@@ -416,6 +525,47 @@ class OpenAI(Api):
 
     def sign(self, answer: Answer) -> None:
         answer.headers["x-request-id"] = f"req_{next(self._serial):032x}"
+
+
+def read_form(request: Request) -> dict[str, tuple[str, bytes]]:
+    """The fields of a multipart form: each one's file name (or nothing) and content."""
+    head = f"Content-Type: {request.headers.get('content-type', '')}\r\n\r\n"
+    message = message_from_bytes(head.encode() + request.body, policy=HTTP)
+    if not message.is_multipart():
+        raise ApiError(400, "Expected a multipart form with the fields file and purpose.")
+    form = {}
+    for part in message.iter_parts():
+        name = part.get_param("name", header="content-disposition")
+        content = part.get_payload(decode=True)
+        if isinstance(content, bytes):
+            form[str(name)] = (part.get_filename() or "", content)
+    return form
+
+
+def is_broken(line: bytes) -> bool:
+    """Whether a line of a batch's file is no JSON object."""
+    try:
+        return not isinstance(json.loads(line), dict)
+    except ValueError:
+        return True
+
+
+def check_new_batch(body: JsonObject) -> None:
+    """Refuses what OpenAI would refuse, with status 400."""
+    for key in ("input_file_id", "endpoint", "completion_window"):
+        if not isinstance(body.get(key), str):
+            raise ApiError(400, f"Missing required parameter: '{key}'.", key)
+    for key, allowed in (("endpoint", ENDPOINTS), ("completion_window", ["24h"])):
+        if body[key] not in allowed:
+            message = f"Invalid value: '{body[key]}'. Supported values are: {', '.join(allowed)}."
+            raise ApiError(400, message, key)
+    metadata = body.get("metadata") or {}
+    if len(metadata) > 16:
+        raise ApiError(400, "Invalid 'metadata': too many properties, at most 16.", "metadata")
+    for key, value in metadata.items():
+        if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
+            message = f"Invalid 'metadata.{key}': a string of at most 512 characters is expected."
+            raise ApiError(400, message, "metadata")
 
 
 # ======================================================================================
@@ -687,7 +837,7 @@ class Queue(Keboola):
         return Answer(body=b"[" + b", ".join(job.json() for job in page) + b"]")
 
     def search(self, request: Request) -> Answer:
-        """Filters, sorts and pages; filters that it does not know are ignored without a word."""
+        """Filters and pages; filters that it does not know are ignored without a word."""
         project = self._project(request)
         limit = request.integer("limit", 100, 1, 500)
         offset = request.integer("offset", 0, 0, 10**9)
@@ -697,26 +847,17 @@ class Queue(Keboola):
             for parameter, name in SEARCH_FILTERS.items()
             if query.get(parameter)
         }
+        if (query.get("sortBy", "createdTime"), query.get("sortOrder", "desc")) != NEWEST_FIRST:
+            raise ApiError(400, "Simulated is only the search by createdTime, newest first.")
+        jobs, low, high = self._visible_range(query, project)
         rows = (
             job
-            for job in self._sorted(query, project)
+            for job in (jobs[i] for i in range(high - 1, low - 1, -1))
             if job.project == project.id
             and all(job.document[name] == value for name, value in wanted.items())
         )
         page = itertools.islice(rows, offset, offset + limit)
         return Answer(body=b"[" + b", ".join(map(self._row, page)) + b"]")
-
-    def _sorted(self, query: dict[str, str], project: Project) -> Iterable[Job]:
-        """The visible jobs in the order asked for; creation order is how they are stored."""
-        order, key = query.get("sortOrder", "desc").lower(), query.get("sortBy", "createdTime")
-        if order not in {"asc", "desc"}:
-            raise ApiError(400, 'Invalid "sortOrder": expected "asc" or "desc".')
-        jobs, low, high = self._visible_range(query, project)
-        if key in {"createdTime", "id"}:
-            return (jobs[i] for i in ordered(low, high, newest_first=order == "desc"))
-        return sorted(
-            jobs[low:high], key=lambda job: str(job.document.get(key)), reverse=order == "desc"
-        )
 
     def _visible_range(
         self, query: dict[str, str], project: Project
@@ -740,12 +881,9 @@ class Queue(Keboola):
         return json.dumps(shown).encode()
 
 
+NEWEST_FIRST = ("createdTime", "desc")
 LIST_FILTERS = ("component", "config", "branchId", "status")
 SEARCH_FILTERS = {"componentId": "component", "configId": "config", "branchId": "branchId"}
-
-
-def ordered(low: int, high: int, *, newest_first: bool) -> range:
-    return range(high - 1, low - 1, -1) if newest_first else range(low, high)
 
 
 def iso(wall: float) -> str:
@@ -1228,22 +1366,6 @@ class Hold:
 # ======================================================================================
 
 
-@dataclass(slots=True)
-class Pace:
-    """When requests to OpenAI's API came, by the monotonic clock that all processes share."""
-
-    first_at: float | None = None
-    last_at: float | None = None
-    longest_gap_s: float = 0.0
-
-    def note(self, at: float) -> None:
-        if self.last_at is None:
-            self.first_at = at
-        else:
-            self.longest_gap_s = max(self.longest_gap_s, at - self.last_at)
-        self.last_at = at
-
-
 class Simulator:
     """Three servers in one thread, and the switches by which a test drives them.
 
@@ -1265,7 +1387,7 @@ class Simulator:
         self._lock = threading.Condition()
         self._version = 0
         self._agenda = Agenda()
-        self._openai = OpenAI()
+        self._openai = OpenAI(self._agenda)
         tokens: dict[str, Project] = {}
         configs: dict[tuple[str, str], JsonObject] = {}
         self._storage = Storage(tokens, configs, self._agenda, lambda: self.queue_url)
@@ -1280,7 +1402,6 @@ class Simulator:
         self._requests: list[Request] = []
         self._counts: Counter[str] = Counter()
         self._in_flight = self._max_in_flight = 0
-        self._pace = Pace()
 
     # ---- the world's state ----
 
@@ -1322,7 +1443,6 @@ class Simulator:
         total: int = 100,
         failed: int = 0,
         output: bool = True,
-        error_file: bool = False,
         metadata: dict[str, str] | None = None,
         created_at: int | None = None,
     ) -> None:
@@ -1332,55 +1452,45 @@ class Simulator:
         With `failed` there is an error file as well, and without a completed request no output
         file, as in the real API.
         """
-        now = self._agenda.wall() + self._openai.ahead_s
-        created = int(now) if created_at is None else created_at
-        batch = Batch(id, project, created, total, failed, output, error_file, metadata)
+        created = int(self._openai.wall()) if created_at is None else created_at
+        batch = Batch(id, project, created, total, failed, output, metadata)
         with self.changing():
             self._openai.add(batch)
-            self._plan(batch, [(0.0, timeline)] if isinstance(timeline, str) else timeline)
-
-    def _plan(self, batch: Batch, timeline: Iterable[tuple[float, str]]) -> None:
-        now = self._agenda.now()
-        for after_s, status in timeline:
-            if after_s <= 0:
-                batch.enter(status, self._agenda.wall(now) + self._openai.ahead_s)
-            else:
-                enter = partial(self._enter, batch, batch.plan, status)
-                self._agenda.add(now + after_s, enter)
-
-    def _enter(self, batch: Batch, plan: int, status: str, wall: float) -> None:
-        if batch.plan == plan:
-            batch.enter(status, wall + self._openai.ahead_s)
+            self._openai.plan(batch, [(0, timeline)] if isinstance(timeline, str) else timeline)
 
     def set_batch(self, batch_id: str, /, **fields: object) -> None:
         """Overrides fields of the JSON object for good; a `status` also ends the timeline."""
         with self.changing():
             batch = self._openai.batches[batch_id]
-            batch.plan += "status" in fields
+            batch.planned += "status" in fields
             batch.override(fields)
 
     def finish(self, id: str, status: str = "completed") -> None:  # noqa: A002
         """Ends the batch now, whatever its timeline says."""
         with self.changing():
             batch = self._openai.batches[id]
-            batch.plan += 1
             batch.overrides.pop("status", None)
-            batch.enter(status, self._agenda.wall() + self._openai.ahead_s)
-
-    def prepare(self) -> None:
-        """Renders all batches now, so that requests find their bytes ready."""
-        with self.changing():
-            for batch in self._openai.batches.values():
-                batch.json()
+            self._openai.plan(batch, [(0, status)])
 
     def delete_batch(self, batch_id: str) -> None:
         with self.changing():
             self._openai.delete(batch_id)
 
-    def finish_job(self, job_id: str, status: str = "success") -> None:
-        """Ends a Keboola job; the next of the same configuration moves up."""
+    def finish_job(
+        self, job_id: str, status: str = "success", message: str = "", exception_id: str = ""
+    ) -> None:
+        """Ends a Keboola job with its result; the next of the same configuration moves up."""
         with self.changing():
+            if message:
+                error = {"type": "user", "exceptionId": exception_id}
+                result = {"message": message} | ({"error": error} if exception_id else {})
+                self._queue.jobs[job_id].update(result=result)
             self._queue.finish(job_id, status)
+
+    def delete_job(self, job_id: str) -> None:
+        """Makes a Keboola job a 404, although the search may still show it."""
+        with self.changing():
+            del self._queue.jobs[job_id]
 
     @property
     def search_lag(self) -> float:
@@ -1399,6 +1509,16 @@ class Simulator:
     def search_hides_variables(self, hides: bool) -> None:
         with self.changing():
             self._queue.hides_variables = hides
+
+    @property
+    def batch_seconds(self) -> float | None:
+        """How long a batch that was created over HTTP runs; None: until `finish`."""
+        return self._openai.batch_seconds
+
+    @batch_seconds.setter
+    def batch_seconds(self, seconds: float | None) -> None:
+        with self.changing():
+            self._openai.batch_seconds = seconds
 
     @property
     def job_seconds(self) -> float | None:
@@ -1508,24 +1628,6 @@ class Simulator:
             self._requests.clear()
             self._counts.clear()
             self._max_in_flight = self._in_flight
-            self._pace = Pace()
-
-    def stats(self) -> JsonObject:
-        """What `GET /_sim/requests` shows: of large worlds, `state` would be too much to ask."""
-        with self._lock:
-            return {
-                "requests": dict(self._counts),
-                "max_in_flight": self._max_in_flight,
-                **asdict(self._pace),
-            }
-
-    def births(self) -> dict[str, list[float]]:
-        """When the jobs of each Keboola configuration were created, by the monotonic clock."""
-        with self._lock:
-            born: dict[str, list[float]] = {}
-            for job in self._queue.jobs.values():
-                born.setdefault(job.target[1], []).append(job.born)
-            return born
 
     def state(self) -> JsonObject:
         """What `GET /_sim/state` shows."""
@@ -1707,8 +1809,6 @@ class InFlight:
         sim = self._sim
         with sim.changing():
             sim._counts[self._request.route] += 1
-            if self._request.route.startswith("openai."):
-                sim._pace.note(self._request.at)
             if sim.record:
                 sim._requests.append(self._request)
             sim._in_flight += 1
@@ -1738,30 +1838,17 @@ class Control(Api):
     def __init__(self, sim: Simulator) -> None:
         super().__init__()
         self._sim = sim
-        self._route("state", "GET", r"/_sim/state", self._read(sim.state))
-        self._route("stats", "GET", r"/_sim/requests", self._read(sim.stats))
-        self._route("births", "GET", r"/_sim/births", self._read(sim.births))
-        self._route("reset", "DELETE", r"/_sim/requests", self._reset)
-        self._route("latency", "POST", r"/_sim/latency", partial(self._call, self._set_latency))
-        self._route("batches", "POST", r"/_sim/batches", partial(self._call, sim.add_batch))
+        self._route("state", "GET", r"/_sim/state", self._state)
         self._route("finish", "POST", r"/_sim/finish", partial(self._call, sim.finish))
         self._route("faults", "POST", r"/_sim/faults", partial(self._call, sim.fault))
         self._route("clear", "DELETE", r"/_sim/faults", self._clear)
 
-    @staticmethod
-    def _read(method: Callable[[], object]) -> Handler:
-        return lambda _request: Answer.json(method())
+    def _state(self, request: Request) -> Answer:  # noqa: ARG002 - a handler's signature
+        return Answer.json(self._sim.state())
 
-    def _clear(self, request: Request) -> Answer:  # noqa: ARG002 - a handler's signature
+    def _clear(self, request: Request) -> Answer:  # noqa: ARG002
         self._sim.clear_faults()
         return Answer.json({"ok": True})
-
-    def _reset(self, request: Request) -> Answer:  # noqa: ARG002
-        self._sim.reset_stats()
-        return Answer.json({"ok": True})
-
-    def _set_latency(self, seconds: float) -> None:
-        self._sim.latency = seconds
 
     @staticmethod
     def _call(method: Callable[..., object], request: Request) -> Answer:
@@ -1785,15 +1872,17 @@ example:
   python tests/simulator.py --batch 'batch_a=validating@0,in_progress@2,completed@6'
 
 A batch is ID=STATUS@SECONDS,... (seconds after the start; a lone STATUS counts from 0).
-A line of --batches holds the JSON that `_sim/batches` takes: the keywords of add_batch().
+
+Batches are created over HTTP as at OpenAI, by its own client or by hand:
+  curl localhost:8101/v1/files -H 'Authorization: Bearer sk-simulator' \\
+    -F purpose=batch -F file=@requests.jsonl
+  curl localhost:8101/v1/batches -H 'Authorization: Bearer sk-simulator' \\
+    -d '{"input_file_id": "file-...", "endpoint": "/v1/responses", "completion_window": "24h",
+         "metadata": {"pipeline": "nightly"}}'
 
 While it runs (the stack's port; the JSON keys are the keywords of the Python methods):
   curl localhost:8102/_sim/state
-  curl localhost:8102/_sim/requests     (-X DELETE counts anew)
-  curl localhost:8102/_sim/births       (when which configuration's jobs were created)
-  curl localhost:8102/_sim/latency -d '{"seconds": 0.1}'
-  curl localhost:8102/_sim/batches -d '{"id": "batch_b", "timeline": [[0, "in_progress"]]}'
-  curl localhost:8102/_sim/finish  -d '{"id": "batch_b", "status": "failed"}'
+  curl localhost:8102/_sim/finish  -d '{"id": "batch_a", "status": "failed"}'
   curl localhost:8102/_sim/faults  -d '{"route": "openai.*", "kind": "status", "code": 429}'
   curl -X DELETE localhost:8102/_sim/faults
 
@@ -1823,6 +1912,10 @@ jobs:
   demo:
     batch_ids: [{batches}]
     config_id: "123456"
+  found:
+    match: {{pipeline: nightly}}
+    since: {today}
+    config_id: "123457"
 """
 
 
@@ -1876,21 +1969,11 @@ def parser() -> argparse.ArgumentParser:
     add("--latency", type=float, default=0.0, metavar="S", help="seconds added to each answer")
     add("--search-lag", type=float, default=0.0, metavar="S", help="until the search shows a job")
     add("--job-seconds", type=float, metavar="S", help="how long Keboola jobs run; else for ever")
+    add("--batch-seconds", type=float, metavar="S", help="the same of batches created over HTTP")
     add(
         "--batch", type=parse_batch, action="append", default=[], metavar="ID=...", help="see below"
     )
-    add("--batches", type=Path, metavar="FILE", help="more of them, as JSON lines; see below")
-    add("--quiet", action="store_true", help="print the addresses, but no line for each request")
-    add("--many", type=int, default=0, metavar="N", help="N more, completed within a minute")
     return result
-
-
-def read_batches(sim: Simulator, path: Path) -> None:
-    """Adds the batches of a file, and renders each one's JSON before anybody asks for it."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            sim.add_batch(**json.loads(line))
-    sim.prepare()
 
 
 def build(options: argparse.Namespace) -> Simulator:
@@ -1899,19 +1982,14 @@ def build(options: argparse.Namespace) -> Simulator:
     sim = Simulator(options.latency, options.search_lag, ports=ports)
     sim.job_seconds = options.job_seconds
     sim.record = False  # it may run for days
-    sim.on_answer = None if options.quiet else print_answer
+    sim.batch_seconds = options.batch_seconds
+    sim.on_answer = print_answer
     for key, project in options.key or [DEFAULT_KEY]:
         sim.add_key(key, project)
     sim.add_token(options.token)
-    if options.batches:
-        read_batches(sim, options.batches)
-    if not (options.batch or options.many or options.batches):
-        options.batch.append(parse_batch("batch_a=validating@0,in_progress@2,completed@6"))
-    for batch_id, timeline in options.batch:
+    example = parse_batch("batch_a=validating@0,in_progress@2,completed@6")
+    for batch_id, timeline in options.batch or [example]:
         sim.add_batch(batch_id, timeline)
-    for number in range(1, options.many + 1):
-        ends = 60 * number / options.many
-        sim.add_batch(f"batch_{number:06}", [(0, "in_progress"), (ends, "completed")])
     return sim
 
 
@@ -1926,7 +2004,8 @@ def introduce(sim: Simulator, options: argparse.Namespace) -> None:
     key = (options.key or [DEFAULT_KEY])[0][0]
     print(f"OpenAI   {sim.openai_url}\nstack    {sim.stack_url}\nqueue    {sim.queue_url}\n")
     print(f"export OPENAI_API_KEY={key} KEBOOLA_TOKEN={options.token}\n")
-    print(CONFIG.format(openai=sim.openai_url, stack=sim.stack_url, batches=batches))
+    today = datetime.now(UTC).date()
+    print(CONFIG.format(openai=sim.openai_url, stack=sim.stack_url, batches=batches, today=today))
     print("Ctrl-C ends it.", flush=True)
 
 

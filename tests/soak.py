@@ -3,11 +3,13 @@
 
     python tests/soak.py --minutes 30
 
-200 jobs are in the config at all times; those whose Keboola job has started are replaced by new
-ones. A tenth of all requests goes wrong. Every few seconds the config is edited, a fifth of the
-times into something broken, and every 20 seconds the process is killed with SIGKILL, half of the
-times in the middle of a POST. At the end the servers are made well, every batch is finished, and
-the Keboola jobs are compared with the jobs that there were.
+200 jobs are in the config at all times, a fifth of them with `match`; those whose Keboola jobs
+have started are replaced by new ones. A tenth of all requests goes wrong. Every few seconds the
+config is edited, a fifth of the times into something broken, sometimes by several `job add` at
+once, and every 20 seconds the process is killed with SIGKILL, half of the times in the middle of
+a POST. Keboola jobs run, succeed and fail, and a webhook is told of it. At the end the servers are
+made well, every batch is finished, and the Keboola jobs, the state file and what the webhook was
+told are compared with the jobs that there were.
 
 All edits are within the promise of the README. Where two edits that the daemon sees as one could
 leave it (a new name and a new target at once), no job meets both of them.
@@ -20,17 +22,22 @@ import json
 import random
 import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program, for the harness
 
+import yaml
 from harness import (
     KEBOOLA_TOKEN,
     OPENAI_KEY,
@@ -38,12 +45,16 @@ from harness import (
     Daemon,
     JsonObject,
     Workspace,
+    clean_environment,
     variables,
     wait_until,
 )
-from simulator import Fault, Simulator
+from simulator import Fault, Simulator, iso
+
+from teckochecker import EVENTS
 
 Ids = frozenset[str]
+Told = tuple[str, str | None, str]  # an event's name, its run, its sentence
 
 GRACE_S = 3
 LAGS_S = (0.0, 0.3 * GRACE_S, 0.9 * GRACE_S)
@@ -53,6 +64,8 @@ KILL_EVERY_S = 20.0
 TARGETS = 100  # Keboola configurations: the search finds other jobs' rows as well
 PATIENCE_S = 60.0
 END_WITHIN_S = 180.0
+GROUPS = 4  # of a `match` job at most
+ADDERS = 4  # `job add` at once
 
 # Which requests go wrong, how, and how many in a thousand: a tenth of them in all. A 429 holds a
 # whole OpenAI account back, so that it comes less often there.
@@ -82,16 +95,21 @@ FAULTS: tuple[tuple[str, str, int, JsonObject], ...] = (
     ("queue.*", "huge", 1, {"size": 17 * 1024 * 1024}),
 )
 ENDS = ("completed", "completed", "completed", "failed", "expired", "cancelled")
+JOB_ENDS = ("success", "success", "success", "warning", "error", "terminated", "cancelled")
 
 
 @dataclass(slots=True)
 class Piece:
-    """A piece of work: the ids of its batches, and how it stands in the config."""
+    """A job as it stands in the config, and the sets of batches that it is to be started for."""
 
-    ids: Ids
     name: str
     keys: JsonObject
     may_rename: bool  # else its target may change
+    owed: list[Ids] = field(default_factory=list)
+
+    @property
+    def is_match(self) -> bool:
+        return "match" in self.keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +124,10 @@ class Figures:
     kills_in_post: int
     reloads: int
     rejected: int
+    added: int  # by `job add`
     triggers: int
+    found: int  # of the triggers, those of `match` jobs
+    told: int  # to the webhook
     duplicates: int
     lost: int
     wrong: int
@@ -120,7 +141,8 @@ class Figures:
             f"{self.seconds / 60:.1f} minutes, seed {self.seed}: {self.requests} requests, "
             f"{self.faults} faults injected, "
             f"{self.kills} kills ({self.kills_in_post} amid a POST), "
-            f"{self.reloads} reloads ({self.rejected} more refused), {self.triggers} triggers, "
+            f"{self.reloads} reloads ({self.rejected} more refused), {self.added} jobs by job add, "
+            f"{self.triggers} triggers ({self.found} of match jobs), {self.told} events told, "
             f"{self.duplicates} duplicates, {self.lost} lost, {self.wrong} wrong"
         )
 
@@ -136,6 +158,60 @@ class SoakSpace(Workspace):
         return [sys.executable, str(PROGRAM), "--config", str(self.path), *arguments]
 
 
+class Webhook:
+    """Keeps what it is told; now and then it refuses, or takes an event and does not say so."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.is_well = False
+        self.life = 0  # of the daemon: grows with each kill
+        self.told: list[tuple[Told, int, bool]] = []  # with the life, and whether it was answered
+        webhook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                try:
+                    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                except ValueError:
+                    return  # killed in the middle of it
+                fate = 1.0 if webhook.is_well else dice.random()
+                if fate >= 0.02:
+                    told = (body["event"], body["run"], body["text"])
+                    webhook.told.append((told, webhook.life, fate >= 0.04))
+                if not 0.02 <= fate < 0.04:
+                    self.send_response(503 if fate < 0.02 else 200)
+                    self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Says nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/services/T0/B0/secret"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def compare(self, expected: list[Told]) -> Iterator[str]:
+        """What it was told other than each event once and in order.
+
+        Told again is right where the answer was lost, or the daemon killed before it counted.
+        """
+        place = 0
+        before: tuple[Told, int, bool] | None = None
+        for told, life, is_answered in self.told:
+            if place < len(expected) and told == expected[place]:
+                place += 1
+            elif not (before and before[0] == told and (not before[2] or before[1] != life)):
+                yield f"the webhook was told {told} where {expected[place : place + 1]} was next"
+                return
+            before = (told, life, is_answered)
+        if place < len(expected):
+            yield f"the webhook was not told {len(expected) - place} events, from {expected[place]}"
+
+
 class Soak:
     """The config's jobs and what is owed for each, the process, and the dice."""
 
@@ -148,27 +224,36 @@ class Soak:
         self.sim.add_key(OPENAI_KEY)
         self.sim.add_token(KEBOOLA_TOKEN)
         self.sim.start()
+        self.webhook = Webhook(random.Random(seed))  # noqa: S311
         self.space = SoakSpace(directory, self.sim)
         self.space.config["limits"] = {
             "request_timeout": "2s",
             "max_concurrency": 40,
             "trigger_grace": GRACE_S,
+            "follow_interval": "1s",
         }
         self.space.config["defaults"]["poll_interval"] = "4s"
+        alerts = {"type": "webhook", "value": self.space.encrypt(self.webhook.url)}
+        self.space.secrets["alerts"] = alerts
+        self.space.config["notify"] = [{"secret": "alerts", "events": ["attention", "finished"]}]
         self.faults: list[Fault] = []
         self.daemons: list[Daemon] = []
         self.pieces: dict[str, Piece] = {}  # in the config, by name
         self.removed: list[Piece] = []
+        self.sets: dict[Ids, bool] = {}  # all that ever were to be started; of a `match` job?
         self.started: Counter[Ids] = Counter()
-        self.kills = self.kills_in_post = 0
+        self.coming: list[tuple[float, str, JsonObject]] = []  # batches: when, id, metadata
+        self.problems: list[str] = []
+        self.kills = self.kills_in_post = self.added = 0
         self._serial = 0
-        self._next_edit = self._next_kill = 0.0
+        self._next_edit = self._next_kill = self._next_second = 0.0
 
     def close(self) -> None:
-        """Ends the process and the simulator; says so if the process has met a bug."""
+        """Ends the process and the servers; says so if the process has met a bug."""
         try:
             self.space.close()
         finally:
+            self.webhook.close()
             self.sim.stop()
 
     @property
@@ -189,6 +274,7 @@ class Soak:
         while (now := time.monotonic()) < began + seconds:
             if not self.daemon.is_running():
                 raise RuntimeError(f"the daemon has ended by itself:\n{self.daemon.log()[-3000:]}")
+            self.let_pass(now)
             if now >= self._next_edit:
                 self.edit()
                 self._next_edit = now + self.dice.uniform(*EDIT_EVERY_S)
@@ -199,6 +285,19 @@ class Soak:
             time.sleep(TICK_S)  # the soak goes by the clock
         self.make_well()
         return self.count(time.monotonic() - began)
+
+    def let_pass(self, now: float) -> None:
+        """Once a second, batches that are due come, and some Keboola jobs are finished."""
+        if now < self._next_second:
+            return
+        self._next_second = now + 1
+        due = [batch for batch in self.coming if batch[0] <= now]
+        self.coming = [batch for batch in self.coming if batch[0] > now]
+        for _, batch_id, metadata in due:
+            self.add_batch(batch_id, metadata)
+        for job in self.sim.jobs:
+            if job["status"] in {"created", "processing"} and self.dice.random() < 0.3:
+                self.sim.finish_job(job["id"], self.dice.choice(JOB_ENDS), "as the dice fell")
 
     def start(self) -> None:
         self.daemons.append(self.space.start())
@@ -211,19 +310,23 @@ class Soak:
             self.daemon.send(signal.SIGTERM)
             if (code := self.daemon.wait(PATIENCE_S)) != 0:
                 raise RuntimeError(f"exit code {code} after SIGTERM:\n{self.daemon.log()[-3000:]}")
+            self.webhook.life += 1
             return
         if manner == "post":
             self._await_post(self.dice.choice(["before", "after", "half"]))
         else:
-            self.kills += 1
-            self.daemon.kill()
+            self.kill_daemon()
         if manner == "twice":
             self.daemons.append(self.space.start())
             time.sleep(self.dice.uniform(0.2, 3))  # anywhere in its start: the clock decides
-            self.kills += 1
-            self.daemon.kill()
+            self.kill_daemon()
         # What a server has begun goes on without its client.
         wait_until(lambda: self.sim._in_flight == 0, "the servers have done all", PATIENCE_S)
+
+    def kill_daemon(self) -> None:
+        self.kills += 1
+        self.daemon.kill()
+        self.webhook.life += 1
 
     def _await_post(self, when: str) -> None:
         """Kills the process while one of its POSTs stands at this place of its way."""
@@ -234,61 +337,94 @@ class Soak:
         except TimeoutError:
             pass  # no POST is due, or a fault was in front of it
         finally:
-            self.kills += 1
-            self.daemon.kill()
+            self.kill_daemon()
             hold.release()
 
     def make_well(self) -> None:
-        """Ends the faults and the batches, wakes every job, and waits until all are started."""
+        """Ends the faults and the batches, wakes every job, and waits until all is done."""
         self.sim.clear_faults()
         self.sim.search_lag = 0.0
+        self.sim.job_seconds = 0.5
+        self.webhook.is_well = True
+        for _, batch_id, metadata in self.coming:
+            self.add_batch(batch_id, metadata)
         for batch_id, status in self.sim.state()["batches"].items():
             if status == "in_progress":
                 self.sim.finish(batch_id)
+        for job in self.sim.jobs:
+            self.sim.finish_job(job["id"])
         for piece in self.pieces.values():
             piece.keys.pop("paused", None)
             piece.keys["variables"] = {"round": "last"}  # arms what Keboola has refused
         self.write()
         try:
-            wait_until(self.is_done, "every job started", END_WITHIN_S)
+            wait_until(lambda: not self.missing(), "all is done", END_WITHIN_S, 0.5)
         except TimeoutError:
-            print(f"not all jobs were started within {END_WITHIN_S:g} s", file=sys.stderr)
+            print(f"not done within {END_WITHIN_S:g} s; see below", file=sys.stderr)
         self.daemon.send(signal.SIGTERM)
         self.daemon.wait(PATIENCE_S)
 
-    def is_done(self) -> bool:
+    def missing(self) -> list[str]:
+        """What is not yet as it must be for the jobs in the config; those that left it are done."""
         self.look()
-        if not all(self.started[piece.ids] for piece in self.pieces.values()):
-            return False
-        with closing(sqlite3.connect(f"{self.space.state.as_uri()}?mode=ro", uri=True)) as db:
-            where = "state <> 'sent' AND job_id IN (SELECT id FROM jobs WHERE position NOT NULL)"
-            found = db.execute(f"SELECT count(*) FROM triggers WHERE {where}").fetchone()  # noqa: S608
-        return int(found[0]) == 0
+        owed = {ids for piece in self.pieces.values() for ids in piece.owed}
+        found = [f"not started: {sorted(ids)}" for ids in owed if not self.started[ids]]
+        recorded = {run["keboola_job_id"]: run for run in self.space.runs()}
+        for job in self.sim.jobs:
+            run = recorded.get(job["id"], {"phase": "not recorded", "keboola_status": None})
+            if ids_of(job) in owed and not is_followed(run, job):
+                where = f"{run['phase']}, {run['keboola_status']}"
+                found.append(f"{where} in the state file: {brief(job)}")
+        return [*found, *self.webhook.compare(self.events_for_webhook())]
 
     # ---- the config ----
 
     def fill(self) -> None:
         """Adds jobs until there are as many as there should be."""
         while len(self.pieces) < self.jobs:
-            keys: JsonObject = {"config_id": f"c{self.dice.randrange(TARGETS)}"}
-            piece = Piece(frozenset(), self.new_name(), keys, self.dice.random() < 0.5)
-            self.give_ids(piece)
+            piece = self.new_piece(is_match=self.dice.random() < 0.2)
             self.pieces[piece.name] = piece
 
-    def new_name(self) -> str:
-        self._serial += 1
-        return f"job-{self._serial}"
+    def new_piece(self, *, is_match: bool) -> Piece:
+        keys: JsonObject = {"config_id": f"c{self.dice.randrange(TARGETS)}"}
+        piece = Piece(self.new_name("job"), keys, self.dice.random() < 0.5)
+        if is_match:
+            keys["match"] = {"pipeline": self.new_name("pipeline")}
+            keys["since"] = iso(time.time() - 3600)[:19] + "Z"
+            if self.dice.random() < 0.6:
+                keys |= {"group_by": "date", "group_size": "metadata.size"}
+        self.give_batches(piece)
+        return piece
 
-    def give_ids(self, piece: Piece) -> None:
-        """Gives new batches to a job, which run for a while."""
-        ids = []
-        for _ in range(self.dice.choice([1, 1, 1, 2, 3])):
-            self._serial += 1
-            ids.append(f"batch_{self._serial}")
-            ends_s, end = self.dice.uniform(2, 40), self.dice.choice(ENDS)
-            self.sim.add_batch(ids[-1], [(0, "in_progress"), (ends_s, end)])
-        piece.keys["batch_ids"] = ids
-        piece.ids = frozenset(ids)
+    def new_name(self, what: str) -> str:
+        self._serial += 1
+        return f"{what}-{self._serial}"
+
+    def give_batches(self, piece: Piece) -> None:
+        """Gives new batches to a job, or one more group to a `match` job; they run for a while."""
+        count = self.dice.choice([1, 1, 1, 2, 3])
+        if piece.is_match and "group_by" not in piece.keys:
+            count = 1
+        ids = [self.new_name("batch_").replace("-", "") for _ in range(count)]
+        if piece.is_match:
+            metadata = {**piece.keys["match"], "date": self.new_name("date"), "size": str(count)}
+            self.add_batch(ids[0], metadata)
+            for batch_id in ids[1:]:
+                self.coming.append(
+                    (time.monotonic() + self.dice.uniform(0, 15), batch_id, metadata)
+                )
+            piece.owed.append(frozenset(ids))
+        else:
+            for batch_id in ids:
+                self.add_batch(batch_id)
+            piece.keys["batch_ids"] = ids
+            piece.owed = [frozenset(ids)]
+        self.sets[frozenset(ids)] = piece.is_match
+
+    def add_batch(self, batch_id: str, metadata: JsonObject | None = None) -> None:
+        ends_s, end = self.dice.uniform(2, 40), self.dice.choice(ENDS)
+        timeline = [(0, "in_progress"), (ends_s, end)]
+        self.sim.add_batch(batch_id, timeline, metadata=metadata)
 
     def write(self) -> None:
         self.space.jobs.clear()
@@ -296,20 +432,51 @@ class Soak:
         self.space.write()
 
     def edit(self) -> None:
-        """Saves the config once more, other than before or broken, and turns the search's lag."""
+        """Saves the config once more, other than before or broken, and turns Keboola's switches."""
         self.sim.search_lag = self.dice.choice(LAGS_S)
+        self.sim.job_seconds = self.dice.choice([None, 5.0])
         if self.dice.random() < 0.2:
             self.dice.choice(BREAKAGES)(self)
             return
         self.look()
         for piece in [*self.pieces.values()]:  # those that are done make room for new ones
-            if self.started[piece.ids] and self.dice.random() < 0.7:
-                self.remove(piece)
+            is_full = not piece.is_match or len(piece.owed) >= GROUPS
+            if all(self.started[ids] for ids in piece.owed) and self.dice.random() < 0.7:
+                self.remove(piece) if is_full else self.give_batches(piece)
         for _ in range(self.dice.randint(1, 8)):
             change = self.dice.choice(CHANGES)
             change(self, self.dice.choice([*self.pieces.values()]))
-        self.fill()
+        is_by_command = self.dice.random() < 0.15
+        if not is_by_command:
+            self.fill()
         self.write()
+        if is_by_command:
+            self.add_by_command()
+
+    def add_by_command(self) -> None:
+        """Adds jobs by several `job add` at once; the one editor takes them one after another."""
+        pieces = [self.new_piece(is_match=number == 0) for number in range(ADDERS)]
+        processes = [
+            subprocess.Popen(
+                self.space.command("job", "add", piece.name, *options_of(piece.keys)),
+                cwd=self.space.directory,
+                env=clean_environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for piece in pieces
+        ]
+        for process, piece in zip(processes, pieces, strict=True):
+            _, message = process.communicate(timeout=PATIENCE_S)
+            if process.returncode != 0:
+                self.problems.append(f"job add exited {process.returncode}: {message}")
+            self.pieces[piece.name] = piece
+        self.added += len(pieces)
+        written: JsonObject = yaml.safe_load(self.space.path.read_text())["jobs"]
+        if written.keys() != self.pieces.keys():
+            names = written.keys() ^ self.pieces.keys()
+            self.problems.append(f"after job add, these are not in the file, or too much: {names}")
 
     def remove(self, piece: Piece) -> None:
         self.removed.append(self.pieces.pop(piece.name))
@@ -317,7 +484,7 @@ class Soak:
     def rename(self, piece: Piece) -> None:
         if piece.may_rename:
             del self.pieces[piece.name]
-            piece.name = self.new_name()
+            piece.name = self.new_name("job")
             self.pieces[piece.name] = piece
 
     def retarget(self, piece: Piece) -> None:
@@ -330,12 +497,12 @@ class Soak:
             recent = min(len(self.removed), 60)
             piece = self.removed.pop(-self.dice.randint(1, recent))
             if piece.may_rename and self.dice.random() < 0.3:
-                piece.name = self.new_name()
+                piece.name = self.new_name("job")
             self.pieces[piece.name] = piece
 
     def change_ids(self, piece: Piece) -> None:
         """Gives other ids to a name; what is begun for the earlier ones is carried to its end."""
-        self.give_ids(piece)
+        self.give_batches(piece)
 
     def pause(self, piece: Piece) -> None:
         piece.keys["paused"] = not piece.keys.get("paused", False)
@@ -354,7 +521,7 @@ class Soak:
         names = [*self.pieces]
         self.dice.shuffle(names)
         self.pieces = {name: self.pieces[name] for name in names}
-        self.dice.shuffle(piece.keys["batch_ids"])
+        self.dice.shuffle(piece.keys.get("batch_ids", []))
 
     # ---- and edits that go wrong ----
 
@@ -386,21 +553,17 @@ class Soak:
         self.started = Counter(ids_of(job) for job in self.sim.jobs)
 
     def count(self, seconds: float) -> Figures:
-        """Compares the Keboola jobs with the jobs that there were."""
-        self.look()
-        lost = [piece for piece in self.pieces.values() if not self.started[piece.ids]]
+        """Compares what came of it with the jobs that there were."""
+        missing = self.missing()
+        lost = [line for line in missing if line.startswith("not started")]
         double = {ids: count for ids, count in self.started.items() if count > 1}
         statuses = self.sim.state()["batches"]
-        wrong = [job for job in self.sim.jobs if not self._is_right(job, statuses)]
-        known = self._recorded_ids()
-        wrong += [j for j in self.sim.jobs if ids_of(j) in self._owed() and j["id"] not in known]
-        for piece in lost:
-            print(f"lost: {piece}", file=sys.stderr)
+        wrong = [line for line in missing if line not in lost] + self.problems
+        wrong += [f"told {brief(j)}" for j in self.sim.jobs if not self._is_right(j, statuses)]
+        print(*lost, *(f"wrong: {line}" for line in wrong), sep="\n", file=sys.stderr)
         for ids, count in double.items():
             print(f"started {count} times: {sorted(ids)}", file=sys.stderr)
             self._tell_story(ids)
-        for job in wrong:
-            print(f"not as it should be: {job}", file=sys.stderr)
         return Figures(
             seconds=seconds,
             seed=self.seed,
@@ -410,26 +573,28 @@ class Soak:
             kills_in_post=self.kills_in_post,
             reloads=self._events("config_loaded") - len(self.daemons),
             rejected=self._events("config_rejected"),
+            added=self.added,
             triggers=len(self.sim.jobs),
+            found=sum(self.sets.get(ids_of(job), False) for job in self.sim.jobs),
+            told=len(self.webhook.told),
             duplicates=sum(double.values()) - len(double),
             lost=len(lost),
             wrong=len(wrong),
         )
 
-    def _owed(self) -> set[Ids]:
-        return {piece.ids for piece in self.pieces.values()}
-
-    @staticmethod
-    def _is_right(job: JsonObject, statuses: dict[str, str]) -> bool:
-        """Whether a Keboola job was told what its batches came to, all of which have ended."""
+    def _is_right(self, job: JsonObject, statuses: dict[str, str]) -> bool:
+        """Whether a Keboola job is for a whole set of batches, and was told what they came to."""
         told = json.loads(variables(job)["batch_statuses"])
-        return bool(told) and all(statuses.get(key) == value for key, value in told.items())
+        return frozenset(told) in self.sets and told.items() <= statuses.items()
 
-    def _recorded_ids(self) -> set[str]:
-        """The ids of the Keboola jobs that the state file knows."""
+    def events_for_webhook(self) -> list[Told]:
+        """The events of the log that the webhook is to be told, as it should have got them."""
+        names = [name for name, (_, groups, _) in EVENTS.items() if groups != "-"]
+        marks = ", ".join("?" * len(names))
+        query = f"SELECT name, run, text FROM events WHERE name IN ({marks}) ORDER BY id"  # noqa: S608
         with closing(sqlite3.connect(f"{self.space.state.as_uri()}?mode=ro", uri=True)) as db:
-            rows = db.execute("SELECT keboola_job_id FROM triggers WHERE state = 'sent'")
-            return {row[0] for row in rows}
+            rows = db.execute(query, names).fetchall()
+        return [(name, run, as_told(text)) for name, run, text in rows]
 
     def _events(self, name: str) -> int:
         return sum(len(daemon.events_of(name)) for daemon in self.daemons)
@@ -470,6 +635,37 @@ BREAKAGES: tuple[Callable[[Soak], None], ...] = (
 def ids_of(job: JsonObject) -> Ids:
     """The batches that a Keboola job is for."""
     return frozenset(json.loads(variables(job)["batch_statuses"]))
+
+
+def is_followed(run: JsonObject, job: JsonObject) -> bool:
+    """Whether a run knows how its Keboola job has ended."""
+    return bool(
+        job["isFinished"] and run["phase"] == "finished" and run["keboola_status"] == job["status"]
+    )
+
+
+def brief(job: JsonObject) -> str:
+    told = variables(job)
+    name, group = told["teckochecker_job"], told.get("teckochecker_group", "")
+    return f"Keboola job {job['id']} ({job['status']}) of {name}/{group}: {told['batch_statuses']}"
+
+
+def as_told(text: str) -> str:
+    """An event's sentence as a webhook gets it: angle brackets are commands to some."""
+    return f"TeckoChecker: {text}".replace("<", "\u2039").replace(">", "\u203a")
+
+
+def options_of(keys: JsonObject) -> list[str]:
+    """A job's keys as the options of `job add`."""
+    options: list[Any] = []
+    for key, value in keys.items():
+        if key == "match":
+            options += [part for k, v in value.items() for part in ("--match", f"{k}={v}")]
+        elif key == "batch_ids":
+            options += [part for batch_id in value for part in ("--batch-id", batch_id)]
+        else:
+            options += [f"--{key.replace('_', '-')}", value]
+    return options
 
 
 def soak(directory: Path, *, seconds: float, seed: int, jobs: int) -> Figures:

@@ -43,7 +43,8 @@ HASTY = f"""
 import sys
 sys.path.insert(0, {str(PROGRAM.parent)!r})
 import teckochecker
-teckochecker.FIRST_REJECTED_BACKOFF_S = 5
+slow = teckochecker.backoff_s
+teckochecker.backoff_s = lambda *facts: min(5, slow(*facts))
 sys.exit(teckochecker.main())
 """
 CRASHING = Path(__file__).with_name("crashing.py")
@@ -132,9 +133,9 @@ class SecondSearch:
 
 @dataclass(frozen=True)
 class Commit:
-    """Killed from inside, before or after the n-th commit that brings a trigger into a state."""
+    """Killed from inside, before or after the n-th commit that brings a run into a phase."""
 
-    state: str
+    phase: str
     when: str
     number: int
 
@@ -171,6 +172,7 @@ POINTS: dict[str, tuple[Crash, ...]] = {
     "second_post_not_committed": (LOST, Commit("sent", "before", 3)),
     "again_and_again": (LOST, LOST, SecondSearch(), UNHANDLED, Held("queue.search", "after")),
 }
+DECIDED = "phase IN ('sent', 'finished', 'rejected')"
 BY_CRON = {"before_connecting", "handled_not_answered", "recoverys_second_search"}
 
 
@@ -200,7 +202,7 @@ class World(Workspace):
         self.search_faults: dict[str, Kind] = {}
         self._launcher: list[str] = []
         limits = {"request_timeout": "3s", "max_concurrency": 60, "trigger_grace": GRACE_S}
-        self.config["limits"] = limits
+        self.config["limits"] |= limits
         for number, post in enumerate(POST_FAULTS):
             self._add(number, post, shift)
 
@@ -251,7 +253,7 @@ class World(Workspace):
         wait_until(lambda: self.sim._in_flight == 0, "the server has done all", PATIENCE_S)
 
     def _crash_at_commit(self, crash: Commit, *arguments: str) -> None:
-        self._launcher = [str(CRASHING), crash.state, crash.when, str(crash.number)]
+        self._launcher = [str(CRASHING), crash.phase, crash.when, str(crash.number)]
         process = self.start(*arguments)
         self._launcher = []
         assert process.wait(PATIENCE_S) == -signal.SIGKILL, process.log()
@@ -274,7 +276,7 @@ class World(Workspace):
         self._wait_for_all(process, first)
         first.release()
         # Those that a fault has met are at their first search still: that is as good a place.
-        self._wait_for_rows(process, "clear_searches > 0", len(self.jobs) // 3)
+        self._wait_for_rows(process, "empty_searches > 0", len(self.jobs) // 3)
         second = self.sim.hold("queue.search", "after", None)
         second.wait_reached(PATIENCE_S)
         process.kill()
@@ -282,7 +284,7 @@ class World(Workspace):
 
     def _wait_for_all(self, process: Daemon, hold: Hold) -> None:
         """Waits until nearly every job that can come this far is held there."""
-        open_jobs = len(self.jobs) - self.count("state IN ('sent', 'rejected')")
+        open_jobs = len(self.jobs) - self.count(DECIDED)
         enough = max(1, open_jobs * 2 // 3)
         wait_until(
             lambda: hold.reached >= enough or not process.is_running(),
@@ -294,18 +296,18 @@ class World(Workspace):
     def _wait_for_rows(self, process: Daemon, where: str, enough: int) -> None:
         wait_until(
             lambda: self.count(where) >= enough or not process.is_running(),
-            f"{enough} triggers with {where}",
+            f"{enough} runs with {where}",
             PATIENCE_S,
         )
         assert process.is_running(), process.log()
 
     def count(self, where: str) -> int:
-        """How many triggers the state file has that are like this; it is only read."""
+        """How many runs the state file has that are like this; it is only read."""
         if not self.state.exists():
             return 0
         with closing(sqlite3.connect(f"{self.state.as_uri()}?mode=ro", uri=True)) as db:
             try:
-                rows = db.execute(f"SELECT count(*) FROM triggers WHERE {where}")  # noqa: S608
+                rows = db.execute(f"SELECT count(*) FROM runs WHERE {where}")  # noqa: S608
                 return int(rows.fetchone()[0])
             except sqlite3.OperationalError:
                 return 0  # not made yet
@@ -315,14 +317,14 @@ class World(Workspace):
     def recover(self) -> None:
         """Runs the daemon until nothing is open, then with a server that is well, and ends it."""
         daemon = self.daemon()
-        self._wait_while_changing(daemon, "state IN ('sent', 'rejected')")
+        self._wait_while_changing(daemon, DECIDED)
         self.assert_rejections()
         self.cure()
-        self._wait_while_changing(daemon, "state = 'sent'")
+        self._wait_while_changing(daemon, "phase = 'finished'")
         assert daemon.stop() == 0
 
     def _wait_while_changing(self, daemon: Daemon, where: str) -> None:
-        """Waits until all triggers are so.
+        """Waits until all runs are so.
 
         Every second the config changes in what means nothing to a trigger but ends its backoff.
         """
@@ -337,19 +339,19 @@ class World(Workspace):
 
     def recover_by_cron(self) -> None:
         """The same with one pass after the other."""
-        self._pass_until("state IN ('sent', 'rejected')")
+        self._pass_until(DECIDED)
         self.assert_rejections()
         self.cure()
         self.write()
-        self._pass_until("state = 'sent'")
+        self._pass_until("phase = 'finished'")
 
     def _pass_until(self, where: str) -> None:
-        """Passes until all triggers are so, as if time went by between them."""
+        """Passes until all runs are so, as if time went by between them."""
         deadline = time.monotonic() + PATIENCE_S
         while self.count(where) < len(self.jobs):
             assert self.run("--once").code in {0, 1}
             assert time.monotonic() < deadline, f"still open: {self.open_jobs()}"
-            self.change_state("UPDATE triggers SET next_try_at = 0 WHERE state = 'intent'")
+            self.change_state("UPDATE runs SET next_at = 0 WHERE phase = 'intent'")
 
     def open_jobs(self) -> list[JsonObject]:
         jobs = self.status()["jobs"]
@@ -397,6 +399,7 @@ def run_case(point: str, directory: Path) -> None:
     with Simulator() as sim:
         sim.add_key(OPENAI_KEY)
         sim.add_token(KEBOOLA_TOKEN)
+        sim.job_seconds = 0
         world = World(directory, sim, shift)
         arguments = ["--once"] if point in BY_CRON else []
         with closing(world):
@@ -439,6 +442,7 @@ def cases(
             case.cancel()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("point", POINTS)
 def test_crash(cases: dict[str, Future[None]], point: str) -> None:
     """Killed there, whatever the servers do then, each job has one Keboola job in the end."""
@@ -461,6 +465,7 @@ class HastyWorkspace(Workspace):
         return [sys.executable, "-c", HASTY, "--config", str(self.path), *arguments]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["removal", "other_ids"])
 def test_refused_job_comes_back(tmp_path: Path, sim: Simulator, change: str) -> None:
     """A refused job that leaves the config and comes back is tried again by one task, not two."""
@@ -478,6 +483,6 @@ def test_refused_job_comes_back(tmp_path: Path, sim: Simulator, change: str) -> 
         workspace.jobs["job"] = kept
         workspace.reload(daemon)
         daemon.wait_for_event("trigger_sent", since=mark, job="job")
-        assert len(daemon.events_of("trigger_intended", since=mark, job="job")) == 1
+        assert len(daemon.events_of("trigger_sending", since=mark, job="job")) == 1
         assert daemon.stop() == 0
         workspace.assert_one_job("job")

@@ -29,6 +29,7 @@ MENDED: dict[
 }
 
 
+@pytest.mark.long
 def test_mended(workspace: Workspace) -> None:
     """What goes wrong with a look and may go right the next time is tried again at once."""
     workspace.config["limits"]["max_concurrency"] = 40
@@ -48,6 +49,7 @@ def test_mended(workspace: Workspace) -> None:
     assert set(workspace.statuses().values()) == {"completed"}
 
 
+@pytest.mark.long
 def test_one_key_is_held_back(workspace: Workspace) -> None:
     """A 429 with a long wait holds back all jobs of its key, and none of another one."""
     other = "sk-other-9e8d7c6b5a4f"
@@ -60,7 +62,7 @@ def test_one_key_is_held_back(workspace: Workspace) -> None:
     workspace.config["limits"]["max_concurrency"] = 1
     daemon = workspace.daemon()
     for number in range(5):
-        daemon.wait_for_event("look_failed", job=f"held{number}")
+        daemon.wait_for_event("poll_failed", job=f"held{number}")
     workspace.wait_for_looks("batch_free", 2)
     assert sum(other in r.text() for r in workspace.requests) == 1
     workspace.sim.finish("batch_free")
@@ -70,6 +72,7 @@ def test_one_key_is_held_back(workspace: Workspace) -> None:
     assert "429" in held["error"]
 
 
+@pytest.mark.long
 def test_one_hung_batch(workspace: Workspace) -> None:
     """A batch whose answer never comes delays no other job."""
     workspace.config["limits"]["max_concurrency"] = 2
@@ -86,6 +89,7 @@ def test_one_hung_batch(workspace: Workspace) -> None:
     assert workspace.started("hung") == []
 
 
+@pytest.mark.long
 def test_drip(workspace: Workspace) -> None:
     """An answer that comes byte by byte ends at the request's deadline, and is asked for again."""
     workspace.config["limits"]["request_timeout"] = "1s"
@@ -96,6 +100,7 @@ def test_drip(workspace: Workspace) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_huge(workspace: Workspace) -> None:
     """An answer without end is cut off at its cap, and is asked for again."""
     workspace.sim.fault("openai.get", "huge")
@@ -105,12 +110,13 @@ def test_huge(workspace: Workspace) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_not_found(workspace: Workspace) -> None:
     """A batch that is not there keeps the job from starting, in words that name both causes."""
     workspace.add_job("job", "batch_a", "batch_gone")
     workspace.sim.delete_batch("batch_gone")
     daemon = workspace.daemon()
-    daemon.wait_for_event("look_failed", job="job", status=404)
+    daemon.wait_for_event("poll_failed", job="job", status=404)
     job = workspace.job("job")
     assert job["status"] == "active"
     assert job["error"].startswith("batch_gone: OpenAI answered 404: No batch found")
@@ -123,7 +129,7 @@ def test_not_found(workspace: Workspace) -> None:
     workspace.write()
     daemon.wait_for_event("trigger_sent", 3.0, job="job")
     assert workspace.job("job")["error"] is None
-    assert len(daemon.events_of("look_failed", job="job")) == 1
+    assert len(daemon.events_of("poll_failed", job="job")) == 1
 
 
 def test_wrong_key(workspace: Workspace) -> None:
@@ -131,12 +137,13 @@ def test_wrong_key(workspace: Workspace) -> None:
     workspace.secrets["openai"] = workspace.openai_secret("sk-unknown-0a1b2c3d4e5f")
     workspace.add_job("job", "batch_a")
     daemon = workspace.daemon()
-    event = daemon.wait_for_event("look_failed", job="job", status=401)
+    event = daemon.wait_for_event("poll_failed", job="job", status=401)
     assert event["request_id"].startswith("req_")
     assert workspace.looks("batch_a") == 1
     assert "Incorrect API key provided" in workspace.job("job")["error"]
 
 
+@pytest.mark.long
 def test_terminal_is_for_ever(workspace: Workspace) -> None:
     """A batch that has ended stays so, whatever comes later."""
     workspace.add_job("job", "batch_a", "batch_b", status="in_progress")
@@ -152,6 +159,7 @@ def test_terminal_is_for_ever(workspace: Workspace) -> None:
     assert sent["batch_ids_failed"] == '["batch_b"]'
 
 
+@pytest.mark.long
 def test_unknown_status(workspace: Workspace) -> None:
     """A status that nobody knows is kept, told of once, and polled on; capitals do not matter."""
     workspace.add_job("job", "batch_a", "batch_b", status="pondering")
@@ -162,10 +170,11 @@ def test_unknown_status(workspace: Workspace) -> None:
     assert workspace.job("job")["batches"][0]["status"] == "pondering"
     workspace.sim.finish("batch_a", "COMPLETED")
     workspace.sim.finish("batch_b", "EXPIRED")
-    daemon.wait_for_event("trigger_sent", job="job")
+    daemon.wait_for_event("completed_with_failures", job="job")
     assert workspace.statuses() == {"job": "completed_with_failures"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
 def test_nothing_completed(workspace: Workspace, status: str) -> None:
     """A job all of whose batches failed starts its Keboola job too: that has to know."""

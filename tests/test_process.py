@@ -39,6 +39,7 @@ def test_idle_end(workspace: Workspace, number: signal.Signals) -> None:
     assert not workspace.state.with_name("teckochecker.db-wal").exists()
 
 
+@pytest.mark.long
 def test_end_while_waiting(workspace: Workspace) -> None:
     """Looks, searches and waits for a retry do not hold up the end either."""
     workspace.add_job("looking", "batch_a")
@@ -72,6 +73,7 @@ def test_end_with_a_post_in_flight(workspace: Workspace) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_second_signal(workspace: Workspace) -> None:
     """A second signal ends it now; the next start knows that the POST's outcome is open."""
     workspace.add_job("job", "batch_a")
@@ -101,6 +103,7 @@ def test_once_interrupted(workspace: Workspace) -> None:
 # ---- one at a time ----
 
 
+@pytest.mark.long
 def test_only_one_acts(workspace: Workspace) -> None:
     """Beside a daemon, `--once` and another daemon exit 75 and name who holds the state file."""
     workspace.add_job("job", "batch_a", status="in_progress")
@@ -304,6 +307,7 @@ def assert_no_secret(text: str | bytes, where: str, *more: str) -> None:
         assert secret.encode() not in data, f"{where} shows {secret}"
 
 
+@pytest.mark.long
 def test_no_secret_anywhere(workspace: Workspace) -> None:
     """No key or token is in the log at debug level, the state file, the arguments or any output."""
     workspace.config["log"] = {"level": "debug", "format": "json"}

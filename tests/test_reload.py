@@ -77,6 +77,7 @@ def assert_takes(workspace: Workspace, daemon: Daemon, name: str, save: Callable
     assert len(workspace.started(name)) == 1
 
 
+@pytest.mark.long
 def test_every_way_to_save(workspace: Workspace) -> None:
     """A job added to the file in any editor's way triggers within three seconds, no restart."""
     daemon = workspace.daemon()
@@ -134,6 +135,7 @@ def assert_recovers(workspace: Workspace, daemon: Daemon, change: Callable[[], o
     assert workspace.status()["config"]["error"] is None
 
 
+@pytest.mark.long
 def test_bad_files(workspace: Workspace) -> None:
     """A broken, half-written, empty or deleted file changes nothing; the next good one is taken."""
     workspace.add_job("old", "batch_old", status="in_progress")
@@ -160,6 +162,7 @@ def test_bad_files(workspace: Workspace) -> None:
     assert len(workspace.started("new")) == 1
 
 
+@pytest.mark.long
 def test_directory_taken_away(workspace: Workspace, tmp_path: Path) -> None:
     """The whole directory renamed away and made anew is a bad file too, and its return is seen."""
     folder = tmp_path / "etc"
@@ -183,6 +186,7 @@ def test_directory_taken_away(workspace: Workspace, tmp_path: Path) -> None:
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_sighup(workspace: Workspace) -> None:
     """SIGHUP reads the file again, also one that has not changed, good or bad."""
     workspace.add_job("old", "batch_old", status="in_progress")
@@ -197,6 +201,7 @@ def test_sighup(workspace: Workspace) -> None:
     assert daemon.stop() == 0
 
 
+@pytest.mark.long
 def test_secret_files(workspace: Workspace, tmp_path: Path) -> None:
     """A secret's file that changes, wherever it lies, is taken, and cures what it was bad for."""
     folder = tmp_path / "run"
@@ -209,7 +214,7 @@ def test_secret_files(workspace: Workspace, tmp_path: Path) -> None:
         workspace.secrets[name]["file"] = str(file)
     workspace.add_job("job", "batch_a", poll_interval="1h")
     daemon = workspace.daemon()
-    daemon.wait_for_event("look_failed", job="job", status=401)
+    daemon.wait_for_event("poll_failed", job="job", status=401)
     workspace.write_file(openai, OPENAI_KEY + "\n")
     daemon.wait_for_event("trigger_search_failed", SEEN_WITHIN_S + 1, job="job")
     workspace.write_file(keboola, KEBOOLA_TOKEN)
@@ -217,6 +222,7 @@ def test_secret_files(workspace: Workspace, tmp_path: Path) -> None:
     workspace.assert_one_job("job")
 
 
+@pytest.mark.long
 def test_files_elsewhere_beside_a_busy_state_file(workspace: Workspace, tmp_path: Path) -> None:
     """A secret's file in another directory is seen while the state file is written all the time."""
     file = tmp_path / "token"
@@ -232,6 +238,7 @@ def test_files_elsewhere_beside_a_busy_state_file(workspace: Workspace, tmp_path
     daemon.wait_for_event("config_loaded", SEEN_WITHIN_S + 1, since=mark)
 
 
+@pytest.mark.long
 def test_key_file(workspace: Workspace) -> None:
     """A key file that no longer opens the secrets is refused; one with a new first key is taken."""
     workspace.add_job("old", "batch_old", status="in_progress")
@@ -269,6 +276,7 @@ def test_bad_at_start(workspace: Workspace, broken: str) -> None:
     assert not workspace.state.exists()
 
 
+@pytest.mark.long
 def test_a_token_in_the_wrong_place(workspace: Workspace) -> None:
     """A token that is pasted where another value belongs is told of, and shown nowhere."""
     workspace.config["publish"] = "www"

@@ -14,7 +14,8 @@ TEMPLATE = "teckochecker@.service"
 ONCE = "teckochecker-once.service"
 TIMER = "teckochecker-once.timer"
 SERVICES = (DAEMON, TEMPLATE, ONCE)
-GRACE_S = 20  # how long the program gives the triggers in flight after SIGTERM
+README = UNITS.parent / "README.md"
+GRACE_S = 20  # how long the program gives POSTs in flight after SIGTERM
 
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
@@ -130,6 +131,30 @@ def test_paths_and_users(unit: str, name: str, value: str) -> None:
     assert only(unit, name) == value
 
 
+@needs_systemd
+@pytest.mark.parametrize("unit", [DAEMON, "teckochecker@sales.service"])
+def test_the_readmes_drop_in_for_published_files(runnable: Path, unit: str) -> None:
+    """All of it is known to systemd; what it writes to is not removed when the daemon stops."""
+    block = README.read_text(encoding="utf-8").partition("install -d ")[2].partition("```")[0]
+    made, _, drop_in = block.partition("\n")
+    folder = runnable / f"{unit}.d"
+    folder.mkdir()
+    (folder / "override.conf").write_text(drop_in.replace("YOUR-MAILER", "teckochecker-once"))
+    result = analyze("verify", "--man=no", f"./{unit}", cwd=runnable)
+    assert (result.stdout, result.returncode) == ("", 0)
+    directory = re.search("^ReadWritePaths=(.*)$", drop_in, re.MULTILINE)
+    assert directory
+    assert directory[1] in made.split()
+    assert "RuntimeDirectory" not in drop_in
+
+
+@pytest.mark.parametrize("unit", [DAEMON, TEMPLATE])
+def test_what_is_installed_can_be_run_by_the_units_user(unit: str) -> None:
+    """On a host with umask 027 that user could not enter the program's directory: 203/EXEC."""
+    text = (UNITS / unit).read_text(encoding="utf-8")
+    assert re.search(r"^#   umask 022; python3 -m venv ", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("unit", SERVICES)
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -187,13 +212,13 @@ def test_restarts_have_a_pace_and_hangs_an_end(unit: str) -> None:
 
 @pytest.mark.parametrize("unit", SERVICES)
 def test_stopping_leaves_the_program_its_grace(unit: str) -> None:
-    """A SIGKILL within the program's own grace would leave a trigger unknown."""
+    """A SIGKILL within the program's own grace would leave a POST's outcome unknown."""
     assert seconds(only(unit, "Service.TimeoutStopSec")) >= GRACE_S + 10
 
 
 @pytest.mark.parametrize("unit", SERVICES)
 def test_the_network_is_up_first(unit: str) -> None:
-    """The first look after a boot does not fail for want of a network."""
+    """The first poll after a boot does not fail because there is no network yet."""
     assert only(unit, "Unit.Wants") == "network-online.target"
     assert "network-online.target" in only(unit, "Unit.After").split()
 

@@ -10,16 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, Browser
 from harness import PROGRAM, Workspace, clean_environment, wait_until
 
 import teckochecker as tc
@@ -34,7 +29,7 @@ TARGET = Target(
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&lt;b&gt;"
 STATS = [
     SecretStats("keboola", "keboola", 96, 14, NOW - 60, error="no"),
-    SecretStats("openai", "openai", 20_417, 3, NOW - 12, refused_since=NOW - 10),
+    SecretStats("openai", "openai", 20_417, 3, NOW - 12, refused_since=NOW - 10, error="401"),
 ]
 DAEMON = {"running": True, "pid": 4711, "started_at": "2026-11-23T06:12:40Z", "once": False}
 LOADED = {"path": "c.yaml", "sha256": "5e", "loaded_at": "2026-11-23T06:12:41Z", "error": None}
@@ -101,7 +96,7 @@ def test_the_document_and_the_metrics() -> None:
 def test_what_happens_next() -> None:
     """Attention comes first, then what goes on, rests, is finished; with what happens next."""
     refused = run("refused", "failed", phase=Phase.REFUSED, error="all_completed is not met")
-    ended = run("ended", "completed", **started("14", error="it ended in error"))
+    ended = run("ended", "completed", **started("14", error="bad", next_at=float("inf")))
     shot = shot_of([*morning(), refused, ended, run("new", next_at=float("inf"), group="g")])
     parts = tc.in_parts(shot).items()
     assert [f"{p}: {v['name']} {tc.what_next(v, shot)}" for p, views in parts for v in views] == [
@@ -135,74 +130,6 @@ def test_promtool(runs: list[Run]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-EVENTS = [replace(tc.Event.of("poll_failed", error=EVIL), at=NOW)] * 50
-# The worst contrast of any text (WCAG 2: at least 4.5), on an alarm's ground or the browser's own.
-CONTRAST = """
-const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255)
-  .map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], .05);
-const paper = matchMedia("(prefers-color-scheme: dark)").matches ? "18 18 18" : "255 255 255";
-const shown = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility());
-Math.min(...shown.map(e => {
-  const alarm = e.closest(".alarm"), behind = alarm && getComputedStyle(alarm).backgroundColor;
-  const ratio = light(getComputedStyle(e).color) / light(behind || paper);
-  return Math.max(ratio, 1 / ratio);
-}));
-"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for all tests of this file."""
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium here")
-    with tempfile.TemporaryDirectory(prefix="tecko-page-") as name, Browser(Path(name)) as found:
-        yield found
-
-
-@pytest.mark.parametrize("count", [0, 3, 200, 1000])
-def test_the_page_can_be_read(browser: Browser, tmp_path: Path, count: int) -> None:
-    """On a desk and on a phone, by day and by night, it is short, narrow and of good contrast."""
-    text = tc.page(shot_of(many(count), error="c.yaml:1:1: bad"), STATS, EVENTS, once=False)
-    assert len(text) < 1_000_000
-    assert text.count("<details class=run>") == count
-    (tmp_path / "p.html").write_text(text)
-    for width, scheme in itertools.product((1280, 390), ("light", "dark")):
-        with closing(browser.open((tmp_path / "p.html").as_uri(), width)) as page:
-            page.prefer(scheme)
-            assert page.value("document.documentElement.scrollHeight") < 3000
-            assert page.value("document.documentElement.scrollWidth") <= width
-            assert page.value(CONTRAST) >= 4.5
-            assert page.value("document.querySelectorAll('details[open]').length") == 0
-            assert page.complaints() == []
-
-
-def test_nothing_in_the_page_is_a_script(browser: Browser, tmp_path: Path) -> None:
-    """What a config or a server says is text; should a tag get through, the policy stops it."""
-    evil = run(EVIL, EVIL, **started(EVIL, Phase.REJECTED, error=EVIL))
-    text = tc.page(shot_of([evil], error=EVIL), STATS, EVENTS, once=False)
-    (tmp_path / "p.html").write_text(text.replace("<main>", f"<main>{EVIL}"))
-    with closing(browser.open((tmp_path / "p.html").as_uri())) as page:
-        assert page.value("[document.scripts.length, document.images.length]") == [2, 1]
-        assert page.events("Page.javascriptDialogOpening") == []
-        assert "Content Security Policy" in " ".join(page.complaints())
-
-
-OLD = [("runs", "This page was made"), ("stopped", "The daemon was stop"), ("once", "")]
-
-
-@pytest.mark.parametrize(("daemon", "said"), OLD)
-def test_an_old_page(browser: Browser, tmp_path: Path, daemon: str, said: str) -> None:
-    """Opened cold, too, it says how old it is, and that the daemon is dead when it is."""
-    shot = shot_of(morning()) | {"generated_at": tc.rfc3339(time.time() - 400)}
-    shot["daemon"]["running"] = daemon == "runs"
-    (tmp_path / "p.html").write_text(tc.page(shot, [], [], once=daemon == "once"))
-    with closing(browser.open((tmp_path / "p.html").as_uri())) as page:
-        alarms = "[...document.querySelectorAll('.alarm')].filter(e => e.checkVisibility())"
-        assert page.value(f"{alarms}.map(e => e.innerText.slice(0, {len(said)})).join()") == said
-        assert page.value("age.textContent") == "(7 min ago)"
-
-
 @pytest.fixture
 def busy(workspace: Workspace) -> Workspace:
     """A workspace with a run in every condition; its files are published in `www`."""
@@ -228,6 +155,7 @@ def shown(workspace: Workspace, no_color: str = "") -> str:
     return terminal.text.replace("\r", "")
 
 
+@pytest.mark.long
 def test_status_in_80_columns(busy: Workspace) -> None:
     """Nothing is wider, or cut without an ellipsis; errors wrap; colours only where wanted."""
     busy.write()
@@ -248,6 +176,7 @@ def test_status_in_80_columns(busy: Workspace) -> None:
     assert " waits for a change of its config, or `retry` Keboola answered 400" in flat
 
 
+@pytest.mark.long
 def test_one_run_in_full(busy: Workspace) -> None:
     """What the run is, what Keboola got, and its story: why did it (not) run?"""
     assert busy.once().code == 1
@@ -255,11 +184,19 @@ def test_one_run_in_full(busy: Workspace) -> None:
     assert "was stopped" not in (busy.directory / "www" / "status.html").read_text()
     text = busy.run("status", "partly").stdout
     assert re.search(r"\nstatus +completed with failures\nnext +Keboola job \d+: success, ", text)
-    assert re.search(r"\nbatch_e +expired +50/100 +file-batch_e-output\n", text)
+    assert re.search(r"\nBatches:\n  batch_e expired, 50/100 requests, file-batch_e-output\n", text)
     assert '  batch_ids_failed = ["batch_e"]\n' in text
     assert re.search(r"Z partly: started Keboola job \d+ http://", text)
     hint = 'teckochecker: there is no job "nothing"; `teckochecker status` lists them all\n'
     assert busy.run("status", "nothing").stderr == hint
+
+
+def test_a_job_that_has_found_nothing_yet(workspace: Workspace) -> None:
+    """It says what it waits for."""
+    workspace.jobs["found"] = {"match": {"a": "b"}, "since": "2026-11-25", "config_id": "1"}
+    workspace.write()
+    what = "it finds batches with a: b, created since 2026-11-25T00:00:00Z"
+    assert workspace.run("status", "found").stdout == f"found: no run yet; {what}\n"
 
 
 def test_of_very_many_runs_a_terminal_shows_the_first(workspace: Workspace) -> None:
@@ -305,6 +242,7 @@ def assert_agree(workspace: Workspace) -> None:
     assert f"teckochecker_attention {status['attention']}\n" in samples
 
 
+@pytest.mark.long
 def test_from_start_to_stop(busy: Workspace) -> None:
     """What is published follows the daemon and its config, up to its end."""
     page = busy.directory / "www" / "status.html"

@@ -209,6 +209,7 @@ def test_no_retry_of_what_people_ended(workspace: Workspace, status: str) -> Non
     assert daemon.events_of("keboola_job_retried") == []
 
 
+@pytest.mark.long
 def test_once_follows_in_later_passes(workspace: Workspace) -> None:
     """A pass of `--once` looks at the Keboola job once, and does not wait for its end."""
     workspace.add_job("job", "batch_a")

@@ -102,6 +102,7 @@ def test_failing_poll(workspace: Workspace) -> None:
     assert agreed(workspace) == 0
 
 
+@pytest.mark.long
 def test_refused_key(workspace: Workspace) -> None:
     """A 401 is attention at once: one for the key, however many jobs use it."""
     workspace.secrets["openai"] = workspace.openai_secret("sk-unknown-0a1b2c3d4e5f")
