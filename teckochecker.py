@@ -849,11 +849,15 @@ def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
 
 
 def read_match(node: YamlNode) -> tuple[tuple[str, str | None], ...] | None:
+    """Read the pairs that a batch's metadata must have; OpenAI knows only text there."""
     cure = "write KEY: VALUE, as the batch's metadata has it"
-    pairs = tuple((name, item.text(cure)) for name, item in node.entries(cure).items())
-    if node.is_mapping and not pairs:
+    entries = node.entries(cure)
+    for item in entries.values():
+        if item.node.tag in {_TAG + kind for kind in ("int", "float", "bool", "timestamp")}:
+            item.bad(f"{item.shown(item.node.value)} is not text", "put it in quotes")
+    if node.is_mapping and not entries:
         return node.bad("is empty, and every batch would match", cure)
-    return pairs
+    return tuple((name, item.text(cure)) for name, item in entries.items())
 
 
 JOB_KEYS: Final[Mapping[str, Reader]] = {
@@ -1198,8 +1202,10 @@ class Redactor:
         In data only long ones are looked for: a short one could be part of an honest id.
         """
         plain = body
-        with contextlib.suppress(ValueError, RecursionError):  # JSON can escape any character
-            plain = json.dumps(json.loads(body), ensure_ascii=False).encode(errors="surrogatepass")
+        if b"\\" in body:  # JSON can escape any character
+            with contextlib.suppress(ValueError, RecursionError):
+                text = json.dumps(json.loads(body), ensure_ascii=False)
+                plain = text.encode(errors="surrogatepass")
         for form in self._longest_first:
             if (len(form) >= 16 or not is_data) and form.encode() in plain:
                 body = plain = plain.replace(form.encode(), b"***")
@@ -1520,8 +1526,17 @@ def merged(known: Batch, came: Batch, now: float) -> Batch:
     return came
 
 
-def after_poll(run: Run, job: Job, answers: Mapping[str, Batch | ApiError], terms: Terms) -> Change:
-    """Return a run after a poll of its batches; a failed poll never fails it, but makes it wait."""
+def after_poll(
+    run: Run,
+    job: Job,
+    answers: Mapping[str, Batch | ApiError],
+    terms: Terms,
+    began: float = math.inf,
+) -> Change:
+    """Return a run after a poll of its batches; a failed poll never fails it, but makes it wait.
+
+    The next poll counts from when this one began, so that runs that are polled together stay so.
+    """
     now, batches, events = terms.now, [], []
     for known in run.batches:
         came = answers.get(known.id)
@@ -1546,7 +1561,7 @@ def after_poll(run: Run, job: Job, answers: Mapping[str, Batch | ApiError], term
     elif answers or run.failures:
         is_waiting = any(batch.files_due_at is not None for batch in batches)
         interval_s = min(30, job.poll_interval) if is_waiting else job.poll_interval
-        after = replace(after, **NO_ERROR, next_at=now + interval_s)
+        after = replace(after, **NO_ERROR, next_at=max(now, min(began, now) + interval_s))
         if run.error and run.failures:
             events.append(Event.of("poll_recovered", run))
     return decide(after, job, now), events
@@ -2473,26 +2488,28 @@ class Store:
         runs: Iterable[tuple[Run | None, Run]],
         events: Iterable[Event],
         now: float,
-        also: Iterable[Statement] = (),
+        also: Sequence[Statement] = (),
     ) -> list[Event]:
         """Commit how runs have changed, and their events, which it returns with their time."""
-        statements = list(also)
-        for before, run in runs:
-            ids = [] if run.group else sorted(batch.id for batch in run.batches)
-            row: dict[str, object] = {"batch_key": compact_json(ids) if ids else ""}
-            for name in columns(BootTime):
-                row[f"unknown_{name}"] = getattr(run.unknown_since, name, None)
-            statements.append(insert("runs", run, run.target, **row))
-            known = enumerate(before.batches if before else ())
-            changed = set(enumerate(run.batches)).difference(known)
-            for place, batch in changed:
-                statements.append(insert("batches", batch, run_id=run.id, place=place))
         stored = [replace(event, at=now) for event in events]
-        for event in stored:  # SQLite numbers them
-            text = json.dumps(dict(event.fields))
-            statements.append(insert("events", event, id=None, fields=text))
-        if statements:
-            self.execute(statements)
+        rows = list(runs)
+
+        def statements() -> Iterator[Statement]:  # one at a time: there may be 100,000 batches
+            yield from also
+            for before, run in rows:
+                ids = [] if run.group else sorted(batch.id for batch in run.batches)
+                row: dict[str, object] = {"batch_key": compact_json(ids) if ids else ""}
+                for name in columns(BootTime):
+                    row[f"unknown_{name}"] = getattr(run.unknown_since, name, None)
+                yield insert("runs", run, run.target, **row)
+                known = enumerate(before.batches if before else ())
+                for place, batch in set(enumerate(run.batches)).difference(known):
+                    yield insert("batches", batch, run_id=run.id, place=place)
+            for event in stored:  # SQLite numbers them
+                yield insert("events", event, id=None, fields=json.dumps(dict(event.fields)))
+
+        if rows or stored or also:
+            self.execute(statements())
         return stored
 
     def is_in_place(self) -> bool:
@@ -3392,6 +3409,8 @@ async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
 
 # --- one OpenAI account ---------------------------------------------------------------------------
 
+Poll = tuple[int, Mapping[str, Batch | ApiError], float]  # a run's number, answers, when it began
+
 
 @dataclass(slots=True)
 class ListReading:
@@ -3404,6 +3423,7 @@ class ListReading:
     pages: int = 0
     span_s: float = 3 * MINUTE_S  # how long the batches of a page have taken to be created
     is_stale: bool = False
+    goes_on: bool = False  # the last page showed due batches near its end
 
     def missing(self) -> list[Batch]:
         """Return the due batches that no page has shown, the newest first.
@@ -3421,7 +3441,8 @@ class ListReading:
 
     def read_page(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Note what a page shows; returns how many due batches."""
-        before = len(self.unchanged) + len(self.changed)
+        due = [place for place, row in enumerate(rows) if row["id"] in self.due]
+        self.goes_on = bool(due) and due[-1] >= len(rows) * 3 // 4
         self.pages += 1
         for row in rows:
             if known := self.known.get(row["id"]):
@@ -3429,7 +3450,7 @@ class ListReading:
         ages = creation_times(rows[:1]) + creation_times(rows[-1:])
         if len(ages) == 2 and len(rows) > 1:
             self.span_s = max(ages) - min(ages)
-        return len(self.unchanged) + len(self.changed) - before
+        return len(due)
 
     def _read_row(self, row: Mapping[str, Any], known: Batch) -> None:
         status = str(row.get("status")).lower()
@@ -3438,15 +3459,15 @@ class ListReading:
             self.is_stale = True
         if known.id not in self.due:
             return
-        if status != known.status or known.is_terminal:
+        came = row_of(row).batch
+        if known.status is None and came.status in STATUS_RANK:
+            self.unchanged[known.id] = came
+        elif status != known.status or known.is_terminal:
             self.changed.add(known.id)
-            return
-        counts = as_dict(row.get("request_counts"))
-        names = ("total", "completed", "failed")
-        told: dict[str, Any] = {name: count_or_none(counts.get(name)) for name in names}
-        if None not in told.values() and told["completed"] != known.completed:
-            known = replace(known, **told)
-        self.unchanged[known.id] = known
+        else:
+            has_news = came.total is not None and came.completed != known.completed
+            counts: dict[str, Any] = {n: getattr(came, n) for n in ("total", "completed", "failed")}
+            self.unchanged[known.id] = replace(known, **counts) if has_news else known
 
 
 def creation_times(rows: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -3518,7 +3539,7 @@ class Account(OpenAI):
         self._engine = engine
         self._places = asyncio.Semaphore(engine.http.max_concurrency)  # before those of all
         self._busy: set[int] = set()  # runs that are being polled
-        self._complete: list[tuple[int, dict[str, Batch | ApiError]]] = []
+        self._complete: list[Poll] = []
         self._list_from = -math.inf  # uptime from which pages may save requests again
         self._list_failures = 0
         self._find_failures = 0
@@ -3573,18 +3594,18 @@ class Account(OpenAI):
         """Begin the poll of some runs; each ends when its batches have answered."""
         known = {b.id: b for run in runs for b in run.batches}
         reading = ListReading({k: b for k, b in known.items() if not b.is_final}, known)
-        polled_before = sum(batch.status is not None for batch in reading.due.values())
+        began = self._engine.clock.now()
         is_usable = self._list_from <= self._engine.clock.uptime_s() and not self.refusal()
-        pays = polled_before >= 5 and is_usable
+        pays = len(reading.due) >= 5 and is_usable
         self._busy |= {run.id for run in runs}
         if is_finding or pays:
             await self._read_list(reading, pays=pays, is_finding=is_finding)
         shown = reading.unchanged if pays and not reading.is_stale else {}
         if shown and reading.overhead <= 1:  # beside a list, the one not asked for longest
             shown.pop(min(shown, key=lambda key: self.answered_at.get(key, -math.inf)))
-        return [self._engine.spawn(self._poll_run(run, shown)) for run in runs]
+        return [self._engine.spawn(self._poll_run(run, shown, began)) for run in runs]
 
-    async def _poll_run(self, run: Run, shown: Mapping[str, Batch]) -> None:
+    async def _poll_run(self, run: Run, shown: Mapping[str, Batch], began: float) -> None:
         """Ask for what no page has shown of a run; record its poll with what else has come."""
         due = [batch.id for batch in run.batches if not batch.is_final]
         missing = [batch_id for batch_id in due if batch_id not in shown]
@@ -3592,7 +3613,8 @@ class Account(OpenAI):
         if not self._complete:
             asyncio.get_running_loop().call_soon(self._record)
         answers: dict[str, Batch | ApiError] = {i: shown[i] for i in due if i in shown}
-        self._complete.append((run.id, answers | dict(zip(missing, came, strict=True))))
+        answers |= zip(missing, came, strict=True)
+        self._complete.append((run.id, answers, began))
 
     async def _ask(self, batch_id: str) -> Batch | ApiError:
         async with self._places:
@@ -3606,7 +3628,7 @@ class Account(OpenAI):
 
     def _record(self) -> None:
         complete, self._complete = self._complete, []
-        ids = {run_id for run_id, _ in complete}
+        ids = {run_id for run_id, _, _ in complete}
         self._busy -= ids
         if complete and self._engine.accounts.get(self.name) is self:
             self._engine.record_polls(complete)
@@ -3662,8 +3684,7 @@ class Account(OpenAI):
                 shown = reading.read_page(rows)
                 left = {batch.id for batch in reading.missing()}
                 missing = [batch for batch in missing if batch.id in left]
-                last_at = min(creation_times(rows), default=0.0) - reading.span_s
-                is_close = has_more and any((b.created_at or 0) >= last_at for b in missing)
+                is_close = has_more and reading.goes_on and bool(missing)
                 cursor = rows[-1]["id"] if rows else ""
 
     def _note_list(self, error: ApiError | None, *, is_stale: bool = False) -> None:
@@ -3714,7 +3735,7 @@ class Account(OpenAI):
             self._engine.log(replace(event, job=job.name, text=f"{job.name}: {event.text}"))
 
     def _end_finding(
-        self, jobs: Iterable[Job], error: ApiError | None, marks: Iterable[Statement] = ()
+        self, jobs: Iterable[Job], error: ApiError | None, marks: Sequence[Statement] = ()
     ) -> None:
         """Remember how far the list was read back to, completely, or tell why it was not."""
         engine, uptime_s = self._engine, self._engine.clock.uptime_s()
@@ -4249,15 +4270,15 @@ class Engine:
             message = f"the state file {self.store.path} or its lock was deleted or replaced"
             raise StateError(message, "nothing more is sent; start again")
 
-    def record_polls(self, came: Iterable[tuple[int, Mapping[str, Batch | ApiError]]]) -> None:
+    def record_polls(self, came: Iterable[Poll]) -> None:
         """Store what polls have brought, as one. Of what has not changed only times are written."""
         changes, times, now = [], [], self.clock.now()
-        for run_id, answers in came:
+        for run_id, answers, began in came:
             run = self.runs.get(run_id)
             job = self.job_of(run) if run else None
             if run is None or job is None or not self.is_polled(run):
                 continue
-            after, events = after_poll(run, job, answers, self.terms(run))
+            after, events = after_poll(run, job, answers, self.terms(run), began)
             if (
                 events
                 or replace(after, next_at=run.next_at, last_check_at=run.last_check_at) != run
@@ -4299,7 +4320,7 @@ class Engine:
         self,
         changes: Iterable[Change],
         events: Iterable[Event] = (),
-        also: Iterable[Statement] = (),
+        also: Sequence[Statement] = (),
     ) -> None:
         """Commit the next states of runs with the events that tell of them, then tell them."""
         rows: list[tuple[Run | None, Run]] = []
@@ -4312,10 +4333,13 @@ class Engine:
             told.append(Event.of("state_write_failed_recovered"))
         last_told, fresh = dict(self._last_told), []
         for event in told:
-            key = event.name, event.run, *map(event.fields.get, ("batch_id", "status", "secret"))
-            if not event.name.startswith(FLAPPING) or now - last_told.get(key, 0.0) >= MINUTE_S:
-                fresh.append(self._clean(event))
+            if event.name.startswith(FLAPPING):
+                about = map(event.fields.get, ("batch_id", "status", "secret"))
+                key = event.name, event.run, *about
+                if now - last_told.get(key, 0.0) < MINUTE_S:
+                    continue
                 last_told[key] = now
+            fresh.append(self._clean(event))
         stored = self.store.commit(rows, fresh, now, also)
         self._last_told = last_told
         self._trouble.clear()
@@ -4511,7 +4535,8 @@ class Reloader:
                 await self.check()
             except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
                 self._engine.note_failure(error, "reload")
-            await wait_for_event(self._happened, 0.2 if self._growing else 2.0)
+            rested_s = self._engine.clock.uptime_s() - self._grown_at
+            await wait_for_event(self._happened, max(0.05, 2 - rested_s) if self._growing else 2.0)
 
     def on_hangup(self) -> None:
         """Reload, whatever the files say."""
@@ -4726,7 +4751,8 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
     """Return a run as `status --json` shows it."""
     status = status_of(run, job)
     error = None if status.startswith("completed") else run.error
-    rests = status.startswith("completed") or (status == "paused" and not run.may_be_at_keboola)
+    is_held = job is not None and job.paused and not run.may_be_at_keboola
+    rests = status.startswith("completed") or is_held
     same = ("keboola_job_id", "keboola_status", "keboola_error", "url")
     trigger = {
         "id": run.trigger_id,

@@ -27,20 +27,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program, for the harness
 
 import httpx
 import yaml
-from harness import KEBOOLA_TOKEN, Daemon, Workspace, clean_environment, wait_until
+from harness import KEBOOLA_TOKEN, PROGRAM, Daemon, Workspace, clean_environment, wait_until
 from simulator import Simulator
 
 PATIENCE_S = 300.0  # for anything that is waited for, on a busy machine
-QUIET = 0.25  # of an interval without a request: a poll has ended
 PAGE = 100
-POLLS = 5  # of which those from the third on count
+FROM, POLLS = 1.5, 3  # intervals after the first request: the third poll and two more count
 GAPS_S = (0, 30, 600)
 
 
@@ -84,6 +82,10 @@ def spread(others: int, clusters: int, size: int) -> Layout:
 class Space(Workspace):
     """A workspace with many jobs: the C dumper writes their config in seconds, not minutes."""
 
+    def command(self, *arguments: str) -> list[str]:
+        """As users run it, without the tests' warnings as errors."""
+        return [sys.executable, str(PROGRAM), "--config", str(self.path), *arguments]
+
     def text(self) -> str:
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         return str(yaml.dump(self.config, Dumper=dumper, sort_keys=False, width=1000))
@@ -98,27 +100,19 @@ class World:
     watched: dict[str, list[str]]
     interval_s: int
 
-    def polls(self) -> list[list[float]]:
-        """When the requests to OpenAI came, by poll: between two there is none for a while."""
-        times = [r.at for r in self.sim.requests if r.route.startswith("openai.")]
-        found = [times[:1]]
-        for before, at in pairwise(times):
-            if at - before > QUIET * self.interval_s:
-                found.append([])
-            found[-1].append(at)
-        return found
+    def times(self) -> list[float]:
+        """When the requests to OpenAI came."""
+        return [r.at for r in self.sim.requests if r.route.startswith("openai.")]
 
-    def wait_for_polls(self, count: int) -> list[list[float]]:
-        """The first polls, once so many have ended."""
-        found: list[list[float]] = []
+    def first_at(self) -> float:
+        wait_until(self.times, "the first request", PATIENCE_S)
+        return self.times()[0]
 
-        def ended() -> bool:
-            found[:] = self.polls()
-            quiet_s = time.monotonic() - found[-1][-1] if found[-1] else 0.0
-            return len(found) - (quiet_s <= QUIET * self.interval_s) >= count
-
-        wait_until(ended, f"{count} polls", PATIENCE_S, 0.2)
-        return found[:count]
+    def wait_for_intervals(self, count: float) -> float:
+        """Waits until so many have passed since the first request, which was when it returns."""
+        first_at = self.first_at()
+        time.sleep(max(0.0, first_at + count * self.interval_s - time.monotonic()))
+        return first_at
 
 
 @contextmanager
@@ -202,10 +196,12 @@ def measure_case(case: Case, gap_s: int) -> list[Row]:
         for when in ("", ", after a restart"):
             here.sim.reset_stats()
             daemon = here.space.daemon()
-            sizes = [len(poll) for poll in here.wait_for_polls(POLLS)]
+            first_at = here.wait_for_intervals(FROM + POLLS)
+            begin, end = (first_at + n * here.interval_s for n in (FROM, FROM + POLLS))
+            requests = sum(begin < at <= end for at in here.times())
             daemon.stop()
             what = f"requests of a poll: {case.what}, {gap_s} s apart{when}"
-            rows.append(Row(what, statistics.mean(sizes[2:]), limit=case.limit))
+            rows.append(Row(what, requests / POLLS, limit=case.limit))
     return rows
 
 
@@ -220,21 +216,24 @@ def measure_requests(options: argparse.Namespace) -> Iterator[Row]:
 
 def measure_size(batches: int, accounts: int, interval_s: int, memory_mb: float) -> Iterator[Row]:
     """CPU of a poll, against the bare list loop, and the peak of memory."""
-    pages = batches // PAGE
     layouts = [newest(batches // accounts, 100)] * accounts
     with world(layouts, interval_s=interval_s) as here:
         here.sim.record = False
 
-        def wait_for_pages(count: int) -> int:
-            enough = lambda: here.sim.request_counts.get("openai.list", 0) >= count  # noqa: E731
-            wait_until(enough, f"{count} pages", 2 * PATIENCE_S, 0.2)
-            return here.sim.request_counts["openai.list"]
+        def wait_for_rows(count: int) -> int:
+            def rows() -> int:
+                counts = here.sim.request_counts
+                return counts.get("openai.get", 0) + PAGE * counts.get("openai.list", 0)
+
+            wait_until(lambda: rows() >= count, f"{count} rows", 2 * PATIENCE_S, 0.2)
+            return rows()
 
         daemon = here.space.daemon()
-        before = wait_for_pages(2 * pages)  # the first polls write all that is new
+        wait_for_rows(batches)  # the first poll, which asks for each by itself
+        before = wait_for_rows(2 * batches)
         before_s = cpu_s(daemon)
-        after = wait_for_pages(before + 2 * pages)
-        poll_s = (cpu_s(daemon) - before_s) / (after - before) * pages
+        after = wait_for_rows(before + 2 * batches)
+        poll_s = (cpu_s(daemon) - before_s) / (after - before) * batches
         memory = peak_mb(daemon)
         daemon.stop()
         bare_s = bare_loop_s(here)
@@ -257,7 +256,7 @@ def measure_latency(_options: argparse.Namespace) -> Iterator[Row]:
     with world([newest(1000, 1000)], per_job=5, interval_s=5) as here:
         here.sim.latency = 0.1
         daemon = here.space.daemon()
-        here.wait_for_polls(2)
+        here.wait_for_intervals(1.5)
         ended: dict[str, float] = {}
         began = time.monotonic()
         ids = [
@@ -288,8 +287,7 @@ def measure_start(options: argparse.Namespace) -> Iterator[Row]:
             here.sim.reset_stats()
             began = time.monotonic()
             daemon = Daemon(here.space.command(), here.space.directory, clean_environment())
-            wait_until(lambda: here.polls()[0], "the first request", PATIENCE_S)
-            found.append(here.polls()[0][0] - began)
+            found.append(here.first_at() - began)
             daemon.kill()
     yield Row(
         "start to first request, 1,000 jobs, new state file", statistics.median(found), "s", 1

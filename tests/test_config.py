@@ -249,7 +249,7 @@ jobs:
   j: {batch_ids: [batch_b, emb-1.2=], config_id: "1", branch_id: "2", config_row_ids: ["3", "4"],
       mode: forceRun, variables: {dataset: products}, poll_interval: 1h30m, paused: true,
       done: true, trigger_on: any_output, deadline: 26h, on_deadline: start, follow: false}
-  found: {match: {pipeline: nightly, n: 1}, since: 2026-11-25, group_by: run_date, settle: 5m,
+  found: {match: {pipeline: nightly, n: "1"}, since: 2026-11-25, group_by: run_date, settle: 5m,
       config_id: "5", retry_on_error: 2}
   sized: {match: {a: b}, since: "2026-11-25T06:00:00+01:00", group_by: d, group_size: metadata.n,
       config_id: "6"}

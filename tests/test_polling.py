@@ -56,18 +56,18 @@ def test_one_key_is_held_back(workspace: Workspace) -> None:
     workspace.sim.add_key(other)
     workspace.secrets["other"] = workspace.openai_secret(other)
     workspace.sim.fault("openai.get", "status", 1, match=other, code=429, retry_after=3600)
-    for number in range(5):
+    for number in range(4):
         workspace.add_job(f"held{number}", f"batch_{number}", openai_secret="other")
     workspace.add_job("free", "batch_free", status="in_progress")
     workspace.config["limits"]["max_concurrency"] = 1
     daemon = workspace.daemon()
-    for number in range(5):
+    for number in range(4):
         daemon.wait_for_event("poll_failed", job=f"held{number}")
     workspace.wait_for_looks("batch_free", 2)
     assert sum(other in r.text() for r in workspace.requests) == 1
     workspace.sim.finish("batch_free")
     daemon.wait_for_event("trigger_sent", job="free")
-    held = workspace.job("held4")
+    held = workspace.job("held3")
     assert held["status"] == "active"
     assert "429" in held["error"]
 
