@@ -2381,7 +2381,7 @@ def lock_owner(state_path: Path) -> dict[str, Any]:
     try:
         os.kill(int(match[1]), 0)
     except OSError as error:  # a process in another container is not seen, but touches the file
-        is_running &= error.errno != errno.ESRCH or age_s < 5
+        is_running &= error.errno != errno.ESRCH or age_s < 20
     return {
         "running": is_running and not is_once,
         "once": is_running and is_once,
@@ -3166,7 +3166,7 @@ class Keboola:
             "createdTimeFrom": since.isoformat(),
         }
         seen: set[str] = set()
-        limit, offset = 500, 0
+        limit, offset, longest = 500, 0, 0  # the longest page: a server may cap `limit` lower
         for _ in range(200):
             try:
                 paging = {"limit": str(limit), "offset": str(offset)}
@@ -3174,14 +3174,15 @@ class Keboola:
             except TooLargeError:
                 if limit == 1:
                     raise
-                limit //= 2
+                limit, longest = limit // 2, 0
                 continue
+            longest = max(longest, len(jobs))
             fresh = [job for job in jobs if job.id not in seen]
             seen |= {job.id for job in fresh}
             search.jobs += [job for job in fresh if job.trigger_id != ""]
             await self._read_silent(fresh)
-            if not fresh and len(jobs) < limit:
-                return  # not before: a server may cap `limit` lower than it was asked for
+            if not jobs or (not fresh and len(jobs) < longest):
+                return
             times = [job.created_time for job in jobs if job.created_time]
             is_sorted = len(times) == len(jobs) and times == sorted(times, reverse=True)
             if fresh and is_sorted:
@@ -3435,6 +3436,10 @@ class ListReading:
         return sorted(missing, key=lambda batch: -(batch.created_at or 0.0))
 
     @property
+    def is_complete(self) -> bool:
+        return len(self.unchanged) + len(self.changed) >= len(self.due)
+
+    @property
     def overhead(self) -> int:
         """How many requests pages have cost beyond what they have saved."""
         return self.pages - len(self.unchanged)
@@ -3459,15 +3464,17 @@ class ListReading:
             self.is_stale = True
         if known.id not in self.due:
             return
-        came = row_of(row).batch
-        if known.status is None and came.status in STATUS_RANK:
-            self.unchanged[known.id] = came
+        if known.status is None and rank is not None and rank < 3:
+            self.unchanged[known.id] = row_of(row).batch
         elif status != known.status or known.is_terminal:
             self.changed.add(known.id)
         else:
-            has_news = came.total is not None and came.completed != known.completed
-            counts: dict[str, Any] = {n: getattr(came, n) for n in ("total", "completed", "failed")}
-            self.unchanged[known.id] = replace(known, **counts) if has_news else known
+            counts = as_dict(row.get("request_counts"))
+            if counts.get("completed") not in {None, known.completed}:
+                names = ("total", "completed", "failed")
+                told: dict[str, Any] = {name: count_or_none(counts.get(name)) for name in names}
+                known = replace(known, **told) if None not in told.values() else known
+            self.unchanged[known.id] = known
 
 
 def creation_times(rows: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -3603,18 +3610,28 @@ class Account(OpenAI):
         shown = reading.unchanged if pays and not reading.is_stale else {}
         if shown and reading.overhead <= 1:  # beside a list, the one not asked for longest
             shown.pop(min(shown, key=lambda key: self.answered_at.get(key, -math.inf)))
-        return [self._engine.spawn(self._poll_run(run, shown, began)) for run in runs]
+        polls = []
+        for run in runs:
+            due = [batch.id for batch in run.batches if not batch.is_final]
+            answers: dict[str, Batch | ApiError] = {i: shown[i] for i in due if i in shown}
+            if missing := [batch_id for batch_id in due if batch_id not in shown]:
+                polls.append(self._engine.spawn(self._ask_all(run.id, missing, answers, began)))
+            else:
+                self._end_poll((run.id, answers, began))
+        return polls
 
-    async def _poll_run(self, run: Run, shown: Mapping[str, Batch], began: float) -> None:
-        """Ask for what no page has shown of a run; record its poll with what else has come."""
-        due = [batch.id for batch in run.batches if not batch.is_final]
-        missing = [batch_id for batch_id in due if batch_id not in shown]
-        came = await asyncio.gather(*map(self._ask, missing)) if missing else []
+    async def _ask_all(
+        self, run_id: int, missing: list[str], answers: dict[str, Batch | ApiError], began: float
+    ) -> None:
+        """Ask for what no page has shown of a run."""
+        came = await asyncio.gather(*map(self._ask, missing))
+        self._end_poll((run_id, answers | dict(zip(missing, came, strict=True)), began))
+
+    def _end_poll(self, poll: Poll) -> None:
+        """Have a poll recorded, together with what else has come by then."""
         if not self._complete:
             asyncio.get_running_loop().call_soon(self._record)
-        answers: dict[str, Batch | ApiError] = {i: shown[i] for i in due if i in shown}
-        answers |= zip(missing, came, strict=True)
-        self._complete.append((run.id, answers, began))
+        self._complete.append(poll)
 
     async def _ask(self, batch_id: str) -> Batch | ApiError:
         async with self._places:
@@ -3631,7 +3648,8 @@ class Account(OpenAI):
         ids = {run_id for run_id, _, _ in complete}
         self._busy -= ids
         if complete and self._engine.accounts.get(self.name) is self:
-            self._engine.record_polls(complete)
+            for start in range(0, len(complete), 50):  # a first poll has an event for each batch
+                self._engine.record_polls(complete[start : start + 50])
             runs = (self._engine.runs.get(run_id) for run_id in ids)
             if any(run and run.next_at < self.until for run in runs):
                 self.wake.set()
@@ -3645,7 +3663,7 @@ class Account(OpenAI):
             cursor: str | None = None
             while True:
                 rows, has_more = await self.page(cursor)
-                is_worth_it = reading.read_page(rows) >= 2 and pays and bool(reading.missing())
+                is_worth_it = reading.read_page(rows) >= 2 and pays and not reading.is_complete
                 if finding:
                     self._find(finding, rows)
                     is_worth_it = finding.needs_more(rows) or is_worth_it
@@ -3903,12 +3921,11 @@ async def post_run(engine: Engine, keboola: Keboola, run_id: int) -> None:
         except Exception as error:  # noqa: BLE001 - whatever it was, it may have been sent
             engine.note_failure(error, run.name, run)
             came = ApiError(f"internal error: {type(error).__name__}")
-        run = engine.runs[run_id]
-        change = after_post(run, came, engine.terms(run))
         give_up_at = clock.uptime_s() + (PATIENCE_S if engine.once else math.inf)
         while True:
+            run = engine.runs[run_id]  # a reload may have renamed it meanwhile
             try:
-                return engine.commit([change])
+                return engine.commit([after_post(run, came, engine.terms(run))])
             except StorageError as error:
                 if clock.uptime_s() > give_up_at:
                     raise
@@ -4031,8 +4048,8 @@ class Engine:
         It was lost or restored; what was posted shows in Keboola's search within the grace.
         """
         posted = self.lock.last_post
-        query = "SELECT max(at) FROM events WHERE name = 'trigger_sending'"
-        if posted and posted.wall > (self.store.one(query) or 0) + 1:
+        query = "SELECT 1 FROM events WHERE name = 'trigger_sending' AND abs(at - ?) < 2"
+        if posted and not self.store.one(query, posted.wall):
             passed_s = posted.until_s(self.clock.boot_time())
             left_s = self.loaded.config.trigger_grace - passed_s
             if left_s > 0:
@@ -4040,10 +4057,9 @@ class Engine:
                 self.log(Event.of("state_is_older", wait_s=round(left_s, 1)))
 
     async def _keep_house(self) -> None:
-        """See every second what has changed outside, and what has come to last."""
+        """See every two seconds what has changed outside, and what has come to last."""
         while True:
             self.check_in_place()
-            self.lock.touch()
             try:
                 if by_s := self.clock.changed():
                     self._clock_changed(by_s)
@@ -4051,7 +4067,7 @@ class Engine:
                 self.sweep()
             except (StorageError, sqlite3.Error) as error:
                 self.note_failure(error, "housekeeping")
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
 
     def _clock_changed(self, by_s: float) -> None:
         """Move every pending time after the system's clock was set."""
@@ -4067,6 +4083,7 @@ class Engine:
         now = self.clock.uptime_s()
         if now - self._swept_at >= 5:
             self._swept_at = now
+            self.lock.touch()
             changes = [self._with_attention(run) for run in self.runs.values()]
             self.commit([change for change in changes if change[1]])
         if now - self._pruned_at >= HOUR_S:
@@ -4141,7 +4158,8 @@ class Engine:
                 copy = "INSERT OR REPLACE INTO meta SELECT ?, value FROM meta WHERE key = ?"
                 statements.append((rename, (name, old)))
                 statements.append((copy, (f"read:{name}", f"read:{old}")))
-        if known | mine != known:
+        known = {name: key for name, key in known.items() if name not in renamed}
+        if known | mine != known or renamed:
             statements.append(Store.meta_statement("match_jobs", known | mine))
         return renamed, statements
 

@@ -31,7 +31,7 @@ class CrashingStore(program.Store):
         runs: Iterable[tuple[program.Run | None, program.Run]],
         events: Iterable[program.Event],
         now: float,
-        also: Iterable[program.Statement] = (),
+        also: Sequence[program.Statement] = (),
     ) -> list[program.Event]:
         """Commit, unless this is the moment."""
         runs = list(runs)

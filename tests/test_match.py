@@ -376,6 +376,19 @@ def test_renamed_while_nothing_ran(workspace: Workspace, sim: Simulator) -> None
     assert len(sim.jobs) == 1
 
 
+def test_renamed_and_back(workspace: Workspace, sim: Simulator) -> None:
+    """A name that a match job had before takes its runs over too."""
+    add_match(workspace, "old", config_id="same")
+    assert workspace.once().code == 0
+    workspace.jobs["new"] = workspace.jobs.pop("old")
+    create(sim, "batch_a")
+    assert workspace.once().code == 0
+    assert workspace.statuses() == {"new/batch_a": "completed"}
+    workspace.jobs["old"] = workspace.jobs.pop("new")
+    assert workspace.once().code == 0
+    assert len(sim.jobs) == 1
+
+
 @pytest.mark.long
 def test_paused(workspace: Workspace, sim: Simulator) -> None:
     """Paused, a job finds and starts nothing, and goes on with all of it afterwards."""
