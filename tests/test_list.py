@@ -83,7 +83,7 @@ class Polls:
 
         def is_over() -> bool:
             times = [(r["last_check_at"] or 0, r["next_at"] or 0) for r in self._space.runs()]
-            is_new = [abs(due_at - at - self._interval_s) < 1 for at, due_at in times]
+            is_new = [abs(due_at - at - self._interval_s) < 25 for at, due_at in times]
             return len(is_new) == len(self._space.jobs) and all(is_new)
 
         wait_until(is_over, "a poll", PATIENCE_S, every=0.2)
