@@ -3165,7 +3165,7 @@ class Keboola:
             "sortOrder": "desc",
             "createdTimeFrom": since.isoformat(),
         }
-        seen: set[str] = set()
+        seen, before = set[str](), list[str]()  # ids: of all pages, of the page before
         limit, offset, longest = 500, 0, 0  # the longest page: a server may cap `limit` lower
         for _ in range(200):
             try:
@@ -3181,8 +3181,11 @@ class Keboola:
             seen |= {job.id for job in fresh}
             search.jobs += [job for job in fresh if job.trigger_id != ""]
             await self._read_silent(fresh)
-            if not jobs or (not fresh and len(jobs) < longest):
+            ids = [job.id for job in jobs]
+            is_short = len(jobs) < longest or (offset > 0 and ids == before)  # it has no `offset`
+            if not jobs or (not fresh and is_short):
                 return
+            before = ids
             times = [job.created_time for job in jobs if job.created_time]
             is_sorted = len(times) == len(jobs) and times == sorted(times, reverse=True)
             if fresh and is_sorted:
