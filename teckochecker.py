@@ -155,6 +155,8 @@ class ConfigError(UsageError):
 
 
 class LockedError(TeckoError):
+    """Another process acts on the state file; without a message, it is the pass before this one."""
+
     exit_code = 75
 
 
@@ -2322,7 +2324,11 @@ class StateLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = one_line(self._read().partition(" since ")[0]) or "it just started"
+            label = self._read()
+            begun = re.search(r"\(--once\) since ([0-9]{1,15}\.[0-9]{3})\n", label)
+            if purpose == "--once" and begun and started_at - float(begun[1]) < 10 * MINUTE_S:
+                raise LockedError("") from None  # cron would mail what is said
+            holder = one_line(label.partition(" since ")[0]) or "it just started"
             message = f"another instance holds {self.path}: {holder}"
             raise LockedError(message, "wait for it, or stop it") from None
         except OSError as error:
@@ -6460,7 +6466,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = 0, ""
     except TeckoError as error:  # a ConfigError's lines begin with their places
         who = "" if isinstance(error, ConfigError) else "teckochecker: "
-        code, text = error.exit_code, f"{who}{error}"
+        code, text = error.exit_code, f"{who}{error}" if str(error) else ""
     except sqlite3.Error as error:
         code, text = 1, f"teckochecker: cannot use the state file: {error}; {STATE_HINT}"
     except OSError as error:

@@ -254,3 +254,15 @@ def test_state_lost_long_ago_holds_nothing_back(workspace: Workspace, sim: Simul
     again = workspace.once()
     assert "state_is_older" not in {event["event"] for event in again.events}
     assert len(sim.jobs) == 2
+
+
+def test_pass_that_still_runs(workspace: Workspace, sim: Simulator) -> None:
+    """A pass that begins while the one before hangs says nothing, which cron would mail."""
+    workspace.add_job("job", "batch_a")
+    hold = sim.hold("openai.get", "before")
+    first = workspace.start("--once")
+    hold.wait_reached(20.0)
+    second = workspace.run("--once")
+    assert (second.code, second.stdout, second.stderr) == (75, "", "")
+    hold.release()
+    assert first.wait() == 0
