@@ -3321,7 +3321,12 @@ class LogWriter:
         self._lines: queue.Queue[str | None] = queue.Queue(10_000)
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise TeckoError(
+                f"cannot go on: {error}", "allow more (TasksMax=, ulimit -u)"
+            ) from None
 
     def msg(self, line: str) -> None:
         try:
