@@ -6146,12 +6146,10 @@ def viewing(args: argparse.Namespace) -> Iterator[View]:
     Where the file has problems, the last good config counts, as it does for the daemon. Raises
     ConfigError where it does not even tell where the state file is.
     """
-    path, files, redactor = config_path(args), Files(), Redactor()
+    path, files = config_path(args), Files()
     config, problems, _ = read_config_file(path, files)
     if problems:
-        opener = SecretOpener(config, files, os.environ)
-        redactor.learn(opener.all_known(opener.open_all()))
-        problems = [replace(p, what=redactor.text(p.what)) for p in problems]
+        _, problems = open_config(path, files, os.environ, Redactor())  # without secrets
         if not config.sha256 and not is_there(config.state_path):
             raise ConfigError(problems)
     with Store.reading(config.state_path) as store:
@@ -6197,11 +6195,8 @@ def status_table(view: View) -> Iterator[str]:
 
     On a terminal nothing is wider than it, and of very many only the first are shown.
     """
-    shot, is_terminal, rows = (
-        view.shot,
-        sys.stdout.isatty(),
-        [("RUN", "STATUS", "BATCHES", "LAST POLL")],
-    )
+    shot, is_terminal = view.shot, sys.stdout.isatty()
+    rows = [("RUN", "STATUS", "BATCHES", "LAST POLL")]
     width = max(60, shutil.get_terminal_size().columns) if is_terminal else 10_000
     views = [shown for part in in_parts(shot).values() for shown in part]
     shown = views[:60] if is_terminal else views
