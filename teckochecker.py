@@ -803,9 +803,10 @@ def read_since(node: YamlNode) -> float | None:
     """Read a date (UTC) or an RFC 3339 time as Unix seconds."""
     cure = "write a date, 2026-11-25, or a time, 2026-11-25T06:00:00Z"
     text = node.text(cure)
-    with contextlib.suppress(ValueError, OverflowError):
-        at = datetime.fromisoformat(text or "")
-        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    if re.match(r"\d{4}-\d\d-\d\d(?![^Tt ])", text or ""):  # fromisoformat takes more than these
+        with contextlib.suppress(ValueError, OverflowError):
+            at = datetime.fromisoformat(str(text).upper())
+            return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
     return None if text is None else node.bad(f"{node.shown(text)} is not a date", cure)
 
 
@@ -1246,17 +1247,18 @@ def token_problem(text: str, kind: str) -> tuple[str, str] | None:
     alone, after = "put the token there, alone", "write only what follows"
     is_webhook, is_kbc = kind == "webhook", kind == "keboola" and text.startswith("kbc_")
     url = url_problem(text.partition("?")[0]) if is_webhook else None
-    has_name = not is_webhook and re.match("[A-Za-z_][A-Za-z0-9_]*=.", text)
+    has_name = not is_webhook and re.match("(export +)?[A-Za-z_][A-Za-z0-9_]*=.", text)
+    has_scheme = re.match(r"(?i)(authorization:\s*)?bearer(\s|$)", text)
     for is_wrong, what, cure in (
         (not text, "is empty", alone),
         (len(text) > 65536, "is over 64 KiB", alone),
+        (has_scheme, "begins with Bearer", f"{after} it"),
+        (has_name, "begins with NAME=", f"{after} the ="),
         # A newline inside a header value makes httpx print the whole value in its exception.
-        (re.search("[^!-~]", text.removeprefix("Bearer ")), unprintable, alone),
+        (re.search("[^!-~]", text), unprintable, alone),
         (re.search("^[\"']|[\"']$", text), "has quotes around it", "write it without them"),
-        (text.startswith("Bearer "), "begins with Bearer", f"{after} it"),
         (PLACEHOLDER.search(text), "is the placeholder of the example", "put your own there"),
         (url, f"{url}", "put the https address there"),
-        (has_name, "begins with NAME=", f"{after} the ="),
         (is_kbc, "is a programmatic token, which is not supported", "make a Storage API token"),
     ):
         if is_wrong:
@@ -1910,6 +1912,8 @@ def after_retry(  # noqa: C901, PLR0911 - a table
         return "its job is not in the config"
     if job.done:
         return "the config says done: true; remove that to start it"
+    if job.paused and not run.may_be_at_keboola:
+        return "it is paused; resume it first"
     force, now_due = request.force, replace(run, failures=0, next_at=now)
     finished = {Phase.FINISHED, Phase.REJECTED, Phase.REFUSED}
     if run.rerun != request.rerun or (request.phase in finished and run.phase != request.phase):
@@ -2037,28 +2041,34 @@ def as_loaded(run: Run, terms: Terms) -> Change:
 
 
 def assign(
-    jobs: Mapping[str, Job], targets: Mapping[str, Target], runs: Iterable[Run]
+    jobs: Mapping[str, Job],
+    targets: Mapping[str, Target],
+    runs: Iterable[Run],
+    last: Mapping[str, str],
 ) -> dict[str, Run]:
     """Return the run of each job with batch_ids that has one; the others are new.
 
     A run is a name and a set of ids. A new job with the ids and the target of a job that has left
-    the config is that job under a new name, not new work.
+    the config is that job under a new name, not new work. Its target is the run's, or the one that
+    the config had at last, as `last` says by name.
     """
     own: dict[tuple[str, frozenset[str]], Run] = {}
-    left: dict[tuple[frozenset[str], Target], list[Run]] = {}
+    left: dict[tuple[frozenset[str], str], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.phase is not Phase.FINISHED, run.id)):
         ids = frozenset(batch.id for batch in run.batches)
         own[run.job, ids] = run
-        if run.job not in jobs:  # Keboola has not named the project of a job that is new here
-            left.setdefault((ids, replace(run.target, project="")), []).append(run)
-    assigned = {}
+        if run.job not in jobs:
+            for target in {str(run.target), last.get(run.job, "")}:
+                left.setdefault((ids, target), []).append(run)
+    assigned, taken = dict[str, Run](), set[int]()
     for name, job in jobs.items():
         ids = frozenset(job.batch_ids)
-        claims = left.get((ids, targets[name]), [])
+        claims = [r for r in left.get((ids, str(targets[name])), []) if r.id not in taken]
         if (name, ids) in own:
             assigned[name] = own[name, ids]
         elif claims and not job.match:
-            assigned[name] = claims.pop(0)
+            assigned[name] = claims[0]
+            taken.add(claims[0].id)
     return assigned
 
 
@@ -2123,8 +2133,8 @@ def group_size_of(known: str, job: Job, joined: Iterable[Row]) -> str:
     if len(sizes) > 1:
         return f"the batches differ in {key}"
     (size,) = sizes
-    if not re.fullmatch("[1-9][0-9]{0,3}", size):
-        return f"{quoted(size)} is no number" if size else f"a batch has no {key}"
+    if not re.fullmatch("[1-9][0-9]{0,2}|1000", size):
+        return f"{quoted(size)} is not 1 to 1000" if size else f"a batch has no {key}"
     return size
 
 
@@ -2263,14 +2273,17 @@ class Clock:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether there is such a file. Raises StateError where that may not be asked."""
+    """Return whether there is such a file. Raises StateError for what is none, or is hidden."""
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        is_file = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         hint = "run this as root, or as the daemon's user"
         raise StateError(f"cannot access {path}: {error.strerror}", hint) from None
+    if not is_file:
+        raise StateError(f"{path} is not a regular file", "put a file there, no link and no pipe")
+    return True
 
 
 def owner_of(path: Path) -> str:
@@ -3188,8 +3201,8 @@ class Keboola:
             search.jobs += [job for job in fresh if job.trigger_id != ""]
             await self._read_silent(fresh)
             ids = [job.id for job in jobs]
-            is_short = len(jobs) < longest or (offset > 0 and ids == before)  # it has no `offset`
-            if not jobs or (not fresh and is_short):
+            has_no_offset = offset > 0 and ids == before and len(jobs) < limit
+            if not jobs or (not fresh and (len(jobs) < longest or has_no_offset)):
                 return
             before = ids
             times = [job.created_time for job in jobs if job.created_time]
@@ -3502,7 +3515,8 @@ def row_of(row: Mapping[str, Any]) -> Row:
         if not (read := parse_batch(row, batch.id)).is_terminal:
             batch = read
     pairs = as_dict(row.get("metadata")).items()
-    return Row(batch, {key: value for key, value in pairs if isinstance(value, str)})
+    texts = {key: value for key, value in pairs if isinstance(value, str)}
+    return Row(batch, {k: v.encode(errors="replace").decode() for k, v in texts.items()})
 
 
 class Finding:
@@ -3607,7 +3621,7 @@ class Account(OpenAI):
                 polls = await self._poll([engine.runs[i] for i in new], is_finding=is_finding)
                 await asyncio.gather(*polls)
                 self._record()
-            except (StorageError, sqlite3.Error) as error:
+            except Exception as error:  # noqa: BLE001 - trouble of one account is not the others'
                 engine.note_failure(error, self.name)
             is_finding = False
 
@@ -3674,9 +3688,12 @@ class Account(OpenAI):
         """Read the pages of the list that are needed to find, and those that save requests."""
         finding = Finding(self._engine.store, self.finders) if is_finding else None
         try:
-            cursor: str | None = None
+            cursor, seen = None, set[str]()
             while True:
                 rows, has_more = await self.page(cursor)
+                # A server that knows no `after` shows the same page for ever.
+                has_more = has_more and not seen.issuperset(row["id"] for row in rows)
+                seen.update(row["id"] for row in rows)
                 is_worth_it = reading.read_page(rows) >= 2 and pays and not reading.is_complete
                 if finding:
                     self._find(finding, rows)
@@ -4131,8 +4148,9 @@ class Engine:
         for stored in self.store.runs_for({**config.jobs, **old_names}):
             mine = self.runs.get(stored.id)
             run, events = (mine, []) if mine else as_loaded(stored, terms)
-            if run.group and run.job in renamed:
-                run = replace(run, job=renamed[run.job])
+            name = renamed.get(run.job, run.job) if run.group else run.job
+            if name != run.job and not self.store.groups(name, [run.group]):
+                run = replace(run, job=name)
             changes[run.id] = (run, events)
             before[run.id] = mine or stored
         old = self.loaded, self.runs, self._current
@@ -4163,25 +4181,34 @@ class Engine:
         known: dict[str, list[str]] = self.store.meta("match_jobs") or {}
         matching = {name: job for name, job in config.jobs.items() if job.match}
         mine = {n: [job.match_key, str(config.target(job))] for n, job in matching.items()}
-        left = {tuple(key): name for name, key in known.items() if name not in config.jobs}
+        left: dict[tuple[str, ...], list[str]] = {}
+        for name, key in known.items():
+            if name not in config.jobs:
+                left.setdefault(tuple(key), []).append(name)
         renamed: dict[str, str] = {}
         for name, key in mine.items():
-            if name not in known and (old := left.pop(tuple(key), None)):
+            if known.get(name) != key and left.get(tuple(key)):
+                old = left[tuple(key)].pop(0)
                 renamed[old] = name
-                rename = "UPDATE runs SET job = ? WHERE job = ? AND \"group\" <> ''"
+                rename = """UPDATE runs SET job = ?1 WHERE job = ?2 AND "group" <> ''
+                    AND "group" NOT IN (SELECT "group" FROM runs WHERE job = ?1)"""
                 copy = "INSERT OR REPLACE INTO meta SELECT ?, value FROM meta WHERE key = ?"
                 statements.append((rename, (name, old)))
                 statements.append((copy, (f"read:{name}", f"read:{old}")))
         known = {name: key for name, key in known.items() if name not in renamed}
         if known | mine != known or renamed:
             statements.append(Store.meta_statement("match_jobs", known | mine))
+        targets = {n: str(config.target(job)) for n, job in config.jobs.items() if not job.match}
+        if targets != self.store.meta("targets"):
+            statements.append(Store.meta_statement("targets", targets))
         return renamed, statements
 
     def _assign(self, config: Config, changes: dict[int, Change]) -> set[int]:
         """Bring the runs of jobs with batch_ids to what the config says; returns their numbers."""
         targets = {name: config.target(job) for name, job in config.jobs.items()}
         runs = [run for run, _ in changes.values() if not run.group]
-        assigned, current = assign(config.jobs, targets, runs), set()
+        last = self.store.meta("targets") or {}
+        assigned, current = assign(config.jobs, targets, runs, last), set()
         for name, job in config.jobs.items():
             if run := assigned.get(name):
                 after = replace(run, job=name, batches=in_order(job, run.batches))
@@ -4487,7 +4514,8 @@ class Engine:
         else:
             loaded_at, path = rfc3339(self.clock.now()), str(config.path)
             known = {"path": path, "sha256": config.sha256, "loaded_at": loaded_at}
-            good = {"path": str(config.path.absolute()), "text": self.loaded.text}
+            text = self.redactor.body(self.loaded.text.encode(), is_data=True)  # a comment's token
+            good = {"path": str(config.path.absolute()), "text": text.decode()}
             also.append(Store.meta_statement("good_config", good))
             events = [Event.of("config_loaded", **config_changes(config, old))]
             warnings = [*self.loaded.warnings]
@@ -6005,8 +6033,9 @@ class Importer:
             JOIN secrets AS s ON s.id = keboola_secret_id ORDER BY 1"""
     JOBS = """
         SELECT job.*, lower(job.status) AS state, rtrim(keboola_stack_url, '/') AS stack_url,
-            EXISTS (SELECT 1 FROM job_batches WHERE job_id = job.id AND lower(job_batches.status)
-                NOT IN ('completed', 'failed', 'expired', 'cancelled')) AS is_pending,
+            EXISTS (SELECT 1 FROM job_batches AS b WHERE job_id = job.id
+                AND lower(ifnull(b.status, '')) NOT IN
+                    ('completed', 'failed', 'expired', 'cancelled', 'canceled')) AS is_pending,
             (SELECT json_group_array(batch_id) FROM (SELECT batch_id FROM job_batches
                 WHERE job_id = job.id ORDER BY id)) AS batch_ids, started, failed
         FROM polling_jobs AS job LEFT JOIN (
@@ -6176,7 +6205,8 @@ def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
     if store and group:
         stored |= {run.id: run for run in store.groups(job_name, [group]).values()}
     targets = {name: config.target(job) for name, job in config.jobs.items()}
-    assigned = assign(config.jobs, targets, [run for run in stored.values() if not run.group])
+    single = [run for run in stored.values() if not run.group]
+    assigned = assign(config.jobs, targets, single, (store and store.meta("targets")) or {})
     runs = []
     for name, job in config.jobs.items():
         if not job.match:
@@ -6287,6 +6317,8 @@ def run_logs(args: argparse.Namespace) -> int:
 
     It reads the events that the state file keeps, also while the daemon runs.
     """
+    if args.n < 0:
+        raise UsageError("-n is how many lines", "write 0 or more")
     with viewing(args) as view:
         path = view.config.state_path
         if args.job and not (view.store and view.store.events(name=args.job, most=1)):

@@ -101,7 +101,7 @@ M: a token of another project
 M: an incomplete search says nothing is there
     if not ours and search.failure: => if False:
 M: first page of the search only
-    if not jobs or (not fresh and is_short): => if jobs is not None:
+    if not jobs or (not fresh and (len(jobs) < longest or has_no_offset)): => if jobs is not None:
 M: a stale outcome is stored after a rename
     run = engine.runs[run_id]  # a reload may have renamed it meanwhile => pass
 M: pages without overlap

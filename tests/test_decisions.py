@@ -333,7 +333,7 @@ def test_assign() -> None:
     aim, new = replace(TARGET, project=""), replace(JOB, batch_ids=("b", "a"))
 
     def assigned(target: tc.Target, **jobs: Job) -> dict[str, int]:
-        found = tc.assign(jobs, dict.fromkeys(jobs, target), [mine, old])
+        found = tc.assign(jobs, dict.fromkeys(jobs, target), [mine, old], {})
         return {name: run.id for name, run in found.items()}
 
     assert assigned(aim, job=new) == {"job": 1}
@@ -372,7 +372,8 @@ def test_groups() -> None:
 def test_group_size() -> None:
     """The size is what all of the batches' metadata agree on, also those of before."""
     job, differ = replace(GROUPED, group_size="metadata.n"), "the batches differ in n"
-    told = {"3 3": "3", "3 4": differ, "many": '"many" is no number', "0": '"0" is no number'}
+    bad = {size: f'"{size}" is not 1 to 1000' for size in ("many", "0", "1001")}
+    told = {"3 3": "3", "3 4": differ, **bad}
     for sizes, size in (told | {"": "a batch has no n"}).items():
         rows = [row(f"b{n}", run="x", n=text) for n, text in enumerate(sizes.split(" "))]
         first = tc.group_batches(job, TARGET, [row("z", run="x", n="9")], {}, NOW)[0][0]

@@ -213,3 +213,13 @@ def test_held_page(workspace: Workspace) -> None:
     wait_until(lambda: workspace.job("renamed")["status"] == "completed", "completed")
     assert len(workspace.sim.jobs) == 1
     assert workspace.posts("job0") + workspace.posts("renamed") <= 2
+
+
+def test_list_without_after(workspace: Workspace) -> None:
+    """A server that shows the same page for ever is not asked for it for ever."""
+    seed(workspace.sim, 7, 0)
+    watch(workspace, range(7))
+    rows = [{"id": batch_id(n), "status": "in_progress", "created_at": 1} for n in range(5)]
+    workspace.sim.fault("openai.list", "json", None, obj={"data": rows, "has_more": True})
+    assert workspace.once().code == 0
+    assert polled(workspace) <= 7 + 2

@@ -389,6 +389,33 @@ def test_renamed_and_back(workspace: Workspace, sim: Simulator) -> None:
     assert len(sim.jobs) == 1
 
 
+def test_renamed_to_a_name_of_before(workspace: Workspace, sim: Simulator) -> None:
+    """Also where the new name belonged to another job once, or two are renamed at once."""
+    add_match(workspace, "a", config_id="same")
+    add_match(workspace, "b", match={"pipeline": "another"}, config_id="same")
+    add_match(workspace, "c", config_id="same", variables={"x": "y"})
+    create(sim, "batch_a")
+    assert workspace.once().code == 0
+    del workspace.jobs["b"]
+    assert workspace.once().code == 0
+    workspace.jobs["b"] = workspace.jobs.pop("a")
+    workspace.jobs["c2"] = workspace.jobs.pop("c")
+    assert workspace.once().code == 0
+    assert workspace.statuses() == {"b/batch_a": "completed", "c2/batch_a": "completed"}
+    assert len(sim.jobs) == 2
+
+
+def test_metadata_that_is_no_text(workspace: Workspace, sim: Simulator) -> None:
+    """A lone surrogate in one batch's metadata keeps no other batch from being found."""
+    add_match(workspace, group_by="date", group_size=1)
+    create(sim, "batch_bad", "bad\ud800")
+    create(sim, "batch_good", "good")
+    workspace.add_job("plain", "batch_plain")
+    assert workspace.once().code == 0
+    assert {"found/good", "plain"} <= workspace.statuses().keys()
+    assert len(sim.jobs) == 3
+
+
 @pytest.mark.long
 def test_paused(workspace: Workspace, sim: Simulator) -> None:
     """Paused, a job finds and starts nothing, and goes on with all of it afterwards."""

@@ -1008,3 +1008,15 @@ def test_no_proxy_with_ipv6(workspace: Workspace, variable: str) -> None:
     again = workspace.run("--once", **environment)
     assert (again.code, len(posts(workspace.sim))) == (0, 1)
     assert "Traceback" not in again.stderr
+
+
+def test_renamed_after_its_target_changed(workspace: Workspace) -> None:
+    """A finished job whose target was changed is not new work under another name, either."""
+    workspace.add_job("old", "batch_a")
+    assert workspace.once().code == 0
+    workspace.jobs["old"]["config_id"] = "second"
+    assert workspace.once().code == 0
+    workspace.jobs["new"] = workspace.jobs.pop("old")
+    assert workspace.once().code == 0
+    assert len(workspace.sim.jobs) == 1
+    assert workspace.statuses() == {"new": "completed"}
