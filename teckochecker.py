@@ -274,9 +274,9 @@ class SecretEntry:
     name: str
     type: str
     source: str  # value (a Fernet token), env or file
-    text: Secret  # what stands there: people first write their tokens in plain
-    line: int
-    column: int
+    text: Secret = field(compare=False)  # what stands there: people first write tokens in plain
+    line: int = field(compare=False)
+    column: int = field(compare=False)
     base_url: str = "https://api.openai.com/v1"
     organization: str | None = None
     project: str | None = None
@@ -446,6 +446,11 @@ class Run:
         return f"{self.job}/{self.group}" if self.group else self.job
 
     @property
+    def is_begun(self) -> bool:
+        """Whether its start is decided, and its end not known."""
+        return self.phase not in {Phase.POLLING, Phase.REFUSED, Phase.FINISHED}
+
+    @property
     def may_be_at_keboola(self) -> bool:
         """Whether it goes on to its end also without its job: Keboola may have it."""
         is_open = self.sending_at is not None and self.phase is not Phase.FINISHED
@@ -562,10 +567,11 @@ class Event:
         usual, _, sentence = EVENTS[name]
         words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})
         text = one_line(sentence.format_map(words), 2000)
+        text = text if run is None else one_line(f"{run.name}: {text}", 2300)
         told = {key: value for key, value in fields_.items() if not key.endswith("_text")}
         if run is None:
             return cls(name, level or usual, None, None, told, text)
-        return cls(name, level or usual, run.job, run.name, told, f"{run.name}: {text}")
+        return cls(name, level or usual, run.job, run.name, told, text)
 
     def document(self) -> dict[str, Any]:
         head = {"time": rfc3339(self.at), "level": self.level, "event": self.name}
@@ -693,6 +699,8 @@ class YamlNode:
 
     def batch_id(self) -> str | None:
         cure = "copy the batch id: letters, digits, . _ = and -"
+        if "YOUR_ID" in str(self.node.value):
+            return self.bad("is the placeholder of the example", cure)
         return self.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
 
     def file_path(self) -> str | None:
@@ -1279,7 +1287,7 @@ class LoadedConfig:
         """Return all that a job reaches its servers with, to tell whether it has changed."""
         entries = [self.config.secrets[name] for name in (job.openai_secret, job.keboola_secret)]
         values = [self.secrets[entry.name] for entry in entries]
-        return (*values, *(replace(e, text=Secret(""), line=0, column=0) for e in entries))
+        return *values, *entries
 
 
 class SecretOpener:
@@ -1456,7 +1464,8 @@ def mount_warning(path: Path) -> Iterator[str]:
 #                                                   +--two empty searches, the last one begun at
 #                                                      least the grace later--> sending
 #
-# A `sending` that is found at the start is `unknown`. A search comes before every POST.
+# A `sending` that is found at the start is `unknown`. A search comes before every POST; with
+# `retry --force`, one that failed will do. A rejected start is tried again by itself, too.
 
 LASTING_S: Final = 10 * MINUTE_S  # an error that lasts longer does not settle by itself
 FILES_WAIT_S: Final = 5 * MINUTE_S
@@ -1487,6 +1496,12 @@ def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | Non
     """
     doubled = min(HOUR_S, first_s * 2.0 ** min(max(failures, 1) - 1, 16))
     return min(HOUR_S, max(doubled * (0.75 + 0.25 * jitter), asked_s or 0.0))
+
+
+def is_news(run: Run, error: str) -> bool:
+    """Return whether an error is another one than a run's; each answer has an exceptionId."""
+    ids = r" \(exceptionId [^)]*\)"
+    return re.sub(ids, "", error) != re.sub(ids, "", run.error or "")
 
 
 def with_error(run: Run, error: str, now: float, wait_s: float) -> Run:
@@ -1559,7 +1574,7 @@ def after_poll(
         wait_s = backoff_s(run.failures + 1, job.poll_interval, terms.jitter, asked_s)
         after = with_error(after, f"{batch_id}: {error}{others}", now, wait_s)
         facts: dict[str, Any] = {"status": error.status, "request_id": error.request_id}
-        if after.error != run.error:
+        if is_news(run, str(after.error)):
             facts |= {"batch_id": batch_id, "error": after.error}
             events.append(Event.of("poll_failed", run, **facts))
     elif answers or run.failures:
@@ -1772,7 +1787,7 @@ def after_search(  # noqa: PLR0911 - a table
             text += f"; the start brought: {run.post_error}"
         wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
         event = Event.of("trigger_search_failed", run, error=text, status=came.status)
-        return with_error(run, text, now, wait_s), [event] if text != run.error else []
+        return with_error(run, text, now, wait_s), [event] if is_news(run, text) else []
     if came:
         return as_started(run, came, "trigger_found", terms)
     if run.phase is not Phase.UNKNOWN:
@@ -1864,10 +1879,11 @@ def after_follow(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
     poll_interval_s = job.poll_interval if job else HOUR_S
     wait_s = max(terms.follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
     facts = {"keboola_job_id": run.keboola_job_id, "url": run.url}
-    if isinstance(came, ApiError) and came.status != 404:
+    is_new = now - (run.sent_at or 0.0) < terms.grace_s  # what answers may not know it yet
+    if isinstance(came, ApiError) and (came.status != 404 or is_new):
         wait_s = backoff_s(run.failures + 1, wait_s, terms.jitter, came.retry_after_s)
         event = Event.of("follow_failed", run, **facts, error=str(came), status=came.status)
-        return with_error(run, str(came), now, wait_s), [event] if str(came) != run.error else []
+        return with_error(run, str(came), now, wait_s), [event] if is_news(run, str(came)) else []
     if isinstance(came, ApiError):
         came = KeboolaJob("", "deleted", True, "", str(came), None, None)  # noqa: FBT003
     after = replace(run, **NO_ERROR, last_check_at=now, keboola_status=came.status)
@@ -1916,7 +1932,9 @@ def after_retry(  # noqa: C901, PLR0911 - a table
         return "it is paused; resume it first"
     force, now_due = request.force, replace(run, failures=0, next_at=now)
     finished = {Phase.FINISHED, Phase.REJECTED, Phase.REFUSED}
-    if run.rerun != request.rerun or (request.phase in finished and run.phase != request.phase):
+    if run.rerun != request.rerun or (
+        run.phase != request.phase and (request.phase in finished or run.phase is Phase.UNKNOWN)
+    ):
         return "its Keboola job was started or found meanwhile"
     match run.phase:
         case Phase.SENDING:
@@ -2013,9 +2031,8 @@ def shifted(run: Run, by_s: float) -> Run:
 
 
 def with_files_due(run: Run, due_at: Iterable[float | None]) -> Run:
-    batches = map(
-        lambda b, at: b if at is None else replace(b, files_due_at=at), run.batches, due_at
-    )
+    pairs = zip(run.batches, due_at, strict=True)
+    batches = (b if at is None else replace(b, files_due_at=at) for b, at in pairs)
     return replace(run, batches=tuple(batches))
 
 
@@ -2746,10 +2763,10 @@ def parse_batch(data: object, batch_id: str) -> Batch:
 def parse_keboola_job(row: object, what: str) -> KeboolaJob:
     """Return a job of Keboola's queue. Raises ApiError, which begins with `what`, if it is none."""
     if not isinstance(row, dict):
-        raise ApiError(f"{what} is not an object", retryable=True)
+        raise ApiError(f"{what} is not an object")
     job_id = id_text(row.get("id"))
     if not job_id:
-        raise ApiError(f"{what} has no id", retryable=True)
+        raise ApiError(f"{what} has no id")
     created = None
     with contextlib.suppress(ValueError, OverflowError):
         at = datetime.fromisoformat(str(row.get("createdTime")))
@@ -2879,7 +2896,7 @@ class Answer:
         now = http_date(self.headers.get("date")) or time.time()
         return None if until is None else max(0.0, until - now)
 
-    def error(self, message: str, *, retryable: bool) -> ApiError:
+    def error(self, message: str, *, retryable: bool = False) -> ApiError:
         return ApiError(
             f"{message}, with status {self.status}" if self.is_success else message,
             status=self.status,
@@ -2968,7 +2985,7 @@ class Http:
                     raise ApiError(message, status=response.status_code)
                 async for chunk in response.aiter_raw():
                     body += chunk
-                    if len(body) > 16 * 1024 * 1024:
+                    if len(body) > MAX_FILE_BYTES:
                         raise TooLargeError("the answer is over 16 MiB", retryable=True)
         except TimeoutError:
             message = f"no whole answer within {show_duration(timeout_s)}"
@@ -3171,7 +3188,7 @@ class Keboola:
     async def _list_jobs(self, path: str, params: Mapping[str, str]) -> list[KeboolaJob]:
         rows = await self._get(f"{await self.queue_url()}/{path}", params)
         if not isinstance(rows, list):
-            raise ApiError("Keboola's job list is not a list", retryable=True)
+            raise ApiError("Keboola's job list is not a list")
         return [parse_keboola_job(row, "a row of Keboola's job list") for row in rows]
 
     async def _read_pages(self, target: Target, search: Search) -> None:
@@ -3516,7 +3533,8 @@ def row_of(row: Mapping[str, Any]) -> Row:
             batch = read
     pairs = as_dict(row.get("metadata")).items()
     texts = {key: value for key, value in pairs if isinstance(value, str)}
-    return Row(batch, {k: v.encode(errors="replace").decode() for k, v in texts.items()})
+    # SQLite stores no lone surrogate, and its JSON ends at a NUL: no such value is one of ours.
+    return Row(batch, {k: v for k, v in texts.items() if not re.search("[\0\ud800-\udfff]", v)})
 
 
 class Finding:
@@ -3565,7 +3583,7 @@ class Account(OpenAI):
     def __init__(self, engine: Engine, entry: SecretEntry, key: Secret) -> None:
         note = functools.partial(engine.note_request, entry.name)
         super().__init__(entry, key, engine.http, engine.clock, note)
-        self.identity = (key, replace(entry, text=Secret(""), line=0, column=0))
+        self.identity = key, entry
         self.run_ids: set[int] = set()  # of the runs that it polls
         self.finders: list[Job] = []  # the jobs that it finds batches for
         self.wake = asyncio.Event()
@@ -4041,7 +4059,7 @@ class Engine:
         self._drivers: dict[int, asyncio.Task[None]] = {}
         self._polling: dict[str, asyncio.Task[None]] = {}  # the accounts' loops
         self._current: set[int] = set()  # runs of the batch_ids that the config has now
-        self._next_id = int(self.store.one("SELECT max(id) FROM runs") or 0) + 1
+        self._last_id = int(self.store.one("SELECT max(id) FROM runs") or 0)
         self._pruned_at = self._swept_at = -math.inf
         self._data_version = -1
         self._trouble: set[tuple[int | None, str]] = set()  # told, and not over
@@ -4060,7 +4078,7 @@ class Engine:
                 for helper in helpers if self.once else (self._keep_house, *helpers):
                     self.spawn(helper())
         except BaseExceptionGroup as group:
-            errors: BaseException | None = group.split(TeckoError)[0]
+            errors: BaseException | None = group.split((TeckoError, sqlite3.Error))[0]
             while isinstance(errors, BaseExceptionGroup):
                 errors = errors.exceptions[0]
             raise (errors or group) from None
@@ -4139,9 +4157,9 @@ class Engine:
     # --- taking a config ---
 
     def apply(self, loaded: LoadedConfig) -> None:
-        """Make a new config the one that counts. After a StorageError the old one still does."""
-        config, terms = loaded.config, Terms(None, self.clock.boot_time())
-        terms = replace(terms, grace_s=config.trigger_grace)
+        """Make a new config the one that counts; where its commit fails, the old one still does."""
+        config = loaded.config
+        terms = Terms(None, self.clock.boot_time(), grace_s=config.trigger_grace)
         renamed, also = self._renamed(config)
         old_names = {old: config.jobs[new] for old, new in renamed.items()}
         changes, before = dict[int, Change](), dict[int, Run]()
@@ -4163,9 +4181,9 @@ class Engine:
             self.loaded, self.runs, self._current = old
             raise
         self._arrange(loaded)
-        self.take_requests(at_once=True)
         for run in list(self.runs.values()):
             self._place(run)
+        self.take_requests(at_once=True)
 
     def _renamed(self, config: Config) -> tuple[dict[str, str], list[Statement]]:
         """Return which match jobs have a new name (old: new), and what a config changes at once.
@@ -4215,8 +4233,8 @@ class Engine:
                 changes[run.id] = (after if after != run else run, changes[run.id][1])
             elif not job.match:
                 batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-                now, self._next_id = self.clock.now(), self._next_id + 1
-                run = Run(self._next_id, name, targets[name], batches=batches, next_at=now)
+                now, self._last_id = self.clock.now(), self._last_id + 1
+                run = Run(self._last_id, name, targets[name], batches=batches, next_at=now)
                 changes[run.id] = (run, [])
             if run:
                 current.add(run.id)
@@ -4338,10 +4356,8 @@ class Engine:
             if run is None or job is None or not self.is_polled(run):
                 continue
             after, events = after_poll(run, job, answers, self.terms(run), began)
-            if (
-                events
-                or replace(after, next_at=run.next_at, last_check_at=run.last_check_at) != run
-            ):
+            timeless = replace(after, next_at=run.next_at, last_check_at=run.last_check_at)
+            if events or timeless != run:
                 changes.append((after, events))
             else:
                 times.append(after)
@@ -4354,6 +4370,8 @@ class Engine:
             elif rows:
                 self.store.execute(rows)
         except StorageError as error:
+            if not changes:
+                self.note_failure(error, "polls")
             for run, _ in changes:
                 self.note_failure(error, run.name, run)
                 self.runs[run.id] = replace(self.runs[run.id], next_at=now + 5)
@@ -4362,8 +4380,8 @@ class Engine:
         """Store runs that new batches begin or join, and batches that came late."""
         changes, also = [], []
         for changed, events, late in found:
-            self._next_id += changed.id == 0
-            run = changed if changed.id else replace(changed, id=self._next_id)
+            self._last_id += changed.id == 0
+            run = changed if changed.id else replace(changed, id=self._last_id)
             also += [insert("batches", batch, run_id=run.id, place=-1) for batch in late]
             changes.append((run, events))
         if changes:
@@ -4420,8 +4438,7 @@ class Engine:
             mine.run_ids.add(run.id)
             if run.next_at < mine.until:
                 mine.wake.set()
-        is_driven = run.phase not in {Phase.POLLING, Phase.FINISHED, Phase.REFUSED}
-        if is_driven and self._tasks is not None and not self.is_stopping:
+        if run.is_begun and self._tasks is not None and not self.is_stopping:
             self.wakes.setdefault(run.id, asyncio.Event()).set()
             driver = self._drivers.get(run.id)
             if driver is None or driver.done():
@@ -4438,7 +4455,7 @@ class Engine:
             self.commit([], events)
         except StorageError:
             for event in events:
-                say(self._clean(event))
+                say(event)
 
     def _clean(self, event: Event) -> Event:
         """Return an event without secrets: the state file keeps it, and others read it."""
@@ -4449,6 +4466,10 @@ class Engine:
         names = ("error", "post_error", "keboola_error", "keboola_status")
         texts: dict[str, Any] = {name: text for name in names if (text := getattr(run, name))}
         clean: dict[str, Any] = {n: self.redactor.text(text) for n, text in texts.items()}
+        if any(batch.error for batch in run.batches):
+            errors = (batch.error and self.redactor.text(batch.error) for batch in run.batches)
+            batches = map(lambda b, error: replace(b, error=error), run.batches, errors)
+            run = replace(run, batches=tuple(batches))
         return replace(run, **clean) if clean != texts else run
 
     def note_failure(self, error: Exception, where: str, run: Run | None = None) -> None:
@@ -4457,7 +4478,7 @@ class Engine:
         if not isinstance(error, StorageError | sqlite3.Error):
             trace = "".join(traceback.format_exception(error)).splitlines()
             name = type(error).__name__
-            say(self._clean(Event.of("internal_error", where=where, error=name, traceback=trace)))
+            say(Event.of("internal_error", where=where, error=name, traceback=trace))
         elif (key := (run.id if run else None, str(error))) not in self._trouble:
             self._trouble.add(key)
             say(Event.of("state_write_failed", run, error=str(error)))
@@ -4484,16 +4505,9 @@ class Engine:
         if bool(after.trouble) != bool(before.trouble):
             name = "account_failing" if after.trouble else "account_failing_recovered"
             event = Event.of(name, secret=after.name, error=after.trouble)
-            known = {
-                name: {
-                    "type": s.type,
-                    "refused_since": s.refused_since,
-                    "error": s.error,
-                    "find_error": s.find_error,
-                }
-                for name, s in self.stats.items()
-                if s.trouble
-            }
+            keys = ("type", "refused_since", "error", "find_error")
+            bad = [s for s in self.stats.values() if s.trouble]
+            known = {s.name: {key: getattr(s, key) for key in keys} for s in bad}
             try:
                 self.commit([], [event], [Store.meta_statement("failing", known)])
             except StorageError as error:
@@ -4539,9 +4553,7 @@ class Engine:
             stored = self.store.runs("id = :id", {"id": run_id})
             run = self.runs.get(run_id) or (stored[0] if stored else None)
             came: Change | str = "it is gone"
-            if run and run_id in self.posting:
-                came = "its Keboola job is being started now"
-            elif run:
+            if run:
                 came = after_retry(run, self.job_of(run), request, self.clock.now())
             if isinstance(came, str):
                 self.commit([], [Event.of("retry_refused", run, why=came)], done)
@@ -4555,7 +4567,7 @@ class Engine:
         runs = [
             run
             for run in self.runs.values()
-            if run.job in place and (run.id in self._current or run.group or run.may_be_at_keboola)
+            if run.job in place and (run.id in self._current or run.group or run.is_begun)
         ]
         return sorted(runs, key=lambda r: (place[r.job], r.id not in self._current, r.id))
 
@@ -4646,7 +4658,7 @@ class Reloader:
         try:
             await self._reload(files)
             self._seen = dict(files.seen)
-        finally:  # what could not be stored is tried again at the next comparison
+        finally:  # a file that could not be stored is tried again at the next comparison
             self._manager.send("READY=1", f"STATUS={self._engine.summary()}")
 
     async def _reload(self, files: Files) -> None:
@@ -4740,7 +4752,7 @@ async def post_event(engine: Engine, http: Http, name: str, event: Event) -> Api
         address = engine.loaded.secrets[name].reveal()
         answer = await http.post(address, headers, compact_json(body), 10.0)
         if not answer.is_success:
-            failure = answer.error(f"it answered {answer.status}", retryable=True)
+            failure = answer.error(f"it answered {answer.status}")
     except ApiError as error:
         failure = error
     engine.note_request(name, failure, None)
@@ -5293,13 +5305,10 @@ async def serve(path: Path, *, once: bool) -> int:
     try:
         if not once:
             batches = sum(len(job.batch_ids) for job in config.jobs.values())
-            facts: dict[str, Any] = {
-                "jobs": len(config.jobs),
-                "batches": batches,
-                "pid": os.getpid(),
-            }
+            facts: dict[str, Any] = {"jobs": len(config.jobs), "batches": batches}
+            facts |= {"pid": os.getpid()}
             facts |= {"version": __version__, "config": str(path), "what_text": counts_of(config)}
-            engine.log(Event.of("daemon_started", None, **facts))
+            engine.log(Event.of("daemon_started", **facts))
         engine.note_config(rejected)
         code = await run_engine(engine, signals, helpers, manager)
         if once and code == 0:
@@ -5386,7 +5395,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 EXAMPLE_CONFIG: Final = """\
 # A first config for TeckoChecker. Put your own in place of what is in CAPITALS, then run
-# `teckochecker encrypt` and `teckochecker check`. README.md names all keys.
+# `teckochecker encrypt` and `teckochecker check`. config.example.yaml names all keys.
 
 # publish: www                       # a directory for status.html, status.json, metrics.prom
 
@@ -5648,6 +5657,8 @@ def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> in
             new = text[: len(text) - len(old)] + editor.text
             replace_file(path, files.read(path).data, new.encode())
     print(done)
+    if problems:
+        print(f"but no daemon takes this config: {problems[0]}", file=sys.stderr)
     return 0
 
 
@@ -5912,7 +5923,7 @@ class Doctor:
     def _tell_failure(self, name: str, what: str, error: ApiError, not_there: str = "") -> None:
         """Tell of a request that failed; `not_there` is the cure of an id that is wrong."""
         token, address = self._new_token(name), "check the address, the network and the proxy"
-        cures = {None: address, 200: address, 401: token, 403: not_there or token}
+        cures = {None: address, 200: address, 401: token, 403: not_there or token, 404: address}
         cures |= {400: not_there, 404: not_there} if not_there else {}
         cure = cures.get(error.status, "see the server's own words, and its status page")
         self.tell("✗", f"{what}: {error}", cure)
@@ -5938,7 +5949,8 @@ class Doctor:
                 raise
         left = batch_ids - shown
         answers = await asyncio.gather(*map(openai.ask, left), return_exceptions=True)
-        failures = {k: e for k, e in zip(left, answers, strict=True) if isinstance(e, ApiError)}
+        errors = [(k, e) for k, e in zip(left, answers, strict=True) if isinstance(e, Exception)]
+        failures = {k: e if isinstance(e, ApiError) else ApiError(repr(e)) for k, e in errors}
         cure = "correct the id, the secret or its base_url"
         for job, ids in polled.items():
             for key in sorted(ids & failures.keys()):
@@ -6175,6 +6187,8 @@ def viewing(args: argparse.Namespace) -> Iterator[View]:
     Where the file has problems, the last good config counts, as it does for the daemon. Raises
     ConfigError where it does not even tell where the state file is.
     """
+    if re.search("[\ud800-\udfff]", args.job or ""):
+        raise UsageError("the name is not UTF-8 text")
     path, files = config_path(args), Files()
     config, problems, _ = read_config_file(path, files)
     if problems:
@@ -6216,7 +6230,7 @@ def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
             stored.pop(run.id, None)
             runs.append(replace(run, job=name, batches=in_order(job, run.batches)))
         others = [run for run in stored.values() if run.job == name]
-        runs += [r for r in others if (job.match and r.group) or r.may_be_at_keboola]
+        runs += [r for r in others if (job.match and r.group) or r.is_begun]
     return runs
 
 
@@ -6238,7 +6252,9 @@ def status_table(view: View) -> Iterator[str]:
     start = f"{nothing}: start the daemon, or --once."
     who = "The daemon runs." if shot["daemon"]["running"] else start
     titles, *body = table(rows)
-    yield from (*textwrap.wrap(f"{who} {counts_in_words(shot)}", width), "", titles)
+    needs = shot["attention"]
+    attention = f"{needs} need{'' if needs > 1 else 's'} attention. " if needs else ""
+    yield from (*textwrap.wrap(f"{who} {attention}{counts_in_words(shot)}", width), "", titles)
     for run, line in zip(shown, body, strict=True):
         is_quiet = run["status"] in {"completed", "paused"}
         yield painted(line, RED if run["attention"] else DIM if is_quiet else "")
@@ -6247,6 +6263,17 @@ def status_table(view: View) -> Iterator[str]:
             yield from (painted(f"    {part}", colour) for part in wrapped)
     if len(views) > len(shown):
         yield f"… and {counted(len(views) - len(shown), 'run')} more; see --json"
+    found = {run.job for run in view.runs}
+    yield from (no_run_yet(job) for name, job in view.config.jobs.items() if name not in found)
+
+
+def no_run_yet(job: Job) -> str:
+    match = ", ".join(f"{key}: {value}" for key, value in job.match)
+    when = "once it is resumed, it" if job.rests else "it"
+    return (
+        f"{job.name}: no run yet; {when} finds batches with {match}, created since"
+        f" {rfc3339(job.since)}"
+    )
 
 
 def job_story(view: View, run: Run, shown: Shown) -> Iterator[str]:
@@ -6281,12 +6308,7 @@ def run_status(args: argparse.Namespace) -> int:
             pairs = view.chosen(args.job)
             shot["jobs"] = [shown for _, shown in pairs]
             stories = ["\n".join(job_story(view, run, shown)) for run, shown in pairs]
-            if not stories:
-                job = view.config.jobs[args.job]
-                match = ", ".join(f"{key}: {value}" for key, value in job.match)
-                when = "once it is resumed, it" if job.rests else "it"
-                what = f"finds batches with {match}, created since {rfc3339(job.since)}"
-                stories = [f"{job.name}: no run yet; {when} {what}"]
+            stories = stories or [no_run_yet(view.config.jobs[args.job])]
             lines.append("\n\n".join(stories))
         print(json.dumps(shot, indent=2) if args.json else "\n".join(lines))
         why = why_not_alive(view) if args.alive else ""
@@ -6317,7 +6339,7 @@ def run_logs(args: argparse.Namespace) -> int:
 
     It reads the events that the state file keeps, also while the daemon runs.
     """
-    if args.n < 0:
+    if not 0 <= args.n < 10**9:
         raise UsageError("-n is how many lines", "write 0 or more")
     with viewing(args) as view:
         path = view.config.state_path
@@ -6382,9 +6404,7 @@ def run_retry(args: argparse.Namespace) -> int:
 # 10. Command line, and the one place where exceptions become exit codes
 # ==================================================================================================
 
-EXIT_CODES: Final = """\
-exit codes: 0 fine; 1 something needs attention, or the command could not do it; 2 usage or config
-error; 75 another instance holds the state file; 130 interrupted"""
+EXIT_CODES: Final = "exit codes" + str(__doc__).rpartition("Exit codes")[2].rstrip(".\n")
 
 # Each command: what does it, whose docstring is its help, and an example of its arguments.
 COMMANDS: Final[Mapping[str, tuple[Callable[[argparse.Namespace], int], str]]] = {

@@ -16,7 +16,11 @@ import teckochecker as tc
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = (ROOT / "config.example.yaml").read_text(encoding="utf-8")
+EXAMPLE = (
+    (ROOT / "config.example.yaml")
+    .read_text(encoding="utf-8")
+    .replace("batch_YOUR_ID", "batch_abc123")
+)
 # What the README's parts of a config refer to.
 AROUND = """
 secrets:
