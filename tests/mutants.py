@@ -174,12 +174,12 @@ D: a rerun counted twice
 M: the overlap of the list left out
     self._read_to.get(j.name, j.since) - HOUR_S) => self._read_to.get(j.name, j.since))
 D: a new name is new work
-    assigned[name] = claims.pop(0) => pass
+    assigned[name] = claims[0] => pass
 D: another target takes over
-    left.setdefault((ids, replace(run.target, project="")), [])
-    => left.setdefault((ids, next(iter(targets.values()))), [])
+    claims = [r for r in left.get((ids, str(targets[name])), []) if r.id not in taken]
+    => claims = [r for (i, _), rs in left.items() for r in rs if i == ids]
 D: a job that is there loses its runs to another
-    if run.job not in jobs:  # Keboola => if True:  # Keboola
+    if run.job not in jobs: for target in {str(run.target), last.get(run.job, "")}: => if True:\n            for target in {str(run.target)}:
 M: a paused job is started
     return job is not None and not job.rests and not self.is_stopping
     => return job is not None and not self.is_stopping
@@ -236,9 +236,10 @@ D: what waits does not move with the clock
 G: POST over a kept connection
     kept = 0 if method == "POST" else 10 => kept = 10
 M: groups are not renamed with their job
-    (old := left.pop(tuple(key), None)) => (old := None)
+    if known.get(name) != key and left.get(tuple(key)): => if False:
 D: a stale retry taken
-    run.rerun != request.rerun or (request.phase in finished and run.phase != request.phase)
+    run.rerun != request.rerun or (
+    run.phase != request.phase and (request.phase in finished or run.phase is Phase.UNKNOWN))
     => False
 G: last POST not written
     if at := self.last_post: => if not (at := BootTime(0)):
