@@ -507,6 +507,7 @@ def test_logs(workspace: Workspace) -> None:
     assert "trigger_sent" in workspace.run("logs", "--help").stdout
 
 
+@pytest.mark.long
 def test_logs_follow(workspace: Workspace) -> None:
     """With --follow, what happens is told as it happens, also before there is a state file."""
     workspace.add_job("one", "batch_a")

@@ -228,6 +228,7 @@ def test_once_follows_in_later_passes(workspace: Workspace) -> None:
     assert len(workspace.sim.jobs) == 1
 
 
+@pytest.mark.long
 def test_killed_while_running(workspace: Workspace) -> None:
     """A process killed while it follows a job goes on with that at its next start."""
     daemon = workspace.daemon()

@@ -144,6 +144,7 @@ MOVES: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.long
 def test_statuses(workspace: Workspace, old: OldDatabase) -> None:
     """Nothing starts by itself that may have been started; what is not certain is told."""
     for name, (columns, _, _) in MOVES.items():
@@ -156,6 +157,7 @@ def test_statuses(workspace: Workspace, old: OldDatabase) -> None:
     assert check(workspace, done).stdout.endswith(": fine: 13 jobs, 13 batches, 2 secrets\n")
 
 
+@pytest.mark.long
 def test_one_pass_starts_only_what_was_active(workspace: Workspace, old: OldDatabase) -> None:
     """With the imported config in place, passes poll and start the active jobs alone."""
     old.stack_url = workspace.sim.stack_url
@@ -220,6 +222,7 @@ NAMES = {
 IDS = ["0123", "1e3", "0x1F", "null", "2024-02-30", "NO", "1_0", "1", "2", "3"]
 
 
+@pytest.mark.long
 def test_names_and_ids(workspace: Workspace, old: OldDatabase) -> None:
     """A name becomes one that is possible and free; what looks like a number stays as it was."""
     for name, config_id in zip(NAMES, IDS, strict=True):
@@ -277,6 +280,7 @@ def test_what_only_a_person_can_correct(name: str, workspace: Workspace, old: Ol
     assert re.match(rf"teckochecker: <imported>:\d+:\d+: {re.escape(path)}: .*; ", done.stderr)
 
 
+@pytest.mark.long
 def test_keys(workspace: Workspace, old: OldDatabase) -> None:
     """Without both keys nothing is printed; the line says which variable or file it is."""
     cure = "set $SECRET_KEY as the old program had it"

@@ -187,6 +187,7 @@ def test_settle(workspace: Workspace, sim: Simulator) -> None:
     assert groups(sim) == {"monday": ["batch_a", "batch_b"]}
 
 
+@pytest.mark.long
 def test_settle_over_passes(workspace: Workspace, sim: Simulator) -> None:
     """Under cron, `settle` counts from the pass in which the last batch was seen."""
     add_match(workspace, group_by="date")  # 15 minutes
@@ -284,6 +285,7 @@ def test_many_over_restarts(workspace: Workspace, sim: Simulator) -> None:
     assert groups(sim) == {f"batch_{n}": [f"batch_{n}"] for n in range(200)}
 
 
+@pytest.mark.long
 def test_kill_9(workspace: Workspace, sim: Simulator) -> None:
     """Killed while pages, answers, searches and POSTs are under way, none is lost or doubled."""
     add_match(workspace, group_by="date", group_size=2)
@@ -389,6 +391,7 @@ def test_renamed_and_back(workspace: Workspace, sim: Simulator) -> None:
     assert len(sim.jobs) == 1
 
 
+@pytest.mark.long
 def test_renamed_to_a_name_of_before(workspace: Workspace, sim: Simulator) -> None:
     """Also where the new name belonged to another job once, or two are renamed at once."""
     add_match(workspace, "a", config_id="same")

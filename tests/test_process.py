@@ -212,6 +212,7 @@ def assert_reload_told(manager: ServiceManager) -> None:
     manager.wait_for("READY=1")
 
 
+@pytest.mark.long
 def test_notify(workspace: Workspace) -> None:
     """READY, STATUS, every reload with its end (good, bad, forced), WATCHDOG and STOPPING."""
     workspace.add_job("job", "batch_a")
