@@ -179,7 +179,8 @@ D: another target takes over
     claims = [r for r in left.get((ids, str(targets[name])), []) if r.id not in taken]
     => claims = [r for (i, _), rs in left.items() for r in rs if i == ids]
 D: a job that is there loses its runs to another
-    if run.job not in jobs: for target in {str(run.target), last.get(run.job, "")}: => if True:\n            for target in {str(run.target)}:
+    if run.job not in jobs: for target in {str(run.target), last.get(run.job, "")}:
+    => if True:\n            for target in {str(run.target)}:
 M: a paused job is started
     return job is not None and not job.rests and not self.is_stopping
     => return job is not None and not self.is_stopping
