@@ -165,7 +165,9 @@ def test_status_in_80_columns(busy: Workspace) -> None:
     assert "\x1b[31mrefused  " in shown(busy)
     assert "\x1b" not in text + busy.run("status").stdout
     assert max(map(len, text.splitlines())) <= 80
-    assert text.startswith("Nothing runs: start the daemon, or --once. 1 failed, 2 active, ")
+    assert " ".join(text.split()).startswith(
+        "Nothing runs: start the daemon, or --once. 1 needs attention. 1 failed, 2 active, "
+    )
     lines = text.partition("\n\n")[2].splitlines()
     titles, *rows = [re.split("  +", line)[:3] for line in lines if line[0] != " "]
     assert titles == ["RUN", "STATUS", "BATCHES"]
