@@ -6264,7 +6264,8 @@ def status_table(view: View) -> Iterator[str]:
     if len(views) > len(shown):
         yield f"… and {counted(len(views) - len(shown), 'run')} more; see --json"
     found = {run.job for run in view.runs}
-    yield from (no_run_yet(job) for name, job in view.config.jobs.items() if name not in found)
+    for job in (job for name, job in view.config.jobs.items() if name not in found):
+        yield from textwrap.wrap(no_run_yet(job), width)
 
 
 def no_run_yet(job: Job) -> str:
