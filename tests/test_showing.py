@@ -199,6 +199,7 @@ def test_a_job_that_has_found_nothing_yet(workspace: Workspace) -> None:
     workspace.write()
     what = "it finds batches with a: b, created since 2026-11-25T00:00:00Z"
     assert workspace.run("status", "found").stdout == f"found: no run yet; {what}\n"
+    assert workspace.run("status").stdout.endswith(f"\nfound: no run yet; {what}\n")
 
 
 def test_of_very_many_runs_a_terminal_shows_the_first(workspace: Workspace) -> None:
