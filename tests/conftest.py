@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import KEBOOLA_TOKEN, OPENAI_KEY, Workspace
 from simulator import Simulator
+
+# A shell that starts us in the background has SIGINT ignored, and the program would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
