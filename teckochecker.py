@@ -637,12 +637,12 @@ class YamlNode:
     def entries(self, cure: str) -> dict[str, YamlNode]:
         """Return a mapping's values by key, merge keys (`<<`) resolved."""
         own: dict[str, YamlNode] = {}
-        merged: dict[str, YamlNode] = {}
+        from_merges: dict[str, YamlNode] = {}
         for key, value in self.node.value if self._is(yaml.MappingNode, "a mapping", cure) else ():
             if key.tag == _TAG + "merge":
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):  # of several, the first one wins
-                    merged |= replace(self, node=source).entries("write << and a mapping")
+                    from_merges |= replace(self, node=source).entries("write << and a mapping")
             elif not isinstance(key, yaml.ScalarNode):
                 self.bad("a key is not a single value", cure, key)
             elif key.value in own:
@@ -652,7 +652,7 @@ class YamlNode:
             else:
                 path = f"{self.path}.{key.value}" if self.path else key.value
                 own[key.value] = replace(self, node=value, key=key, path=path)
-        return merged | own
+        return from_merges | own
 
     def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
         """Return what the readers make of a mapping's values: None of null, _BAD of a problem."""
@@ -1701,11 +1701,11 @@ def as_aimed(run: Run, job: Job, target: Target, token: Secret) -> Run:
         **({"configRowIds": list(job.config_row_ids)} if job.config_row_ids else {}),
         "variableValuesData": {"values": values},
     }
-    digest = input_digest(job, target, token)
+    digest = digest_of_input(job, target, token)
     return replace(run, target=target, payload=compact_json(body), input_digest=digest)
 
 
-def input_digest(job: Job, target: Target, token: Secret) -> str:
+def digest_of_input(job: Job, target: Target, token: Secret) -> str:
     """Return a digest of what Keboola judges a start by, apart from the batches."""
     aim = [target.stack_url, target.component_id, target.config_id, target.branch_id]
     parts = [*aim, job.mode, job.config_row_ids, sorted(job.variables), token.digest()]
@@ -1813,13 +1813,13 @@ def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) ->
     (ours, *others), now = jobs, terms.now
     created_at = ours.created_time.timestamp() if ours.created_time else now
     project = ours.project or run.target.project
-    page = f"{run.target.stack_url}/admin/projects/{project}/queue/{ours.id}" if project else None
+    link = f"{run.target.stack_url}/admin/projects/{project}/queue/{ours.id}" if project else None
     after = replace(
         run,
         phase=Phase.SENT,
         keboola_job_id=ours.id,
         keboola_status=ours.status,
-        url=page,
+        url=link,
         sent_at=min(created_at, now) if name == "trigger_found" else now,
         next_at=now,
         forced=False,
@@ -1829,7 +1829,7 @@ def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) ->
         unknown_since=None,
         **NO_ERROR,
     )
-    facts: dict[str, Any] = {"keboola_job_id": ours.id, "trigger_id": run.trigger_id, "url": page}
+    facts: dict[str, Any] = {"keboola_job_id": ours.id, "trigger_id": run.trigger_id, "url": link}
     if others:
         facts["other_keboola_job_ids"] = [job.id for job in others]
     events = [Event.of(name, run, "warning" if others else "", **facts)]
@@ -3417,7 +3417,9 @@ def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> 
     )
     logging.getLogger().handlers = [LibraryLog()]
     logging.getLogger().setLevel(logging.WARNING)  # httpx logs URLs at INFO, httpcore headers
-    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)  # see DaemonThreads
+    logging.getLogger("concurrent.futures").setLevel(
+        logging.CRITICAL
+    )  # DaemonThreads: results that nobody awaits
 
 
 def say(event: Event) -> None:
@@ -4003,7 +4005,7 @@ async def follow_run(engine: Engine, run: Run) -> None:
 
 # --- everything -----------------------------------------------------------------------------------
 
-# Of these, a run or a batch writes at most one a minute.
+# Of these, a run, a batch or a secret writes at most one a minute. Names begin like this.
 FLAPPING: Final = ("batch_status", "poll_", "list_", "find_", "follow_")
 
 
@@ -4247,7 +4249,7 @@ class Engine:
         now = self.clock.now()
         if job and run.phase in {Phase.REJECTED, Phase.INTENT} and run.sending_at is None:
             target, token = self.loaded.config.target(job), self.loaded.secrets[job.keboola_secret]
-            if run.input_digest not in {"", input_digest(job, target, token)}:
+            if run.input_digest not in {"", digest_of_input(job, target, token)}:
                 return replace(as_intended(run, now), input_digest=""), events
         if job is None or (job == old_job and self.loaded.access(job) == old.access(old_job)):
             return change
@@ -5137,14 +5139,14 @@ def page(shot: Shown, stats: Stats, events: Iterable[Event], *, once: bool) -> s
     if not is_alive and not once:
         troubles = [f"The daemon was stopped at {at}: nothing is polled or started.", *troubles]
     esc, room = html.escape, 8  # rows that stand unfolded, or three of each part
-    main = [f"<p class=alarm role=alert>{esc(text)}</p>\n" for text in troubles]
+    body = [f"<p class=alarm role=alert>{esc(text)}</p>\n" for text in troubles]
     for part, views in in_parts(shot).items():
         rows = [page_row(view, shot) for view in views]
         shown, rest = rows[: max(3, room)], rows[max(3, room) :]
         room -= len(shown)
-        main += [f"<h2>{part} ({len(rows):,})</h2>\n", *shown] if rows else []
+        body += [f"<h2>{part} ({len(rows):,})</h2>\n", *shown] if rows else []
         more = f"<details><summary>{len(rest):,} more</summary>{''.join(rest)}</details>\n"
-        main.append(more if rest else "")
+        body.append(more if rest else "")
     lines = "".join(f"<li>{rfc3339(event.at)} {esc(event.text)}\n" for event in events)
     digest = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     return f"""<!doctype html>
@@ -5162,7 +5164,7 @@ def page(shot: Shown, stats: Stats, events: Iterable[Event], *, once: bool) -> s
 <p class=dim>Made at {at} <span id=age></span></p>
 <p class="alarm stale">This page was made at {at}, and no other one since: the daemon is dead.</p>
 <main>
-{"".join(main)}<h2>Log</h2>
+{"".join(body)}<h2>Log</h2>
 <details><summary>newest first</summary><ul>{lines}</ul></details></main>
 <script>{PAGE_SCRIPT}</script>
 </html>
