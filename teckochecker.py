@@ -56,7 +56,6 @@ import sqlite3
 import ssl
 import stat
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -77,7 +76,7 @@ import tenacity
 import yaml
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 MINUTE_S: Final = 60
 HOUR_S: Final = 3600
@@ -111,7 +110,6 @@ def compact_json(value: object) -> str:
 
 
 def rfc3339(unix_s: float | None) -> str | None:
-    """Return a Unix time as RFC 3339 in UTC, to the second."""
     if unix_s is None or not math.isfinite(unix_s):
         return None
     within = min(max(unix_s, 0.0), 253402300799.0)  # the last second that has a date
@@ -149,9 +147,7 @@ class ConfigError(UsageError):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = sorted(problems, key=lambda p: (p.line, p.column))
-        lines = [str(problem) for problem in self.problems[:1000]]
-        more = len(self.problems) - len(lines)
-        super().__init__("\n".join([*lines, f"and {more} more problems"] if more else lines))
+        super().__init__("\n".join(map(str, self.problems)))
 
 
 class LockedError(TeckoError):
@@ -259,7 +255,6 @@ class Batch:
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more is expected of it."""
         return self.files_due_at is None and self.is_terminal
 
     @property
@@ -446,8 +441,7 @@ class Run:
         return f"{self.job}/{self.group}" if self.group else self.job
 
     @property
-    def is_begun(self) -> bool:
-        """Whether its start is decided, and its end not known."""
+    def is_begun(self) -> bool:  # its end is not known
         return self.phase not in {Phase.POLLING, Phase.REFUSED, Phase.FINISHED}
 
     @property
@@ -458,7 +452,6 @@ class Run:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it has come to an end that nobody wanted."""
         refused = self.phase in {Phase.REFUSED, Phase.REJECTED}
         return refused or (self.phase is Phase.FINISHED and self.error is not None)
 
@@ -503,11 +496,11 @@ batch_status_unknown      warning -         {batch_id} has the unknown status {s
 poll_failed               warning -         {error}
 poll_recovered            info    -         polls succeed again
 poll_failing              warning attention polls have failed for over ten minutes: {error}
-poll_failing_recovered    info    attention polls do not fail any more
+poll_failing_recovered    info    attention its polls need no attention any more
 group_size_unclear        warning attention {error}
-group_size_unclear_recovered info attention the size of the group is clear now
+group_size_unclear_recovered info attention the size of the group needs no attention any more
 deadline_passed           warning attention the deadline has passed: {pending} of {count} unfinished
-deadline_passed_recovered info    attention the batches are finished, after the deadline
+deadline_passed_recovered info    attention its deadline needs no attention any more
 trigger_intended          info    -         will start {target}
 trigger_search_failed     warning -         {error}
 trigger_sending           info    -         starting {target}
@@ -516,15 +509,15 @@ trigger_unknown           warning -         {error}; Keboola is searched before 
 trigger_rejected          error   -         Keboola rejected the start: {error}
 trigger_sent              info    -         started Keboola job {keboola_job_id} {url}
 trigger_found             info    -         found its Keboola job {keboola_job_id} {url}
-trigger_left_open         warning -         the process ends before Keboola's answer has come
+trigger_left_open         warning -         the process ends before Keboola's answer is stored
 trigger_overdue           error   attention its Keboola job should have started by now: {error}
-trigger_overdue_recovered info    attention its Keboola job is known now
+trigger_overdue_recovered info    attention its start needs no attention any more
 keboola_job_unreadable    warning -         Keboola job {id} counts as another's: {error}
 keboola_job_status        info    -         Keboola job {keboola_job_id} is {status}
 keboola_job_retried       warning -         {error}; it is started again in {wait}
 follow_failed             warning -         cannot follow Keboola job {keboola_job_id}: {error}
 follow_failing            warning attention its Keboola job cannot be followed: {error}
-follow_failing_recovered  info    attention its Keboola job can be followed again
+follow_failing_recovered  info    attention following its Keboola job needs no attention any more
 completed                 info    finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
 completed_with_failures   warning finished  Keboola job {keboola_job_id} {ended}, {counts} {url}
 job_failed                error   attention,finished failed: {error} {url}
@@ -566,12 +559,11 @@ class Event:
         """Return an event with its sentence; a field named `..._text` is for that alone."""
         usual, _, sentence = EVENTS[name]
         words = collections.defaultdict(str, {k: v for k, v in fields_.items() if v is not None})
-        text = one_line(sentence.format_map(words), 2000)
-        text = text if run is None else one_line(f"{run.name}: {text}", 2300)
+        job, about = (run.job, run.name) if run else (None, None)
+        text = sentence.format_map(words)
+        text = one_line(f"{about}: {text}" if about else text, 2000)
         told = {key: value for key, value in fields_.items() if not key.endswith("_text")}
-        if run is None:
-            return cls(name, level or usual, None, None, told, text)
-        return cls(name, level or usual, run.job, run.name, told, text)
+        return cls(name, level or usual, job, about, told, text)
 
     def document(self) -> dict[str, Any]:
         head = {"time": rfc3339(self.at), "level": self.level, "event": self.name}
@@ -586,22 +578,16 @@ Change = tuple[Run, list[Event]]
 # ==================================================================================================
 
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024
-MAX_DEPTH: Final = 64  # libyaml's composer recurses and takes the process down at some 30,000
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is five times faster
 _TAG: Final = "tag:yaml.org,2002:"
-_TAGS: Final = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
-_BAD: Final = object()  # a value that has a problem, which is noted already
-
-# What makes a value of a node: a function, or the readers of a mapping's values.
-Reader = Callable[["YamlNode"], Any] | Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class YamlNode:
-    """A node of the YAML tree, and what all nodes of a file share.
+    """A node of the YAML tree, what all nodes of a file share, and the readers of its values.
 
-    What a method returns where it notes a problem does not count.
+    What a reader returns where it notes a problem does not count.
     """
 
     node: yaml.Node
@@ -612,8 +598,9 @@ class YamlNode:
     secrets: dict[str, SecretEntry | None] = field(default_factory=dict)  # None: with a problem
 
     @property
-    def is_null(self) -> bool:
-        return bool(self.node.tag == _TAG + "null")
+    def kind(self) -> str:
+        """What YAML takes it for: str, int, float, bool, null, timestamp, seq or map."""
+        return str(self.node.tag).removeprefix(_TAG)
 
     @property
     def is_mapping(self) -> bool:
@@ -634,42 +621,39 @@ class YamlNode:
         nodes = enumerate(self.node.value if self._is(yaml.SequenceNode, "a list", cure) else ())
         return [replace(self, node=n, key=n, path=f"{self.path}[{i}]") for i, n in nodes]
 
-    def entries(self, cure: str) -> dict[str, YamlNode]:
-        """Return a mapping's values by key, merge keys (`<<`) resolved."""
-        own: dict[str, YamlNode] = {}
-        from_merges: dict[str, YamlNode] = {}
+    def entries(self, cure: str = "write keys and values") -> dict[str, YamlNode]:
+        found: dict[str, YamlNode] = {}
         for key, value in self.node.value if self._is(yaml.MappingNode, "a mapping", cure) else ():
-            if key.tag == _TAG + "merge":
-                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                for source in reversed(sources):  # of several, the first one wins
-                    from_merges |= replace(self, node=source).entries("write << and a mapping")
-            elif not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
                 self.bad("a key is not a single value", cure, key)
-            elif key.value in own:
-                line = own[key.value].key.start_mark.line + 1
+            elif key.value in found:
+                line = found[key.value].key.start_mark.line + 1
                 what = f"the key {self.shown(key.value)} stands here and in line {line}"
                 self.bad(what, "keep one of them", key)
             else:
                 path = f"{self.path}.{key.value}" if self.path else key.value
-                own[key.value] = replace(self, node=value, key=key, path=path)
-        return from_merges | own
+                found[key.value] = replace(self, node=value, key=key, path=path)
+        return found
 
-    def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Reader]) -> dict[str, Any]:
-        """Return what the readers make of a mapping's values: None of null, _BAD of a problem."""
+    def named(self) -> dict[str, YamlNode]:
+        return self.entries("write names, each with its own keys below it")
+
+    def read(self, nodes: Mapping[str, YamlNode], readers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the readers make of a mapping's values: None of null, else its Problem."""
         for name in nodes.keys() - readers.keys():
             what = f"the key {self.shown(name)} is not known"
             self.bad(what, f"allowed here: {', '.join(readers)}", nodes[name].key)
         values: dict[str, Any] = {}
         for name in [name for name in readers if name in nodes]:
             noted_before, node, reader = len(self.problems), nodes[name], readers[name]
-            if node.is_null:
+            if node.kind == "null":
                 values[name] = None
             elif isinstance(reader, Mapping):
-                values[name] = node.read(node.entries("write keys and values"), reader)
+                values[name] = node.read(node.entries(), reader)
             else:
                 values[name] = reader(node)
             if len(self.problems) > noted_before and not isinstance(values[name], dict):
-                values[name] = _BAD
+                values[name] = self.problems[-1]
         return values
 
     def shown(self, text: str) -> str:
@@ -682,7 +666,7 @@ class YamlNode:
 
     def text(self, cure: str) -> str | None:
         """Return a scalar's text just as written (`0123` stays so), or None."""
-        if self.is_null:
+        if self.kind == "null":
             return self.bad("is empty", cure)
         is_scalar = self._is(yaml.ScalarNode, "a single value", cure)
         return str(self.node.value).strip() if is_scalar else None
@@ -698,13 +682,15 @@ class YamlNode:
         return self.matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", "an id of Keboola's", cure)
 
     def batch_id(self) -> str | None:
-        cure = "copy the batch id: letters, digits, . _ = and -"
-        if "YOUR_ID" in str(self.node.value):
-            return self.bad("is the placeholder of the example", cure)
-        return self.matching(r"[A-Za-z0-9._=-]{1,1000}", "a batch id", cure)
+        cure, placeholder = "copy the batch id: letters, digits, . _ = and -", "batch_YOUR_ID"
+        return self.matching(f"(?!{placeholder})[A-Za-z0-9._=-]{{1,1000}}", "a batch id", cure)
 
     def file_path(self) -> str | None:
         return self.matching(r"[^\0]+", "a path", "write a path")
+
+    def header_value(self) -> str | None:
+        cure = "write printable ASCII without spaces"
+        return self.matching("[!-~]{1,255}", "a header's value", cure)
 
     def choice(self, *choices: str) -> str | None:
         words = f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -720,13 +706,13 @@ class YamlNode:
         return int(self.matching(numbers, kind, "write a whole number") or 0)
 
     def duration(self, least_s: int, most_s: int) -> int | None:
-        text = self.text("write 30s, 2m or 1h")
-        if text is None:
+        cure = "write 30s, 2m or 1h"
+        if (text := self.text(cure)) is None:
             return None
         units = "".join(f"(?:([0-9]{{1,12}}){unit})?" for unit in "dhms")
         match = re.fullmatch(units, f"{text}s" if text.isdigit() else text)
         if not text or not match:
-            return self.bad(f"{self.shown(text)} is not a duration", "write 30s, 2m or 1h")
+            return self.bad(f"{self.shown(text)} is not a duration", cure)
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         seconds += days * DAY_S + hours * HOUR_S + minutes * MINUTE_S
         if least_s <= seconds <= most_s:
@@ -736,18 +722,82 @@ class YamlNode:
 
     def wait(self, least_s: int, most_s: int) -> int | None:
         """Return a duration; shorter ones are for tests, with every stack on a loopback address."""
-        stacks = (secret.stack_url for secret in self.secrets.values() if secret)
-        is_test = all(is_loopback(url) for url in stacks if url)
+        urls = (s.stack_url for s in self.secrets.values() if s and s.stack_url)
+        is_test = all(map(is_loopback, urls))
         return self.duration(0 if is_test else least_s, most_s)
 
-    def secret_name(self, kind: str) -> str | None:
-        names = [name for name, secret in self.secrets.items() if secret and secret.type == kind]
-        cure = f"write {' or '.join(names)}" if names else "add one under secrets:"
-        name = self.text(cure)
-        if name is None or name in names or self.secrets.get(name, _BAD) is None:
-            return name
-        # Not echoed: it may be a token that stands in the wrong place.
-        return self.bad(f"is not the name of a secret of type {kind}", cure)
+    def since(self) -> float | None:
+        """Read a date (UTC) or an RFC 3339 time as Unix seconds."""
+        cure = "write a date, 2026-11-25, or a time, 2026-11-25T06:00:00Z"
+        text = self.text(cure)
+        if re.match(r"\d{4}-\d\d-\d\d(?![^Tt ])", text or ""):  # fromisoformat takes more
+            with contextlib.suppress(ValueError, OverflowError):
+                at = datetime.fromisoformat(str(text).upper())
+                return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+        return None if text is None else self.bad(f"{self.shown(text)} is not a date", cure)
+
+    def url(self) -> str | None:
+        """Read the address of a Keboola stack, or of a server up to what precedes `/batches`."""
+        cure = "write https://host (http only on a loopback address)"
+        url = self.text(cure)
+        if url is None:
+            return None
+        if problem := url_problem(url):
+            return self.bad(problem, cure)  # not echoed: it may hold a password
+        parts = urllib.parse.urlsplit(url.rstrip("/"))
+        host, url = parts.hostname or "", parts.geturl()
+        if self.path.endswith("stack_url") and host.startswith("connection.") and parts.path:
+            return self.bad("has a path", f"write {parts.scheme}://{parts.netloc}")  # of a page
+        if parts.path.endswith("/batches"):
+            return self.bad("ends with /batches", f"write {url.removesuffix('/batches')}")
+        if host.endswith("openai.com") and not parts.path:
+            return self.bad("misses /v1", f"write {url}/v1")
+        return url
+
+    def list_of(
+        self, what: str, read: Callable[[YamlNode], str | None], least: int, most: int
+    ) -> tuple[str | None, ...] | None:
+        cure = f"write a list of {least} to {most} {what}"
+        items, values = self.items(cure), []
+        if isinstance(self.node, yaml.SequenceNode) and not least <= len(items) <= most:
+            return self.bad(f"has {len(items)} {what}", cure)
+        for item in items:
+            value = read(item)
+            if value is not None and value in values:
+                item.bad(f"{item.shown(value)} stands here twice", "keep one of them")
+            values.append(value)
+        return tuple(values)
+
+    def match(self) -> tuple[tuple[str, str | None], ...] | None:
+        """Read the pairs that a batch's metadata must have; OpenAI knows only text there."""
+        cure = "write KEY: VALUE, as the batch's metadata has it"
+        entries = self.entries(cure)
+        for item in entries.values():
+            if item.node.tag in {_TAG + kind for kind in ("int", "float", "bool", "timestamp")}:
+                item.bad(f"{item.shown(item.node.value)} is not text", "put it in quotes")
+        if self.is_mapping and not entries:
+            return self.bad("is empty, and every batch would match", cure)
+        return tuple((name, item.text(cure)) for name, item in entries.items())
+
+    def variables(self) -> tuple[tuple[str, str | None], ...]:
+        """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
+        ours = (  # what a Keboola job gets from us (`keboola_variables` in 4)
+            "batch_(statuses|errors|request_counts|(output|error)_file_ids|count_total"
+            "|(ids|count)_(completed|failed)|ids_pending)|teckochecker_(job|group|trigger_id)"
+        )
+        values: dict[str, str | None] = {}
+        for name, item in self.entries("write names and values").items():
+            if re.fullmatch(ours, name):
+                item.bad("the name is taken by teckochecker", "choose another name", item.key)
+            elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
+                cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
+                item.bad(f"{self.shown(name)} is not a variable's name", cure, item.key)
+            if isinstance(item.node, yaml.ScalarNode):
+                cure = "write a value: Keboola takes no empty ones"
+                values[name] = item.matching("(?s).+", "a value", cure)
+            else:
+                values[name] = compact_json(item.plain_value())
+        return tuple(values.items())
 
     def plain_value(self) -> object:
         """Return a node as a JSON value; what is no JSON number stays the text that was written."""
@@ -756,16 +806,130 @@ class YamlNode:
             return [item.plain_value() for item in self.items(cure)]
         if self.is_mapping:
             return {key: item.plain_value() for key, item in self.entries(cure).items()}
-        if self.node.tag == _TAG + "bool":
+        if self.kind == "bool":
             return self.boolean()
-        text = None if self.is_null else self.text(cure)
+        text = None if self.kind == "null" else self.text(cure)
         is_number = re.fullmatch(r"-?(0|[1-9]\d{0,15})(\.\d+)?", text or "")
-        return json.loads(text or "") if is_number and self.node.tag != _TAG + "str" else text
+        return json.loads(text or "") if is_number and self.kind != "str" else text
+
+    def secret_name(self, kind: str) -> str | None:
+        names = [name for name, secret in self.secrets.items() if secret and secret.type == kind]
+        cure = f"write {' or '.join(names)}" if names else "add one under secrets:"
+        name = self.text(cure)
+        if name is None or name in names or self.secrets.get(name, "") is None:
+            return name
+        # Not echoed: it may be a token that stands in the wrong place.
+        return self.bad(f"is not the name of a secret of type {kind}", cure)
+
+    def secret(self) -> SecretEntry | None:
+        """Read one entry of `secrets`. What stands there is never echoed."""
+        noted_before, name, sources = len(self.problems), self.key.value, ("value", "env", "file")
+        entries = self.entries("write type: and what belongs to it, each on its own line")
+        if not self.is_mapping:
+            return None
+        kind = str(entries["type"].node.value) if "type" in entries else ""
+        cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
+        readers: dict[str, Any] = {
+            "type": lambda at: at.choice(*SECRET_KEYS),
+            **dict.fromkeys(sources, lambda at: at.matching(r"[^\0]+", "text", cure)),
+            **SECRET_KEYS.get(kind, dict.fromkeys(entries.keys() - {"type", *sources}, str)),
+        }
+        values = self.read(entries, readers)
+        if values.get("type") is None:
+            self.bad("type is missing", "add type: openai, keboola or webhook", self.key)
+        if kind == "keboola" and values.get("stack_url") is None:
+            example = "add stack_url: https://connection.keboola.com"
+            self.bad("stack_url is missing", example, self.key)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            self.bad(f'"{name}" is not a secret\'s name', "use letters, digits, ._-", self.key)
+        found = [source for source in sources if values.get(source) is not None]
+        if len(found) != 1:
+            self.bad(f"has {' and '.join(found) or 'no value'}", cure)
+        if len(self.problems) > noted_before:
+            return None
+        text, mark = Secret(values[found[0]]), entries[found[0]].node.start_mark
+        rest = given({key: values.get(key) for key in SECRET_KEYS[kind]})
+        return SecretEntry(name, kind, found[0], text, mark.line + 1, mark.column + 1, **rest)
+
+    def notify_rules(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Read which webhook is told of which events; without `events`, of what needs attention."""
+        events = "|".join(("attention", "finished", *EVENTS))
+        cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
+        event = functools.partial(YamlNode.matching, pattern=events, kind="an event", cure=cure)
+        readers = {
+            "secret": lambda at: at.secret_name("webhook"),
+            "events": lambda at: at.list_of("events", event, 1, 100),
+        }
+        rules = []
+        for item in self.items("write - {secret: NAME, events: [attention]}"):
+            values = item.read(item.entries("write secret: NAME, events: [attention]"), readers)
+            if item.is_mapping and values.get("secret") is None:
+                item.bad("secret is missing", "name a secret of type webhook")
+            rules.append((values.get("secret", ""), values.get("events") or ("attention",)))
+        return tuple(rules)
+
+    def job_keys(
+        self, entries: Mapping[str, YamlNode], defaults: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Read a job's keys, or `defaults` themselves; notes which do not go together.
+
+        What only `defaults` has, and does not go with the job's own, is left out.
+        """
+        values = {**(defaults or {}), **self.read(entries, JOB_KEYS)}
+        has = {key for key, value in values.items() if value is not None}
+        has |= {"follow: false"} if values.get("follow") is False else set()
+        for key, how, other in (
+            ("match", "beside", "batch_ids"),
+            ("settle", "beside", "group_size"),
+            ("retry_on_error", "beside", "follow: false"),
+            ("match", "without", "since"),
+            ("since", "without", "match"),
+            ("group_by", "without", "match"),
+            ("group_size", "without", "group_by"),
+            ("settle", "without", "group_by"),
+            ("on_deadline", "without", "deadline"),
+        ):
+            is_allowed = other not in has if how == "beside" else other in has or defaults is None
+            if key in has and not is_allowed and key in entries:
+                cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
+                entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
+            elif key in has and not is_allowed:
+                values[key] = None
+                has.remove(key)
+        return values
+
+    def job(self, defaults: Mapping[str, Any]) -> Job | None:
+        """Read one job; its own values win over `defaults`."""
+        noted_before, name = len(self.problems), self.key.value
+        entries = self.entries("write batch_ids, config_id and so on, each on its own line")
+        if not self.is_mapping:
+            return None
+        values = self.job_keys(entries, defaults)
+        if not re.fullmatch("[^/]{1,200}", name) or name != name.strip() or not name.isprintable():
+            cure = "use 1 to 200 printable characters, and no /"
+            self.bad(f"{self.shown(name)} is not a job's name", cure, self.key)
+        for key in ("openai_secret", "keboola_secret", "component_id", "config_id"):
+            if values.get(key) is None:
+                self.bad(f"{key} is missing", f"add {key}: here or under defaults", self.key)
+        if values.get("batch_ids") is None and values.get("match") is None:
+            self.bad("batch_ids is missing", "add batch_ids: here, or match: and since:", self.key)
+        is_bad = any(isinstance(value, Problem) for value in values.values())
+        if is_bad or len(self.problems) > noted_before:
+            return None
+        job = Job(name, **given(values))
+        openai, keboola = self.secrets[job.openai_secret], self.secrets[job.keboola_secret]
+        if openai and urllib.parse.urlsplit(openai.base_url).hostname == "api.openai.com":
+            own_ids = entries.get("batch_ids") if job.batch_ids else None
+            for item in own_ids.items("") if own_ids else ():
+                if not item.node.value.strip().startswith("batch_"):
+                    what = f"{item.shown(item.node.value)} is not a batch id of api.openai.com"
+                    item.bad(what, "write batch_ and what follows it")
+        return job if openai and keboola else None
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are there and good; the model has a default for the others."""
-    return {key: v for key, v in values.items() if v is not None and v is not _BAD}
+    return {k: v for k, v in values.items() if v is not None and not isinstance(v, Problem)}
 
 
 def is_loopback(url: str) -> bool:
@@ -776,7 +940,6 @@ def is_loopback(url: str) -> bool:
 
 
 def url_problem(url: str) -> str | None:
-    """Return what is wrong with a server's address, or None."""
     try:
         parts = urllib.parse.urlsplit(url)
         is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
@@ -789,92 +952,11 @@ def url_problem(url: str) -> str | None:
     return None if parts.scheme == "https" or is_loopback(url) else "is not https"
 
 
-def read_url(node: YamlNode) -> str | None:
-    """Read the address of a Keboola stack, or of a server up to what stands before `/batches`."""
-    cure = "write https://host (http only on a loopback address)"
-    url = node.text(cure)
-    problem = None if url is None else url_problem(url)
-    if url is None or problem:
-        return problem and node.bad(problem, cure)  # not echoed: it may hold a password
-    parts = urllib.parse.urlsplit(url.rstrip("/"))
-    host = parts.hostname or ""
-    if node.path.endswith("stack_url") and host.startswith("connection.") and parts.path:
-        return node.bad("has a path", f"write {parts.scheme}://{parts.netloc}")  # a page's address
-    if parts.path.endswith("/batches"):
-        return node.bad("ends with /batches", f"write {parts.geturl().removesuffix('/batches')}")
-    if host.endswith("openai.com") and not parts.path:
-        return node.bad("misses /v1", f"write {parts.geturl()}/v1")
-    return parts.geturl()
-
-
-def read_since(node: YamlNode) -> float | None:
-    """Read a date (UTC) or an RFC 3339 time as Unix seconds."""
-    cure = "write a date, 2026-11-25, or a time, 2026-11-25T06:00:00Z"
-    text = node.text(cure)
-    if re.match(r"\d{4}-\d\d-\d\d(?![^Tt ])", text or ""):  # fromisoformat takes more than these
-        with contextlib.suppress(ValueError, OverflowError):
-            at = datetime.fromisoformat(str(text).upper())
-            return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
-    return None if text is None else node.bad(f"{node.shown(text)} is not a date", cure)
-
-
-def read_list(
-    node: YamlNode, what: str, read: Callable[[YamlNode], Any], least: int, most: int
-) -> Any:  # noqa: ANN401
-    cure = f"write a list of {least} to {most} {what}"
-    items = node.items(cure)
-    if isinstance(node.node, yaml.SequenceNode) and not least <= len(items) <= most:
-        return node.bad(f"has {len(items)} {what}", cure)
-    values: list[Any] = []
-    for item in items:
-        value = read(item)
-        if value is not None and value in values:
-            item.bad(f"{item.shown(value)} stands here twice", "keep one of them")
-        values.append(value)
-    return tuple(values)
-
-
-# What a Keboola job gets from us (`keboola_variables` in 4); a job's own may not have these names.
-OWN_VARIABLES: Final = (
-    "batch_ids_(completed|failed|pending)|batch_count_(total|completed|failed)|batch_statuses"
-    "|batch_output_file_ids|batch_error_file_ids|batch_request_counts|batch_errors"
-    "|teckochecker_(job|group|trigger_id)"
-)
-
-
-def read_variables(node: YamlNode) -> tuple[tuple[str, str | None], ...]:
-    """Read a job's own Keboola variables: text as written, lists and mappings as JSON."""
-    values: dict[str, str | None] = {}
-    for name, item in node.entries("write names and values").items():
-        if re.fullmatch(OWN_VARIABLES, name):
-            item.bad("the name is taken by teckochecker", "choose another name", item.key)
-        elif not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]{0,254}", name):
-            cure = "use letters, digits, _ and - (Keboola reads a dot as a path)"
-            item.bad(f"{node.shown(name)} is not a variable's name", cure, item.key)
-        if isinstance(item.node, yaml.ScalarNode):
-            cure = "write a value: Keboola takes no empty ones"
-            values[name] = item.matching("(?s).+", "a value", cure)
-        else:
-            values[name] = compact_json(item.plain_value())
-    return tuple(values.items())
-
-
-def read_match(node: YamlNode) -> tuple[tuple[str, str | None], ...] | None:
-    """Read the pairs that a batch's metadata must have; OpenAI knows only text there."""
-    cure = "write KEY: VALUE, as the batch's metadata has it"
-    entries = node.entries(cure)
-    for item in entries.values():
-        if item.node.tag in {_TAG + kind for kind in ("int", "float", "bool", "timestamp")}:
-            item.bad(f"{item.shown(item.node.value)} is not text", "put it in quotes")
-    if node.is_mapping and not entries:
-        return node.bad("is empty, and every batch would match", cure)
-    return tuple((name, item.text(cure)) for name, item in entries.items())
-
-
-JOB_KEYS: Final[Mapping[str, Reader]] = {
-    "batch_ids": lambda node: read_list(node, "batch ids", YamlNode.batch_id, 1, 10),
-    "match": read_match,
-    "since": read_since,
+# What a key's value is read with: a function of its node, or the readers of the keys below.
+JOB_KEYS: Final[Mapping[str, Callable[[YamlNode], Any]]] = {
+    "batch_ids": lambda node: node.list_of("batch ids", YamlNode.batch_id, 1, 10),
+    "match": YamlNode.match,
+    "since": YamlNode.since,
     "group_by": lambda node: node.matching(".{1,64}", "a metadata key", "name a metadata key"),
     "group_size": lambda node: node.matching(
         "[1-9][0-9]{0,2}|1000|metadata[.].{1,64}", "a size", "write 1 to 1000, or metadata.KEY"
@@ -885,9 +967,9 @@ JOB_KEYS: Final[Mapping[str, Reader]] = {
     "component_id": YamlNode.keboola_id,
     "config_id": YamlNode.keboola_id,
     "branch_id": YamlNode.keboola_id,
-    "config_row_ids": lambda node: read_list(node, "row ids", YamlNode.keboola_id, 0, 1000),
+    "config_row_ids": lambda node: node.list_of("row ids", YamlNode.keboola_id, 0, 1000),
     "mode": lambda node: node.choice("run", "forceRun", "debug"),
-    "variables": read_variables,
+    "variables": YamlNode.variables,
     "poll_interval": lambda node: node.duration(1, DAY_S),
     "trigger_on": lambda node: node.choice("all_terminal", "all_completed", "any_output"),
     "deadline": lambda node: node.duration(1, 365 * DAY_S),
@@ -898,136 +980,21 @@ JOB_KEYS: Final[Mapping[str, Reader]] = {
     "done": YamlNode.boolean,
 }
 
-
-def read_job_keys(
-    node: YamlNode, entries: Mapping[str, YamlNode], defaults: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Read a job's keys, or `defaults` themselves; notes which do not go together.
-
-    What only `defaults` has, and does not go with the job's own, is left out.
-    """
-    values = {**(defaults or {}), **node.read(entries, JOB_KEYS)}
-    has = {key for key, value in values.items() if value is not None}
-    has |= {"follow: false"} if values.get("follow") is False else set()
-    for key, how, other in (
-        ("match", "beside", "batch_ids"),
-        ("settle", "beside", "group_size"),
-        ("retry_on_error", "beside", "follow: false"),
-        ("match", "without", "since"),
-        ("since", "without", "match"),
-        ("group_by", "without", "match"),
-        ("group_size", "without", "group_by"),
-        ("settle", "without", "group_by"),
-        ("on_deadline", "without", "deadline"),
-    ):
-        is_wrong = other in has if how == "beside" else other not in has and defaults is not None
-        if key not in has or not is_wrong:
-            continue
-        if key in entries:
-            cure = "keep one of them" if how == "beside" else f"add {other}:, or remove {key}:"
-            entries[key].bad(f"{key} {how} {other}", cure, entries[key].key)
-        else:
-            values[key] = None
-            has.remove(key)
-    return values
-
-
-_HEADER_VALUE: Final = ("[!-~]{1,255}", "a header's value", "write printable ASCII without spaces")
-
 # What each type of secret has beside `type` and its value.
-SECRET_KEYS: Final[Mapping[str, Mapping[str, Reader]]] = {
+SECRET_KEYS: Final[Mapping[str, Mapping[str, Callable[[YamlNode], Any]]]] = {
     "openai": {
-        "base_url": read_url,
-        "organization": lambda node: node.matching(*_HEADER_VALUE),
-        "project": lambda node: node.matching(*_HEADER_VALUE),
+        "base_url": YamlNode.url,
+        "organization": YamlNode.header_value,
+        "project": YamlNode.header_value,
         "auth_header": lambda node: node.choice("Authorization", "api-key"),
-        "api_version": lambda node: node.matching(*_HEADER_VALUE),
+        "api_version": YamlNode.header_value,
     },
-    "keboola": {"stack_url": read_url},
+    "keboola": {"stack_url": YamlNode.url},
     "webhook": {},
 }
 
-
-def read_secret(name: str, node: YamlNode) -> SecretEntry | None:
-    """Read one entry of `secrets`. What stands there is never echoed."""
-    noted_before, sources = len(node.problems), ("value", "env", "file")
-    entries = node.entries("write type: and what belongs to it, each on its own line")
-    if not node.is_mapping:
-        return None
-    kind = str(entries["type"].node.value) if "type" in entries else ""
-    cure = "write one of value (a Fernet token), env (a variable's name) or file (a path)"
-    readers: dict[str, Reader] = {
-        "type": lambda at: at.choice(*SECRET_KEYS),
-        **dict.fromkeys(sources, lambda at: at.matching(r"[^\0]+", "text", cure)),
-        **SECRET_KEYS.get(kind, dict.fromkeys(entries.keys() - {"type", *sources}, str)),
-    }
-    values = node.read(entries, readers)
-    if values.get("type") is None:
-        node.bad("type is missing", "add type: openai, keboola or webhook", node.key)
-    if kind == "keboola" and values.get("stack_url") is None:
-        node.bad("stack_url is missing", "add stack_url: https://connection.keboola.com", node.key)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        node.bad(f'"{name}" is not a secret\'s name', "use letters, digits, ._-", node.key)
-    found = [source for source in sources if values.get(source) is not None]
-    if len(found) != 1:
-        node.bad(f"has {' and '.join(found) or 'no value'}", cure)
-    if len(node.problems) > noted_before:
-        return None
-    rest = given({key: values.get(key) for key in SECRET_KEYS[kind]})
-    text, mark = Secret(values[found[0]]), entries[found[0]].node.start_mark
-    return SecretEntry(name, kind, found[0], text, mark.line + 1, mark.column + 1, **rest)
-
-
-def read_job(name: str, node: YamlNode, defaults: Mapping[str, Any]) -> Job | None:
-    """Read one job; its own values win over `defaults`."""
-    noted_before = len(node.problems)
-    entries = node.entries("write batch_ids, config_id and so on, each on its own line")
-    if not node.is_mapping:
-        return None
-    values = read_job_keys(node, entries, defaults)
-    if not 0 < len(name) <= 200 or name != name.strip() or not name.isprintable() or "/" in name:
-        cure = "use 1 to 200 printable characters, and no /"
-        node.bad(f"{node.shown(name)} is not a job's name", cure, node.key)
-    for key in ("openai_secret", "keboola_secret", "component_id", "config_id"):
-        if values.get(key) is None:
-            node.bad(f"{key} is missing", f"add {key}: here or under defaults", node.key)
-    if values.get("batch_ids") is None and values.get("match") is None:
-        node.bad("batch_ids is missing", "add batch_ids: here, or match: and since:", node.key)
-    if _BAD in values.values() or len(node.problems) > noted_before:
-        return None
-    job = Job(name, **given(values))
-    openai, keboola = node.secrets.get(job.openai_secret), node.secrets.get(job.keboola_secret)
-    if openai and urllib.parse.urlsplit(openai.base_url).hostname == "api.openai.com":
-        for item in entries["batch_ids"].items("") if "batch_ids" in entries else ():
-            if not item.node.value.strip().startswith("batch_"):
-                what = f"{item.shown(item.node.value)} is not a batch id of api.openai.com"
-                item.bad(what, "write batch_ and what follows it")
-    return job if openai and keboola else None
-
-
-def read_notify(node: YamlNode) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Read which webhook is told of which events; without `events`, of what needs attention."""
-    names = "|".join(("attention", "finished", *EVENTS))
-    cure = "write attention, finished, or a name that `teckochecker logs --help` lists"
-    readers: dict[str, Reader] = {
-        "secret": lambda at: at.secret_name("webhook"),
-        "events": lambda at: read_list(
-            at, "events", lambda item: item.matching(names, "an event", cure), 1, 100
-        ),
-    }
-    rules = []
-    for item in node.items("write - {secret: NAME, events: [attention]}"):
-        values = item.read(item.entries("write secret: NAME, events: [attention]"), readers)
-        if item.is_mapping and values.get("secret") is None:
-            item.bad("secret is missing", "name a secret of type webhook")
-        rules.append((values.get("secret", ""), values.get("events") or ("attention",)))
-    return tuple(rules)
-
-
-_NAMES: Final = "write names, each with its own keys below it"
-
 # Where a part names what is in another one, that one stands above it.
-TOP_KEYS: Final[Mapping[str, Reader]] = {
+TOP_KEYS: Final[Mapping[str, Any]] = {
     "state": YamlNode.file_path,
     "key_file": YamlNode.file_path,
     "publish": YamlNode.file_path,
@@ -1037,7 +1004,7 @@ TOP_KEYS: Final[Mapping[str, Reader]] = {
         "retention": lambda node: node.duration(HOUR_S, 3650 * DAY_S),
     },
     "secrets": lambda node: node.secrets.update(
-        (name, read_secret(name, at)) for name, at in node.entries(_NAMES).items()
+        (name, at.secret()) for name, at in node.named().items()
     ),
     "limits": {
         "max_concurrency": lambda node: node.count(1, 100),
@@ -1045,20 +1012,24 @@ TOP_KEYS: Final[Mapping[str, Reader]] = {
         "trigger_grace": lambda node: node.wait(30, DAY_S),
         "follow_interval": lambda node: node.wait(5, HOUR_S),
     },
-    "notify": read_notify,
-    "defaults": lambda node: read_job_keys(node, node.entries("write keys and values")),
-    "jobs": lambda node: node.entries(_NAMES),
+    "notify": YamlNode.notify_rules,
+    "defaults": lambda node: node.job_keys(node.entries()),
+    "jobs": YamlNode.named,
 }
 
 
 def refuse_harm(text: str) -> None:
     """Raise YAMLError, its note the cure, for what costs the process its stack or its memory."""
+    known_tag = _TAG + "(str|int|float|bool|null|timestamp|seq|map)"
     opened: list[tuple[str | None, int]] = []  # anchors, and the number of nodes before
     sizes: dict[str | None, int] = {}
     nodes = 0
     event: Any
+
+    def refuse(what: str, cure: str) -> NoReturn:
+        raise yaml.MarkedYAMLError(None, None, what, event.start_mark, cure)
+
     for event in yaml.parse(text, Loader=_LOADER):
-        what = ""
         nodes += isinstance(event, yaml.NodeEvent)
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, nodes))
@@ -1068,33 +1039,29 @@ def refuse_harm(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             nodes += sizes.get(event.anchor, 1)
             if any(anchor for anchor, _ in opened):  # this is what a bomb is made of
-                what = "an alias stands inside what an anchor names"
                 cure = "write out what it stands for"
-        tag = getattr(event, "tag", None)  # one that is written there
-        if tag and tag.removeprefix(_TAG) not in _TAGS:
-            what, cure = "this tag means nothing here", "remove it"
-        if len(opened) > MAX_DEPTH:
-            what, cure = f"nests deeper than {MAX_DEPTH}", "flatten it"
+                refuse("an alias stands inside what an anchor names", cure)
+        if not re.fullmatch(known_tag, getattr(event, "tag", None) or f"{_TAG}str"):
+            refuse("this tag means nothing here", "remove it")
+        if len(opened) > 64:  # libyaml's composer takes the process down at some 30,000
+            refuse("nests deeper than 64", "flatten it")
         if nodes > 1_000_000:  # 10,000 jobs have some 400,000
-            what, cure = "there are too many values from here on", "split it up"
-        if what:
-            raise yaml.MarkedYAMLError(None, None, what, event.start_mark, cure)
+            refuse("there are too many values from here on", "split it up")
 
 
 def compose(text: str, path: Path, problems: list[Problem]) -> YamlNode | None:
     """Return the root of the YAML tree, or None and a problem."""
     text = text.removeprefix("\ufeff")  # libyaml would not count it in its marks
+    line = column = 0
     try:
         refuse_harm(text)
         node = yaml.compose(text, Loader=_LOADER)
-        if isinstance(node, yaml.MappingNode):
-            return YamlNode(node, node, "", str(path), problems)
-        what = "is not a mapping of keys" if node else "is empty"
-        cure = "write secrets:, jobs: and so on; `teckochecker init` makes a first one"
-        raise yaml.MarkedYAMLError(None, None, what, getattr(node, "start_mark", None), cure)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, column = (mark.line, mark.column) if mark else (0, 0)
+        if error.context == "while scanning a simple key":  # it begins before what is missed
+            mark = error.context_mark
+        if mark:
+            line, column = mark.line, mark.column
         what, cure = str(error.problem), error.note or ""
         if not cure:
             what = f"is not YAML: {error.context or ''} {what}"
@@ -1104,6 +1071,11 @@ def compose(text: str, path: Path, problems: list[Problem]) -> YamlNode | None:
         line, column = len(before) - 1, len(before[-1])
         what = f"has the control character {error.character:#04x}"
         cure = "a config is plain text: remove it"
+    else:
+        if isinstance(node, yaml.MappingNode):
+            return YamlNode(node, node, "", str(path), problems)
+        what = "is not a mapping of keys" if node else "is empty"
+        cure = "write secrets:, jobs: and so on; `teckochecker init` makes a first one"
     problems.append(Problem(str(path), line + 1, column + 1, "", what, cure))
     return None
 
@@ -1120,12 +1092,11 @@ def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
         state = re.search(r"^state:[ \t]*[\"']?([^\"'#\n]+)", text, re.MULTILINE)
         state_path = path.parent / (state[1].strip() if state else "teckochecker.db")
         return Config(path, sha256, state_path, path.parent / "teckochecker.key"), problems
-    entries = root.entries("write keys and values")
+    entries = root.entries()
     top = given(root.read(entries, TOP_KEYS))
     if "jobs" not in entries:
         root.bad("jobs is missing", "list them under jobs:, or write jobs: {} for none")
-    defaults, nodes = top.get("defaults", {}), top.get("jobs", {})
-    jobs = {name: read_job(name, node, defaults) for name, node in nodes.items()}
+    jobs = {name: at.job(top.get("defaults", {})) for name, at in top.get("jobs", {}).items()}
     settings = {"secrets": given(root.secrets), "notify": top.get("notify"), "jobs": given(jobs)}
     settings = given(settings | top.get("log", {}) | top.get("limits", {}))
     settings |= {f"log_{key}": settings.pop(key) for key in settings.keys() & {"level", "format"}}
@@ -1141,9 +1112,6 @@ def parse_config(text: str, path: Path) -> tuple[Config, list[Problem]]:
 # ==================================================================================================
 # 3. Secrets: keys, opening, and keeping values out of sight
 # ==================================================================================================
-
-KEY_VARIABLE: Final = "TECKOCHECKER_KEY"
-MAKE_KEY: Final = "head -c 32 /dev/urandom | base64 | tr +/ -_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1233,20 +1201,13 @@ class Redactor:
         return self.text(value if isinstance(value, str) else repr(value))
 
 
-def looks_encrypted(value: str) -> bool:
-    """Return whether a value has the form of a Fernet token, whoever's key it is for."""
-    return bool(re.fullmatch("gAAAAA[A-Za-z0-9_-]{91,}=*", value))
-
-
-def decrypted(keys: MultiFernet, token: str) -> str | None:
-    """Return what is in a token, or None if these keys do not open it."""
+def decrypted(keys: MultiFernet, text: str) -> tuple[str | None, bool]:
+    """Return what these keys find in a token, or None; and whether it has the form of a token."""
+    has_form = bool(re.fullmatch("gAAAAA[A-Za-z0-9_-]{91,}=*", text))
     try:
-        return keys.decrypt(token.encode()).decode().strip()
+        return keys.decrypt(text.encode()).decode().strip(), has_form
     except (InvalidToken, ValueError):  # ValueError: a non-ASCII token, or binary inside
-        return None
-
-
-PLACEHOLDER: Final = re.compile("YOUR-|^https://hooks.slack.com/services/T0/B0/XYZ$")
+        return None, has_form
 
 
 def token_problem(text: str, kind: str) -> tuple[str, str] | None:
@@ -1257,6 +1218,7 @@ def token_problem(text: str, kind: str) -> tuple[str, str] | None:
     url = url_problem(text.partition("?")[0]) if is_webhook else None
     has_name = not is_webhook and re.match("(export +)?[A-Za-z_][A-Za-z0-9_]*=.", text)
     has_scheme = re.match(r"(?i)(authorization:\s*)?bearer(\s|$)", text)
+    is_example = "YOUR-" in text or text == "https://hooks.slack.com/services/T0/B0/XYZ"
     for is_wrong, what, cure in (
         (not text, "is empty", alone),
         (len(text) > 65536, "is over 64 KiB", alone),
@@ -1265,7 +1227,7 @@ def token_problem(text: str, kind: str) -> tuple[str, str] | None:
         # A newline inside a header value makes httpx print the whole value in its exception.
         (re.search("[^!-~]", text), unprintable, alone),
         (re.search("^[\"']|[\"']$", text), "has quotes around it", "write it without them"),
-        (PLACEHOLDER.search(text), "is the placeholder of the example", "put your own there"),
+        (is_example, "is the placeholder of the example", "put your own there"),
         (url, f"{url}", "put the https address there"),
         (is_kbc, "is a programmatic token, which is not supported", "make a Storage API token"),
     ):
@@ -1286,105 +1248,73 @@ class LoadedConfig:
     def access(self, job: Job) -> tuple[object, ...]:
         """Return all that a job reaches its servers with, to tell whether it has changed."""
         entries = [self.config.secrets[name] for name in (job.openai_secret, job.keboola_secret)]
-        values = [self.secrets[entry.name] for entry in entries]
-        return *values, *entries
+        return *(self.secrets[entry.name] for entry in entries), *entries
 
 
-class SecretOpener:
-    """Opens a config's secrets, and notes what is in the way, each problem at its place."""
+def read_keys(
+    config: Config, files: Files, env: Mapping[str, str]
+) -> tuple[MultiFernet, list[Secret], list[str]]:
+    """Return the Fernet keys (the first encrypts, all decrypt), also as text, and warnings.
 
-    def __init__(self, config: Config, files: Files, env: Mapping[str, str]) -> None:
-        self.config = config
-        self.problems: list[Problem] = []
-        self.warnings: list[str] = []
-        self.keys: list[Secret] = []
-        self._files = files
-        self._env = env
-
-    def open_all(self) -> dict[str, Secret]:
-        """Return every secret that opens, by name; `problems` tells of the others."""
-        entries = self.config.secrets.values()
-        keys = self.fernet() if any(entry.source == "value" for entry in entries) else None
-        opened = {entry.name: self._open(entry, keys) for entry in entries}
-        return {name: secret for name, secret in opened.items() if secret}
-
-    def all_known(self, secrets: Mapping[str, Secret]) -> Iterator[tuple[str, Secret]]:
-        """Yield what must be shown nowhere: values, keys, and the paths of webhooks' addresses."""
-        yield from secrets.items()
-        yield from ((KEY_VARIABLE, key) for key in self.keys)
-        for name in self.config.of_type("webhook"):
-            parts = urllib.parse.urlsplit(secrets[name].reveal() if name in secrets else "")
-            target = parts._replace(scheme="", netloc="").geturl()
-            secret_parts = (("target", target), ("path", parts.path))
-            yield from ((f"{name} {k}", Secret(text)) for k, text in secret_parts if len(text) > 8)
-
-    def fernet(self) -> MultiFernet | None:
-        """Return the keys (the first encrypts, all decrypt) from the first place that has any."""
-        where, text, problem = self._read_key()
-        lines = (line.split("#")[0] for line in text.splitlines())
-        keys = [key for line in lines for key in line.replace(",", " ").split()]
-        if not problem:
-            with contextlib.suppress(ValueError):
-                fernet = MultiFernet([Fernet(key) for key in keys])
-                self.keys = [Secret(key) for key in keys]
-                return fernet
-            what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
-            problem = (what, f"make one: {MAKE_KEY}")
-        place = (str(self.config.path), self.config.key_line, self.config.key_column, "key_file")
-        self.problems.append(Problem(*place, *problem))
-        return None
-
-    def _read_key(self) -> tuple[str, str, tuple[str, str] | None]:
-        """Return where the keys come from, their text, and what is in the way, with its cure."""
-        if text := self._env.get(KEY_VARIABLE, "").strip():
-            return f"${KEY_VARIABLE}", text, None
-        path, directory = self.config.key_path, self._env.get("CREDENTIALS_DIRECTORY")
-        read, mode = self._files.read(path), self._files.read(path).mode
-        if directory:
-            credential = Path(directory, "teckochecker.key")
-            found = self._files.read(credential)
+    They come from the first place that has any. Raises ConfigError.
+    """
+    where, path, text = "$TECKOCHECKER_KEY", config.key_path, env.get("TECKOCHECKER_KEY", "")
+    make, what, warnings = "head -c 32 /dev/urandom | base64 | tr +/ -_", "", []
+    cure = f"make one: {make}"
+    if not text.strip():
+        read, mode = files.read(path), files.read(path).mode
+        if directory := env.get("CREDENTIALS_DIRECTORY"):
+            found = files.read(Path(directory, "teckochecker.key"))
             if not isinstance(found.error, FileNotFoundError):
-                path, read, mode = credential, found, 0  # its mode is the service manager's matter
+                path = Path(directory, "teckochecker.key")
+                read, mode = found, 0  # its mode is the service manager's matter
+        where, text = str(path), read.data.decode("ascii", "replace")
         if read.error:
-            cure = f"put a Fernet key there ({MAKE_KEY}) or set ${KEY_VARIABLE}"
+            what = f"cannot read the key file {path}: {read.error.strerror}"
+            cure = f"bring it back, put a first one there ({make}) or set $TECKOCHECKER_KEY"
             if read.error.errno == errno.EACCES:
                 cure = "run this as the key's owner, or as root"
-            return "", "", (f"cannot read the key file {path}: {read.error.strerror}", cure)
-        if mode & stat.S_IRWXO:
-            what = f"{path} can be read by others (mode {mode:04o})"
-            return "", "", (what, f"run: chmod 600 {path}")
-        if mode & stat.S_IRWXG:
-            self.warnings.append(f"{path} can be read by its group; better: chmod 600 {path}")
-        return str(path), read.data.decode("ascii", "replace"), None
+        elif mode & stat.S_IRWXO:
+            what, cure = f"{path} can be read by others (mode {mode:04o})", f"run: chmod 600 {path}"
+        elif mode & stat.S_IRWXG:
+            warnings = [f"{path} can be read by its group; better: chmod 600 {path}"]
+    keys = re.sub(r"#[^\r\n]*|,", " ", text).split()
+    if not what:
+        with contextlib.suppress(ValueError):
+            return MultiFernet(map(Fernet, keys)), [Secret(key) for key in keys], warnings
+        what = f"{where} holds {'something other than Fernet keys' if keys else 'no key'}"
+    place = (str(config.path), config.key_line, config.key_column, "key_file")
+    raise ConfigError([Problem(*place, what, cure)])
 
-    def _open(self, entry: SecretEntry, keys: MultiFernet | None) -> Secret | None:
-        """Return a secret, or None and a problem."""
-        text, value = entry.text.reveal(), None
+
+def open_secret(
+    entry: SecretEntry, path: Path, files: Files, env: Mapping[str, str], keys: MultiFernet | None
+) -> Secret | Problem | None:
+    text, value = entry.text.reveal(), None
+    if entry.source == "env":
+        value = env.get(text)
         what, cure = "the environment has no such variable", "set it, or correct the name"
-        if entry.source == "env":
-            value = self._env.get(text)
-        elif entry.source == "file":
-            read = self._files.read(self.config.path.parent / text)
-            what = f"cannot read the file: {read.error.strerror if read.error else ''}"
-            cure = "correct the path or its permissions"
-            value = None if read.error else read.data[:100_000].decode("utf-8", "replace")
-        elif keys is None:
-            return None  # noted already, where the key was looked for
-        else:
-            value, what = decrypted(keys, text), "is not encrypted"
-            value = text if PLACEHOLDER.search(text) else value
-            cure = f"run: teckochecker --config {self.config.path} encrypt"
-            if looks_encrypted(text):
-                what = "is encrypted with another key"
-                cure = f"bring that key back, or write the token in plain and {cure}"
-        if value is not None:
-            problem = token_problem(value.strip(), entry.type)
-            if problem is None:
-                return Secret(value.strip())
-            what, cure = f"the secret {problem[0]}", problem[1]
-        place = (entry.line, entry.column, f"secrets.{entry.name}.{entry.source}")
-        self.problems.append(Problem(str(self.config.path), *place, what, cure))
-        return None
+    elif entry.source == "file":
+        read = files.read(path.parent / text)
+        what = f"cannot read the file: {read.error.strerror if read.error else ''}"
+        cure = "correct the path or its permissions"
+        value = None if read.error else read.data[:100_000].decode("utf-8", "replace")
+    elif keys is None:
+        return None  # noted already, where the keys were looked for
+    else:
+        value, has_form = decrypted(keys, text)
+        value = text if "YOUR-" in text else value
+        what, cure = "is not encrypted", f"run: teckochecker --config {path} encrypt"
+        if has_form:
+            what = "is encrypted with another key"
+            cure = f"bring that key back, or write the token in plain and {cure}"
+    if value is not None:
+        problem = token_problem(value.strip(), entry.type)
+        if problem is None:
+            return Secret(value.strip())
+        what, cure = f"the secret {problem[0]}", problem[1]
+    place = (entry.line, entry.column, f"secrets.{entry.name}.{entry.source}")
+    return Problem(str(path), *place, what, cure)
 
 
 def read_config_file(path: Path, files: Files) -> tuple[Config, list[Problem], str]:
@@ -1419,13 +1349,33 @@ def open_config(
         config, problems, text = read_config_file(path, files)
     else:
         config, problems = parse_config(text, path)
-    opener = SecretOpener(config, files, env)
-    secrets = opener.open_all()
-    redactor.learn(opener.all_known(secrets))
-    loaded = LoadedConfig(config, secrets, text, (*opener.warnings, *mount_warning(path)))
-    return loaded, [
+    keys, secrets, warnings = None, {}, list[str]()
+    try:
+        if any(entry.source == "value" for entry in config.secrets.values()):
+            keys, texts, warnings = read_keys(config, files, env)
+            redactor.learn(("key", text) for text in texts)
+    except ConfigError as error:
+        problems += error.problems
+    for name, entry in config.secrets.items():
+        found = open_secret(entry, path, files, env, keys)
+        if isinstance(found, Secret):
+            secrets[name] = found
+        elif found:
+            problems.append(found)
+    redactor.learn(secrets.items())
+    for name in secrets.keys() & config.of_type("webhook"):  # the path of an address is secret
+        parts = urllib.parse.urlsplit(secrets[name].reveal())
+        paths = (parts.path, parts._replace(scheme="", netloc="").geturl())
+        redactor.learn((f"{name} path", Secret(text)) for text in paths if len(text) > 8)
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        mount = re.sub(r"[ \t\n\\]", lambda m: f"\\{ord(m[0]):03o}", str(path.resolve()))
+        if any(line.split(" ")[4:5] == [mount] for line in mounts.splitlines()):
+            how = "its changes are not seen; mount its directory"
+            warnings.append(f"{path} is a mount of its own: {how}")
+    return LoadedConfig(config, secrets, text, tuple(warnings)), [
         Problem(p.file, p.line, p.column, *map(redactor.text, (p.path, p.what, p.cure)))
-        for p in problems + opener.problems  # not cut yet: half of a token would not be known
+        for p in problems  # not cut yet: half of a token would not be known
     ]
 
 
@@ -1440,15 +1390,6 @@ def load_config(
     if problems:
         raise ConfigError(problems)
     return loaded
-
-
-def mount_warning(path: Path) -> Iterator[str]:
-    """Warn of a config that is a mount point of its own: nobody can replace it."""
-    with contextlib.suppress(OSError):
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-        target = re.sub(r"[ \t\n\\]", lambda m: f"\\{ord(m[0]):03o}", str(path.resolve()))
-        if any(line.split(" ")[4:5] == [target] for line in mounts.splitlines()):
-            yield f"{path} is a mount of its own: its changes are not seen; mount its directory"
 
 
 # ==================================================================================================
@@ -1468,9 +1409,14 @@ def mount_warning(path: Path) -> Iterator[str]:
 # `retry --force`, one that failed will do. A rejected start is tried again by itself, too.
 
 LASTING_S: Final = 10 * MINUTE_S  # an error that lasts longer does not settle by itself
-FILES_WAIT_S: Final = 5 * MINUTE_S
 UNCLEAR_SIZE: Final = "the size of the group is unclear"
 NO_ERROR: Final[Mapping[str, Any]] = {"error": None, "error_since": None, "failures": 0}
+
+
+def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | None = None) -> float:
+    """Return how long to wait after the n-th failure in a row, or as long as a server asked."""
+    doubled = min(HOUR_S, first_s * 2.0 ** min(max(failures, 1) - 1, 16))
+    return min(HOUR_S, max(doubled * (0.75 + 0.25 * jitter), asked_s or 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1488,69 +1434,45 @@ class Terms:
     def now(self) -> float:
         return self.boot_time.wall
 
-
-def backoff_s(failures: int, first_s: float, jitter: float, asked_s: float | None = None) -> float:
-    """Return how long to wait after the n-th failure in a row: doubling, an hour at most.
-
-    `jitter` from 0 to 1 spreads it over its upper quarter; `asked_s` is what the server asked for.
-    """
-    doubled = min(HOUR_S, first_s * 2.0 ** min(max(failures, 1) - 1, 16))
-    return min(HOUR_S, max(doubled * (0.75 + 0.25 * jitter), asked_s or 0.0))
-
-
-def is_news(run: Run, error: str) -> bool:
-    """Return whether an error is another one than a run's; each answer has an exceptionId."""
-    ids = r" \(exceptionId [^)]*\)"
-    return re.sub(ids, "", error) != re.sub(ids, "", run.error or "")
+    def put_off(self, run: Run, event: Event, came: ApiError, first_s: float) -> Change:
+        """Return a run that waits after a failure; an event if it is another one, or a POST's."""
+        wait_s = backoff_s(run.failures + 1, first_s, self.jitter, came.retry_after_s)
+        after = replace(
+            run,
+            error=str(event.fields["error"]),
+            error_since=run.error_since or self.now,
+            failures=run.failures + 1,
+            next_at=self.now + wait_s,
+        )
+        is_new = after.error != run.error or run.phase is Phase.SENDING
+        return after, [event] if is_new else []
 
 
-def with_error(run: Run, error: str, now: float, wait_s: float) -> Run:
-    since = now if run.error_since is None else run.error_since
-    failures, next_at = run.failures + 1, now + wait_s
-    return replace(run, error=error, error_since=since, failures=failures, next_at=next_at)
-
-
-def new_trigger_id(job: str, group: str, batch_ids: Iterable[str], rerun: int) -> str:
-    """Return the id that makes a run recognizable at Keboola, also after the state file is lost."""
-    identity = [2, job, group, rerun] if group else [1, job, sorted(batch_ids), rerun]
-    return hashlib.sha256(compact_json(identity).encode()).hexdigest()
-
-
-# --- polls ----------------------------------------------------------------------------------------
+# --- polls, and when a run starts -----------------------------------------------------------------
 
 
 def merged(known: Batch, came: Batch, now: float) -> Batch:
-    """Return what to remember of a batch after its own answer.
+    """Return a batch after its own answer; of a finished one only files and counts may still come.
 
-    A terminal status is never overwritten; only files and counts may still come, for a while.
+    They are waited for at most five minutes. A terminal status is never overwritten.
     """
     if known.is_final:
         return known
-    due_at = now + FILES_WAIT_S
+    due_at = now + 5 * MINUTE_S
     if known.is_terminal:
         due_at = known.files_due_at or now
-        came = replace(
-            came,
-            status=known.status,
-            ended_at=known.ended_at,
-            output_file_id=came.output_file_id or known.output_file_id,
-            error_file_id=came.error_file_id or known.error_file_id,
-            error=came.error or known.error,
-        )
-    if came.is_terminal:
-        lacks_output = came.completed and not came.output_file_id
-        lacks_errors = came.failed and not came.error_file_id
-        if (lacks_output or lacks_errors) and now < due_at:
-            came = replace(came, files_due_at=due_at)
+        names = ("total", "completed", "failed", "output_file_id", "error_file_id", "error")
+        late = {name: getattr(came, name) or getattr(known, name) for name in names}
+        came = replace(known, files_due_at=None, **late)
+    lacks_output = came.completed and not came.output_file_id
+    lacks_errors = came.failed and not came.error_file_id
+    if came.is_terminal and (lacks_output or lacks_errors) and now < due_at:
+        came = replace(came, files_due_at=due_at)
     return came
 
 
 def after_poll(
-    run: Run,
-    job: Job,
-    answers: Mapping[str, Batch | ApiError],
-    terms: Terms,
-    began: float = math.inf,
+    run: Run, job: Job, answers: Mapping[str, Batch | ApiError], terms: Terms, began: float
 ) -> Change:
     """Return a run after a poll of its batches; a failed poll never fails it, but makes it wait.
 
@@ -1559,25 +1481,28 @@ def after_poll(
     now, batches, events = terms.now, [], []
     for known in run.batches:
         came = answers.get(known.id)
-        batch = merged(known, came, now) if isinstance(came, Batch) else known
-        if batch.files_due_at is not None and batch.files_due_at <= now:
-            batch = replace(batch, files_due_at=None)
-        if batch.status != known.status:
-            events.append(batch_event(run, batch))
-        batches.append(batch)
-    errors = {key: came for key, came in answers.items() if isinstance(came, ApiError)}
+        b = merged(known, came, now) if isinstance(came, Batch) else known
+        if b.files_due_at is not None and not now < b.files_due_at <= now + 5 * MINUTE_S:
+            b = replace(b, files_due_at=None)
+        if b.status != known.status:
+            counts = f", {b.completed or 0:,} of {b.total:,} requests" if b.total else ""
+            counts += f": {b.error}" if b.error else ""
+            facts: dict[str, Any] = {"batch_id": b.id, "status": b.status, "counts_text": counts}
+            facts |= {"completed": b.completed, "failed": b.failed, "total": b.total}
+            name = f"batch_status_{'changed' if b.status in STATUS_RANK else 'unknown'}"
+            events.append(Event.of(name, run, "warning" if b.has_failed else "", **facts))
+        batches.append(b)
     after = replace(run, batches=tuple(batches), last_check_at=now)
+    errors = [(key, came) for key, came in answers.items() if isinstance(came, ApiError)]
     if errors:
-        batch_id, error = next(iter(errors.items()))
+        batch_id, error = max(errors, key=lambda item: item[1].retry_after_s or 0.0)
         others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        asked_s = max(e.retry_after_s or 0.0 for e in errors.values())
-        wait_s = backoff_s(run.failures + 1, job.poll_interval, terms.jitter, asked_s)
-        after = with_error(after, f"{batch_id}: {error}{others}", now, wait_s)
-        facts: dict[str, Any] = {"status": error.status, "request_id": error.request_id}
-        if is_news(run, str(after.error)):
-            facts |= {"batch_id": batch_id, "error": after.error}
-            events.append(Event.of("poll_failed", run, **facts))
-    elif answers or run.failures:
+        facts = {"batch_id": batch_id, "error": f"{batch_id}: {error}{others}"}
+        facts |= {"status": error.status, "request_id": error.request_id}
+        event = Event.of("poll_failed", run, **facts)
+        after, told = terms.put_off(after, event, error, job.poll_interval)
+        events += told
+    else:
         is_waiting = any(batch.files_due_at is not None for batch in batches)
         interval_s = min(30, job.poll_interval) if is_waiting else job.poll_interval
         after = replace(after, **NO_ERROR, next_at=max(now, min(began, now) + interval_s))
@@ -1586,79 +1511,54 @@ def after_poll(
     return decide(after, job, now), events
 
 
-def batch_event(run: Run, batch: Batch) -> Event:
-    counts = f", {batch.completed or 0:,} of {batch.total:,} requests" if batch.total else ""
-    facts: dict[str, Any] = {"batch_id": batch.id, "status": batch.status, "counts_text": counts}
-    facts |= {"completed": batch.completed, "failed": batch.failed, "total": batch.total}
-    if batch.status not in STATUS_RANK:
-        return Event.of("batch_status_unknown", run, **facts)
-    return Event.of("batch_status_changed", run, "warning" if batch.has_failed else "", **facts)
-
-
-# --- when a run starts ----------------------------------------------------------------------------
-
-
 def decide(run: Run, job: Job, now: float) -> Run:
     """Return a polled run with what follows from its batches: start, refusal, or another poll."""
-    is_whole, whole_at, unclear = wholeness(run, job, now)
+    whole_at, unclear = now, ""  # when it has all its batches; inf: when more have joined
+    if job.group_size:
+        size = job.group_size if job.group_size.isdigit() else run.size
+        is_number = re.fullmatch("[0-9]{1,4}", size)
+        unclear = "" if is_number else f"{UNCLEAR_SIZE}: {size or 'it is missing'}"
+        whole_at = math.inf if unclear or len(run.batches) < int(size) else now
+    elif job.group_by:
+        whole_at = (run.joined_at or now) + job.settle
     pending = [batch for batch in run.batches if not batch.is_final]
     created = [batch.created_at for batch in run.batches if batch.created_at]
     due_at = min(created) + job.deadline if job.deadline and created else math.inf
-    if (is_whole and not pending and run.batches) or (now >= due_at and job.on_deadline == "start"):
-        if refusal := policy_refusal(run, job):
-            return replace(with_error(run, refusal, now, math.inf), phase=Phase.REFUSED)
-        return as_intended(run, now)
+    if (now >= whole_at and not pending) or (now >= due_at and job.on_deadline == "start"):
+        why, bad = "", [b for b in run.batches if b.status != "completed" or b.completed == 0]
+        if job.trigger_on == "all_completed" and bad:
+            others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            what = "has no successful request" if bad[0].status == "completed" else bad[0].status
+            why = f"{bad[0].id} {what or 'is not finished'}{others}"
+        elif job.trigger_on == "any_output" and not any(b.output_file_id for b in run.batches):
+            why = "no batch has an output file"
+        if not why:
+            return as_intended(run, now)
+        error = f"trigger_on: {job.trigger_on}, but {why}; `retry --force` starts it"
+        refused = replace(run, phase=Phase.REFUSED, next_at=math.inf)
+        return replace(refused, error=error, error_since=run.error_since or now)
     next_at = run.next_at if pending else whole_at
     if now < due_at:
         next_at = min(next_at, due_at)
     if unclear and not run.error:
         run = replace(run, error=unclear, error_since=now)
-    return replace(run, next_at=next_at, deadline_told=run.deadline_told or now >= due_at)
+    return replace(run, next_at=next_at, deadline_told=now >= due_at)
 
 
-def wholeness(run: Run, job: Job, now: float) -> tuple[bool, float, str]:
-    """Return whether a run has all its batches, else when it may have, and what is unclear."""
-    if not job.group_by:
-        return True, now, ""
-    if job.group_size is None:
-        whole_at = (run.joined_at or now) + job.settle
-        return now >= whole_at, whole_at, ""
-    size = job.group_size if job.group_size.isdigit() else run.size
-    if not re.fullmatch("[0-9]{1,4}", size):
-        return False, math.inf, f"{UNCLEAR_SIZE}: {size or 'it is missing'}"
-    return len(run.batches) >= int(size), math.inf, ""
-
-
-def policy_refusal(run: Run, job: Job) -> str:
-    """Return why a job's `trigger_on` keeps a run from starting, or ""."""
-    cure = "`retry --force` starts it"
-    bad = [b for b in run.batches if b.status != "completed" or b.completed == 0]
-    if job.trigger_on == "all_completed" and bad:
-        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        what = "has no successful request" if bad[0].status == "completed" else bad[0].status
-        what = f"{bad[0].id} {what or 'is not finished'}{others}"
-        return f"trigger_on: all_completed, but {what}; {cure}"
-    if job.trigger_on == "any_output" and not any(b.output_file_id for b in run.batches):
-        return f"trigger_on: any_output, but no batch has an output file; {cure}"
-    return ""
-
-
-def as_intended(run: Run, now: float) -> Run:
-    own_id = new_trigger_id(run.job, run.group, (b.id for b in run.batches), run.rerun)
+def as_intended(run: Run, now: float, *, again: bool = False) -> Run:
+    """Return a run that is to be started, by an id that can be searched for; `again`: a rerun."""
+    if again:
+        names = ("attention", "retries", "size", "joined_at", "deadline_told", "last_check_at")
+        kept = {name: getattr(run, name) for name in names}
+        run = Run(run.id, run.job, run.target, run.group, run.batches, rerun=run.rerun + 1, **kept)
+    ids = sorted(batch.id for batch in run.batches)
+    identity = [2, run.job, run.group, run.rerun] if run.group else [1, run.job, ids, run.rerun]
+    own_id = hashlib.sha256(compact_json(identity).encode()).hexdigest()
     due: dict[str, Any] = {"next_at": now, "intended_at": now, **NO_ERROR}
     return replace(run, phase=Phase.INTENT, trigger_id=run.trigger_id or own_id, **due)
 
 
-def as_rerun(run: Run, now: float, wait_s: float = 0.0, error: str | None = None) -> Run:
-    """Return a run that is to be started once more, as its next rerun."""
-    fresh = Run(run.id, run.job, run.target, run.group, run.batches, rerun=run.rerun + 1)
-    kept = ("attention", "retries", "size", "joined_at", "deadline_told", "last_check_at")
-    fresh = replace(fresh, **{name: getattr(run, name) for name in kept})
-    after = as_intended(fresh, now + wait_s)
-    return replace(after, error=error, error_since=now if error else None)
-
-
-# --- what Keboola gets ----------------------------------------------------------------------------
+# --- the trigger, step by step --------------------------------------------------------------------
 
 
 def keboola_variables(run: Run, job: Job) -> dict[str, str]:
@@ -1712,100 +1612,59 @@ def digest_of_input(job: Job, target: Target, token: Secret) -> str:
     return hashlib.sha256(compact_json(parts).encode()).hexdigest()
 
 
-# --- the trigger, step by step --------------------------------------------------------------------
-
-
 def search_since(run: Run, now: float) -> float:
-    """Return since when a Keboola job for a run can exist, as Unix seconds of our clock.
-
-    A day covers clocks of OpenAI and ours that differ by hours; Keboola's is corrected elsewhere.
-    """
+    """Return since when a Keboola job for a run can exist, as Unix seconds of our clock."""
     ended = [batch.ended_at for batch in run.batches if batch.ended_at]
     created = [batch.created_at for batch in run.batches if batch.created_at]
     all_ended = len(ended) == len(run.batches)
     known = max(ended) if ended and all_ended else min(created, default=now)
+    # A day, as OpenAI's clock and ours may be hours off; Keboola's is corrected elsewhere.
     return min(known, now, run.sending_at or now) - DAY_S
 
 
-def search_spacing_s(grace_s: float) -> float:
-    """Return how far apart the searches for an unknown run are, apart from the grace itself."""
-    return min(10.0, max(0.1, grace_s / 4))
+def after_search(
+    run: Run, came: Sequence[KeboolaJob] | ApiError, began: BootTime, terms: Terms
+) -> Change:
+    """Return a run after a search for its Keboola job: found, SENDING, or searched for again.
 
-
-def as_sending(run: Run, now: float) -> Change:
+    `came` are the jobs that carry the trigger id, the oldest first, or why the search, which began
+    at `began`, is incomplete and says nothing. A run that comes back SENDING is to be committed and
+    posted with nothing awaited in between.
+    """
+    if isinstance(came, ApiError):
+        if not (run.forced and terms.may_post):
+            text = f"cannot search Keboola for an earlier start: {came}"
+            if run.post_error:
+                text += f"; the start brought: {run.post_error}"
+            event = Event.of("trigger_search_failed", run, error=text, status=came.status)
+            return terms.put_off(run, event, came, 5)
+    elif came:
+        return as_started(run, came, "trigger_found", terms)
+    elif run.phase is Phase.UNKNOWN:
+        elapsed_s = run.unknown_since.until_s(began) if run.unknown_since else 0.0
+        is_late = elapsed_s >= run.repeat_after_s
+        run = replace(run, empty_searches=run.empty_searches + 1, failures=0)
+        if run.post_error:
+            text = f"a search did not find the Keboola job, and the start brought: {run.post_error}"
+            run = replace(run, error=text)
+        if not (is_late and run.empty_searches >= 2):
+            left_s = max(run.repeat_after_s - elapsed_s, 0.1)
+            wait_s = min(10.0, terms.grace_s / 4) if is_late else left_s
+            return replace(run, next_at=terms.now + wait_s), []
+    if not terms.may_post:
+        # Paused or removed: an earlier POST's job may still show up, so the search goes on.
+        return replace(run, next_at=terms.now + HOUR_S), []
     after = replace(
         run,
         phase=Phase.SENDING,
         posts=run.posts + 1,
-        sending_at=run.sending_at or now,
-        unknown_since=None,
+        sending_at=run.sending_at or terms.now,
         empty_searches=0,
         forced=False,
         next_at=math.inf,
     )
     facts = {"trigger_id": run.trigger_id, "target": str(run.target)}
     return after, [Event.of("trigger_sending", run, **facts)]
-
-
-def as_unknown(run: Run, error: str, terms: Terms, asked_s: float = 0.0) -> Change:
-    """Return a run when the outcome of its POST cannot be told.
-
-    The first repeat waits for the grace; then the wait doubles each time, up to an hour.
-    """
-    grace_s = terms.grace_s
-    doubled = min(max(grace_s, HOUR_S), max(1.0, 2 * run.repeat_after_s))
-    wait_s = max(grace_s if run.repeat_after_s == 0 else doubled, min(asked_s, HOUR_S))
-    text = f"it is not known whether Keboola took the job: {error}"
-    after = replace(
-        with_error(run, text, terms.now, search_spacing_s(grace_s)),
-        phase=Phase.UNKNOWN,
-        failures=0,
-        post_error=error,
-        repeat_after_s=max(wait_s, 0.001),  # 0 says that none was unknown yet
-        unknown_since=terms.boot_time,
-        empty_searches=0,
-    )
-    return after, [Event.of("trigger_unknown", run, trigger_id=run.trigger_id, error=text)]
-
-
-def after_search(  # noqa: PLR0911 - a table
-    run: Run, came: Sequence[KeboolaJob] | ApiError, began: BootTime, terms: Terms
-) -> Change:
-    """Return a run after a search for its Keboola job: found, SENDING, or searched for again.
-
-    `came` are the jobs that carry the trigger id, the oldest first, or why the search is
-    incomplete: then it says nothing, and nothing is sent unless a person said `retry --force`.
-    `began` is when the search did. A run that comes back SENDING is to be committed and posted with
-    nothing awaited in between: what was found out and what is sent belong together.
-    """
-    now = terms.now
-    if isinstance(came, ApiError):
-        if run.forced and terms.may_post:
-            return as_sending(run, now)
-        text = f"cannot search Keboola for an earlier start: {came}"
-        if run.post_error:
-            text += f"; the start brought: {run.post_error}"
-        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
-        event = Event.of("trigger_search_failed", run, error=text, status=came.status)
-        return with_error(run, text, now, wait_s), [event] if is_news(run, text) else []
-    if came:
-        return as_started(run, came, "trigger_found", terms)
-    if run.phase is not Phase.UNKNOWN:
-        return as_sending(run, now) if terms.may_post else (replace(run, next_at=now + HOUR_S), [])
-    elapsed_s = run.unknown_since.until_s(began) if run.unknown_since else 0.0
-    is_late = elapsed_s >= run.repeat_after_s
-    after = replace(run, empty_searches=run.empty_searches + 1, failures=0)
-    if run.post_error:
-        text = f"a search did not find the Keboola job, and the start brought: {run.post_error}"
-        after = replace(after, error=text)
-    if is_late and after.empty_searches >= 2:
-        if terms.may_post:
-            return as_sending(after, now)
-        # Paused or removed: an earlier POST's job may still show up, so the search goes on.
-        return replace(after, next_at=now + HOUR_S), []
-    spacing_s = search_spacing_s(terms.grace_s)
-    wait_s = spacing_s if is_late else max(run.repeat_after_s - elapsed_s, 0.1)
-    return replace(after, next_at=now + wait_s), []
 
 
 def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) -> Change:
@@ -1822,11 +1681,6 @@ def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) ->
         url=link,
         sent_at=min(created_at, now) if name == "trigger_found" else now,
         next_at=now,
-        forced=False,
-        posts=0,
-        post_error=None,
-        repeat_after_s=0.0,
-        unknown_since=None,
         **NO_ERROR,
     )
     facts: dict[str, Any] = {"keboola_job_id": ours.id, "trigger_id": run.trigger_id, "url": link}
@@ -1834,32 +1688,46 @@ def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) ->
         facts["other_keboola_job_ids"] = [job.id for job in others]
     events = [Event.of(name, run, "warning" if others else "", **facts)]
     if terms.job and not terms.job.follow:
-        ended: dict[str, Any] = {"finished_at": after.sent_at, "next_at": math.inf}
-        after = replace(after, phase=Phase.FINISHED, **ended)
+        after = replace(after, phase=Phase.FINISHED, finished_at=after.sent_at, next_at=math.inf)
         events.append(end_event(after, "was started"))
     return after, events
 
 
 def after_post(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
-    """Return a run after its POST: sent, certainly not sent, rejected, or unknown."""
+    """Return a run after its POST: sent, certainly not sent, rejected, or unknown.
+
+    The first repeat of an unknown one waits for the grace; then the wait doubles, up to an hour.
+    """
     if isinstance(came, KeboolaJob):
         return as_started(run, [came], "trigger_sent", terms)
     facts = {"trigger_id": run.trigger_id, "status": came.status, "request_id": came.request_id}
     if not came.sent:
-        text = f"Keboola was not reached: {came}"
-        wait_s = backoff_s(run.failures + 1, 5, terms.jitter, came.retry_after_s)
-        after = replace(with_error(run, text, terms.now, wait_s), phase=Phase.INTENT)
-        return after, [Event.of("trigger_not_sent", run, error=text, **facts)]
+        text = f"nothing was sent to Keboola: {came}"
+        event = Event.of("trigger_not_sent", run, error=text, **facts)
+        after, events = terms.put_off(run, event, came, 5)
+        return replace(after, phase=Phase.INTENT), events
     if came.status is None or not 400 <= came.status < 500 or came.status in {408, 429}:
-        return as_unknown(run, str(came), terms, came.retry_after_s or 0.0)
-    is_curable = came.status in {401, 402, 403, 404, 409, 423}
-    wait_s = backoff_s(run.failures + 1, 5 * MINUTE_S, terms.jitter, came.retry_after_s)
-    after = with_error(run, str(came), terms.now, wait_s if is_curable else math.inf)
-    after = replace(after, phase=Phase.REJECTED, sending_at=None, repeat_after_s=0.0)
-    return after, [Event.of("trigger_rejected", run, error=str(came), **facts)]
-
-
-# --- following ------------------------------------------------------------------------------------
+        grace_s, asked_s = terms.grace_s, came.retry_after_s or 0.0
+        doubled = min(max(grace_s, HOUR_S), max(1.0, 2 * run.repeat_after_s))
+        wait_s = max(grace_s if run.repeat_after_s == 0 else doubled, min(asked_s, HOUR_S))
+        text = f"it is not known whether Keboola took the job: {came}"
+        after = replace(
+            run,
+            phase=Phase.UNKNOWN,
+            error=text,
+            error_since=run.error_since or terms.now,
+            failures=0,
+            next_at=terms.now + min(10.0, grace_s / 4),
+            post_error=str(came),
+            repeat_after_s=wait_s,
+            unknown_since=terms.boot_time,
+        )
+        return after, [Event.of("trigger_unknown", run, error=text, **facts)]
+    event = Event.of("trigger_rejected", run, error=str(came), **facts)
+    after, events = terms.put_off(run, event, came, 5 * MINUTE_S)
+    next_at = after.next_at if came.status in {401, 402, 403, 404, 409, 423} else math.inf
+    after = replace(after, phase=Phase.REJECTED, sending_at=None, post_error=None)
+    return replace(after, next_at=next_at, repeat_after_s=0.0), events
 
 
 def end_event(run: Run, ended: str) -> Event:
@@ -1876,14 +1744,12 @@ def end_event(run: Run, ended: str) -> Event:
 def after_follow(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
     """Return a run after its Keboola job was asked for: running, finished, failed, or due again."""
     now, job = terms.now, terms.job
-    poll_interval_s = job.poll_interval if job else HOUR_S
-    wait_s = max(terms.follow_interval_s, min(poll_interval_s, 5 * MINUTE_S))
+    wait_s = max(terms.follow_interval_s, min(job.poll_interval if job else HOUR_S, 5 * MINUTE_S))
     facts = {"keboola_job_id": run.keboola_job_id, "url": run.url}
     is_new = now - (run.sent_at or 0.0) < terms.grace_s  # what answers may not know it yet
     if isinstance(came, ApiError) and (came.status != 404 or is_new):
-        wait_s = backoff_s(run.failures + 1, wait_s, terms.jitter, came.retry_after_s)
         event = Event.of("follow_failed", run, **facts, error=str(came), status=came.status)
-        return with_error(run, str(came), now, wait_s), [event] if is_news(run, str(came)) else []
+        return terms.put_off(run, event, came, wait_s)
     if isinstance(came, ApiError):
         came = KeboolaJob("", "deleted", True, "", str(came), None, None)  # noqa: FBT003
     after = replace(run, **NO_ERROR, last_check_at=now, keboola_status=came.status)
@@ -1897,16 +1763,15 @@ def after_follow(run: Run, came: KeboolaJob | ApiError, terms: Terms) -> Change:
         return after, [end_event(after, ended)]
     message = f": {came.message}" if came.message else ""
     error = f"Keboola job {run.keboola_job_id} ended in {came.status}{message}"
+    after = replace(after, error=error, error_since=now)
     retries = job.retry_on_error if job and terms.may_post else 0
     if came.status == "error" and run.retries < retries:
         wait_s = min(HOUR_S, 5 * MINUTE_S * 2.0**run.retries)
-        again = as_rerun(replace(run, retries=run.retries + 1), now, wait_s, error)
-        wait = show_duration(wait_s)
-        return again, [Event.of("keboola_job_retried", run, **facts, error=error, wait=wait)]
-    return replace(after, error=error, error_since=now, keboola_error=came.message or error), []
-
-
-# --- what a person asked for ----------------------------------------------------------------------
+        again = as_intended(replace(run, retries=run.retries + 1), now + wait_s, again=True)
+        facts |= {"error": error, "wait": show_duration(wait_s)}
+        event = Event.of("keboola_job_retried", run, **facts)
+        return replace(again, error=error, error_since=now), [event]
+    return replace(after, keboola_error=came.message or error), []
 
 
 @dataclass(frozen=True, slots=True)
@@ -1942,7 +1807,7 @@ def after_retry(  # noqa: C901, PLR0911 - a table
         case Phase.SENT:
             return f"its Keboola job {run.keboola_job_id} is running; wait for its end"
         case Phase.FINISHED if run.error or force:
-            after = replace(as_rerun(run, now), retries=0)
+            after = replace(as_intended(run, now, again=True), retries=0)
         case Phase.FINISHED:
             return "its Keboola job has run; --force starts it once more"
         case Phase.REFUSED if not force:
@@ -1960,7 +1825,6 @@ def after_retry(  # noqa: C901, PLR0911 - a table
 
 
 def status_of(run: Run, job: Job | None) -> str:
-    """Return the status of a run, as people see it (design: `status --json`)."""
     if job and job.done and not run.may_be_at_keboola:
         return "completed"
     if run.has_failed:
@@ -1975,13 +1839,28 @@ def status_of(run: Run, job: Job | None) -> str:
     return "running" if run.phase is Phase.SENT else "triggering"
 
 
+# The part of the page where the runs of a status stand, in the order in which people want them.
+PART_OF_STATUS: Final = {
+    "failed": "Needs attention",
+    "triggering": "Active",
+    "active": "Active",
+    "running": "Running",
+    "paused": "Paused",
+    "completed_with_failures": "Finished",
+    "completed": "Finished",
+}
+
+
+def counts_in_words(statuses: Iterable[str]) -> str:
+    counts = collections.Counter(statuses)
+    words = [f"{counts[s]} {s.replace('_', ' ')}" for s in PART_OF_STATUS if counts[s]]
+    return ", ".join(words) or "no jobs"
+
+
 def attention_of(  # noqa: PLR0911 - a table
     run: Run, job: Job | None, grace_s: float, now: float
 ) -> str:
-    """Return the event that says what a person has to do something about, or "".
-
-    What settles by itself is none: an error counts once it has lasted, a start once it is overdue.
-    """
+    """Return the event that says what a person has to do something about, or ""."""
     if job and job.done:
         return ""
     if run.has_failed:
@@ -2019,21 +1898,17 @@ def after_attention(run: Run, job: Job | None, grace_s: float, now: float) -> Ch
     return replace(run, attention=reason), events
 
 
-# --- clocks ---------------------------------------------------------------------------------------
+# --- a new process or config: clocks, which run a job is, which batches are a group ---------------
 
 
 def shifted(run: Run, by_s: float) -> Run:
     """Return a run whose pending times follow the clock that was set."""
     names = ("next_at", "error_since", "intended_at", "joined_at")
     moved = {n: getattr(run, n) + by_s for n in names if getattr(run, n) is not None}
-    due = (b.files_due_at and b.files_due_at + by_s for b in run.batches)
-    return replace(with_files_due(run, due), **moved)
-
-
-def with_files_due(run: Run, due_at: Iterable[float | None]) -> Run:
-    pairs = zip(run.batches, due_at, strict=True)
-    batches = (b if at is None else replace(b, files_due_at=at) for b, at in pairs)
-    return replace(run, batches=tuple(batches))
+    batches = (
+        replace(b, files_due_at=b.files_due_at and b.files_due_at + by_s) for b in run.batches
+    )
+    return replace(run, batches=tuple(batches), **moved)
 
 
 def as_loaded(run: Run, terms: Terms) -> Change:
@@ -2047,14 +1922,10 @@ def as_loaded(run: Run, terms: Terms) -> Change:
     late: dict[str, Any] = {n: now for n, at in times.items() if at is not None and at > now}
     if run.phase is Phase.POLLING or now + HOUR_S < run.next_at < math.inf:
         late["next_at"] = now
-    due = (b.files_due_at and min(b.files_due_at, now + FILES_WAIT_S) for b in run.batches)
-    loaded = replace(with_files_due(run, due), **late)
     if run.phase is Phase.SENDING:
-        return as_unknown(loaded, "the process ended before the answer was recorded", terms)
-    return loaded if loaded != run else run, []
-
-
-# --- which run a job of the config is, and which batches are a group ------------------------------
+        lost = ApiError("the process ended before the answer was recorded")
+        return after_post(replace(run, **late), lost, terms)
+    return replace(run, **late), []
 
 
 def assign(
@@ -2065,36 +1936,27 @@ def assign(
 ) -> dict[str, Run]:
     """Return the run of each job with batch_ids that has one; the others are new.
 
-    A run is a name and a set of ids. A new job with the ids and the target of a job that has left
-    the config is that job under a new name, not new work. Its target is the run's, or the one that
-    the config had at last, as `last` says by name.
+    A new job with the ids and the target of a job that has left the config (the run's target, or
+    the `last` one of its name) is that job under a new name, not new work.
     """
-    own: dict[tuple[str, frozenset[str]], Run] = {}
-    left: dict[tuple[frozenset[str], str], list[Run]] = {}
+    by_ids: dict[frozenset[str], list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.phase is not Phase.FINISHED, run.id)):
-        ids = frozenset(batch.id for batch in run.batches)
-        own[run.job, ids] = run
-        if run.job not in jobs:
-            for target in {str(run.target), last.get(run.job, "")}:
-                left.setdefault((ids, target), []).append(run)
+        by_ids.setdefault(frozenset(batch.id for batch in run.batches), []).append(run)
     assigned, taken = dict[str, Run](), set[int]()
     for name, job in jobs.items():
-        ids = frozenset(job.batch_ids)
-        claims = [r for r in left.get((ids, str(targets[name])), []) if r.id not in taken]
-        if (name, ids) in own:
-            assigned[name] = own[name, ids]
-        elif claims and not job.match:
-            assigned[name] = claims[0]
-            taken.add(claims[0].id)
+        known, target = by_ids.get(frozenset(job.batch_ids), []), str(targets[name])
+        own = [run for run in known if run.job == name]
+        left = [run for run in known if run.job not in jobs and run.id not in taken]
+        claims = [run for run in left if target in {str(run.target), last.get(run.job)}]
+        if own or claims:
+            assigned[name] = own[-1] if own else claims[0]
+            taken.add(assigned[name].id)
     return assigned
 
 
 def in_order(job: Job, batches: Iterable[Batch]) -> tuple[Batch, ...]:
-    """Return a run's batches in the config's order, or in that of creation."""
-    if not job.match:
-        place = {batch_id: i for i, batch_id in enumerate(job.batch_ids)}
-        return tuple(sorted(batches, key=lambda batch: place.get(batch.id, 0)))
-    return tuple(sorted(batches, key=lambda batch: (batch.created_at or 0.0, batch.id)))
+    place = {batch_id: i for i, batch_id in enumerate(job.batch_ids)}
+    return tuple(sorted(batches, key=lambda b: (place.get(b.id, 0), b.created_at or 0.0, b.id)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -2105,9 +1967,16 @@ class Row:
     metadata: Mapping[str, str]
 
     def is_of(self, job: Job) -> bool:
-        """Return whether a job that matches metadata is to take it."""
         is_new = (self.batch.created_at or 0.0) >= job.since
         return is_new and all(self.metadata.get(key) == value for key, value in job.match)
+
+    def group_size(self, job: Job) -> str:
+        """Return the size of its group as its metadata tells it, or what is wrong with it."""
+        key = (job.group_size or "").partition("metadata.")[2]
+        text = self.metadata.get(key, "") if key else ""
+        if not key or re.fullmatch("[1-9][0-9]{0,2}|1000", text):
+            return text
+        return f"{quoted(text)} is not 1 to 1000" if text else f"a batch has no {key}"
 
 
 def group_batches(
@@ -2120,39 +1989,24 @@ def group_batches(
         if group:
             groups.setdefault(group, []).append(row)
     changes = []
-    for group, found in groups.items():
+    for group, new in groups.items():
         run = runs.get(group) or Run(0, job.name, target, group, next_at=now)
-        known = {batch.id for batch in run.batches}
-        new = [row for row in found if row.batch.id not in known]
-        room = 1000 - len(known) if run.phase is Phase.POLLING else 0  # the most of a run
-        joined, late = new[:room], new[room:]
-        batches = in_order(job, [*run.batches, *(row.batch for row in joined)])
-        after = run
-        if joined:
-            size = group_size_of(run.size, job, joined)
-            after = replace(run, batches=batches, joined_at=now, next_at=now, size=size)
-        events = []
-        for count, row in enumerate(joined, len(known) + 1):
+        count, events = len(run.batches), []
+        room = 1000 - count if run.phase is Phase.POLLING else 0  # the most of a run
+        joined, late = new[:room], [row.batch for row in new[room:]]
+        for row in joined:
+            count += 1
             name = "batch_joined" if count > 1 else "run_found"
             events.append(Event.of(name, run, batch_id=row.batch.id, count=count))
-        events += [Event.of("late_batch", run, batch_id=row.batch.id) for row in late]
-        if new:
-            changes.append((after, events, [row.batch for row in late]))
+        events += [Event.of("late_batch", run, batch_id=batch.id) for batch in late]
+        if joined:
+            batches = in_order(job, [*run.batches, *(row.batch for row in joined)])
+            sizes = ({row.group_size(job) for row in joined} | {run.size}) - {""}
+            differ = f"the batches differ in {str(job.group_size).removeprefix('metadata.')}"
+            size = differ if len(sizes) > 1 else "".join(sizes)
+            run = replace(run, batches=batches, joined_at=now, next_at=now, size=size)
+        changes.append((run, events, late))
     return changes
-
-
-def group_size_of(known: str, job: Job, joined: Iterable[Row]) -> str:
-    """Return the size of a group as its metadata tells it: a number, or what is wrong with it."""
-    if not (job.group_size or "").startswith("metadata."):
-        return ""
-    key = str(job.group_size).removeprefix("metadata.")
-    sizes = {row.metadata.get(key, "") for row in joined} | ({known} if known else set())
-    if len(sizes) > 1:
-        return f"the batches differ in {key}"
-    (size,) = sizes
-    if not re.fullmatch("[1-9][0-9]{0,2}|1000", size):
-        return f"{quoted(size)} is not 1 to 1000" if size else f"a batch has no {key}"
-    return size
 
 
 # ==================================================================================================
@@ -2163,65 +2017,64 @@ SCHEMA_VERSION: Final = 5
 STATE_HINT: Final = "restore it from a backup, or move it away: Keboola is searched before any POST"
 Statement = tuple[str, Sequence[object]]
 
-
-@functools.cache
-def columns(cls: type) -> Mapping[str, str]:
-    """Return the name and SQL type of the columns for a dataclass's fields, but for nested ones."""
-    kinds = {"int": "INTEGER", "bool": "INTEGER", "float": "REAL"}
-    kinds |= dict.fromkeys(("str", "Phase", "Mapping[str, Any]"), "TEXT")
-    found = {}
-    for name, (kind, _, null) in ((f.name, str(f.type).partition(" | ")) for f in fields(cls)):
-        if kind in kinds:
-            found[name] = kinds[kind] if null else f"{kinds[kind]} NOT NULL"
-    return found
-
-
-def insert(into: str, *items: object, **own: object) -> Statement:
-    """Return what stores dataclasses and further columns as one row, in place of the one before."""
-    row = {name: getattr(item, name) for item in items for name in columns(type(item))}  # type: ignore[arg-type]
-    row |= own
-    names, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
-    return f"INSERT OR REPLACE INTO {into} ({names}) VALUES ({marks})", [*row.values()]
-
-
-def create_table(name: str, key: str, *classes: type, **own: str) -> str:
-    """Return the SQL of a table of dataclasses; `own` are further columns, or other types."""
-    types = {column: sql for cls in classes for column, sql in columns(cls).items()} | own
-    lines = [*(f'"{column}" {sql}' for column, sql in types.items()), f"PRIMARY KEY ({key})"]
-    what, body = str(classes[0].__doc__).partition("\n")[0], ",\n    ".join(lines)
-    options = "STRICT" if key == "id" else "STRICT, WITHOUT ROWID"
-    return f"-- {what}\nCREATE TABLE {name} (\n    {body}\n) {options}"
-
-
 # Times are Unix seconds; a column is explained at the field of its name. Nothing here is a secret.
-SCHEMA: Final[Sequence[str]] = (
-    create_table(
-        "runs",
-        "id",
-        *(Run, Target),
-        batch_key="TEXT NOT NULL /* JSON: its sorted batch ids; empty for a group */",
-        **{f"unknown_{name}": sql.split()[0] for name, sql in columns(BootTime).items()},
-    ),
+SCHEMA: Final = (
+    """-- One set of batches of a job that leads to one Keboola job; its trigger and target inside.
+-- batch_key: JSON, its sorted batch ids; empty for a group
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, job TEXT NOT NULL, "group" TEXT NOT NULL, batch_key TEXT NOT NULL,
+    phase TEXT NOT NULL, rerun INTEGER NOT NULL, trigger_id TEXT NOT NULL, payload TEXT NOT NULL,
+    input_digest TEXT NOT NULL, next_at REAL NOT NULL, failures INTEGER NOT NULL, error TEXT,
+    error_since REAL, attention TEXT NOT NULL, forced INTEGER NOT NULL, posts INTEGER NOT NULL,
+    post_error TEXT, repeat_after_s REAL NOT NULL, unknown_wall REAL, unknown_boot TEXT,
+    unknown_uptime_s REAL, empty_searches INTEGER NOT NULL, retries INTEGER NOT NULL,
+    sending_at REAL, sent_at REAL, keboola_job_id TEXT, keboola_status TEXT, keboola_error TEXT,
+    url TEXT, size TEXT NOT NULL, joined_at REAL, intended_at REAL, deadline_told INTEGER NOT NULL,
+    last_check_at REAL, finished_at REAL, stack_url TEXT NOT NULL, component_id TEXT NOT NULL,
+    config_id TEXT NOT NULL, branch_id TEXT NOT NULL, project TEXT NOT NULL
+) STRICT""",
     'CREATE INDEX runs_by_job ON runs (job, "group")',
     "CREATE INDEX runs_by_batches ON runs (batch_key) WHERE batch_key <> ''",
     "CREATE INDEX runs_open ON runs (phase) WHERE phase <> 'finished' OR attention <> ''",
     "CREATE INDEX runs_by_end ON runs (job, finished_at DESC) WHERE phase = 'finished'",
-    create_table(
-        "batches",
-        "run_id, id",
-        Batch,
-        run_id="INTEGER NOT NULL",
-        place="INTEGER NOT NULL /* -1: late */",
-    ),
+    """-- A batch as OpenAI last told it; place: of the run's batches, -1 for one that came late
+CREATE TABLE batches (
+    run_id INTEGER NOT NULL, place INTEGER NOT NULL, id TEXT NOT NULL, status TEXT, total INTEGER,
+    completed INTEGER, failed INTEGER, output_file_id TEXT, error_file_id TEXT, created_at REAL,
+    expires_at REAL, ended_at REAL, error TEXT, files_due_at REAL, PRIMARY KEY (run_id, id)
+) STRICT, WITHOUT ROWID""",
     "CREATE INDEX batches_by_id ON batches (id)",
-    create_table("events", "id", Event),
+    """-- The log; fields: JSON
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, name TEXT NOT NULL, level TEXT NOT NULL, job TEXT,
+    run TEXT, fields TEXT NOT NULL, text TEXT NOT NULL
+) STRICT""",
     "CREATE INDEX events_by_job ON events (job, id) WHERE job IS NOT NULL",
-    create_table("requests", "id", RetryRequest),
+    """-- What `retry` asked for, and what the run was like then
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY, run_id INTEGER NOT NULL, force INTEGER NOT NULL,
+    rerun INTEGER NOT NULL, phase TEXT NOT NULL
+) STRICT""",
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
     """-- told_up_to: the last event that it has had, or was not to have
-CREATE TABLE webhooks (secret TEXT PRIMARY KEY, told_up_to INTEGER NOT NULL,
-    failures INTEGER NOT NULL, next_at REAL NOT NULL) STRICT, WITHOUT ROWID""",
+CREATE TABLE webhooks (
+    secret TEXT PRIMARY KEY, told_up_to INTEGER NOT NULL, failures INTEGER NOT NULL,
+    next_at REAL NOT NULL
+) STRICT, WITHOUT ROWID""",
 )
+
+
+@functools.cache
+def columns(cls: type) -> Sequence[str]:
+    """Return the columns that a dataclass's fields have; its nested ones are stored otherwise."""
+    return [f.name for f in fields(cls) if f.name not in {"target", "batches", "unknown_since"}]
+
+
+def insert(into: str, *items: object, **own: object) -> Statement:
+    """Return what stores dataclasses and further columns as one row, in place of the one before."""
+    row = {name: getattr(item, name) for item in items for name in columns(type(item))} | own  # type: ignore[arg-type]
+    names, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+    return f"INSERT OR REPLACE INTO {into} ({names}) VALUES ({marks})", [*row.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2241,20 +2094,18 @@ class SecretStats:
     def trouble(self) -> str:
         """What a person has to do something about, or ""."""
         if self.refused_since is not None:
-            return f"the secret {self.name} is refused: {self.error}"
+            return f"the secret {self.name} is refused: {self.error}; `secret set` takes a new one"
         return f"no new batches can be found: {self.find_error}" if self.find_error else ""
 
     def after(self, error: ApiError | None, now: float) -> SecretStats:
-        """Return how it has fared after one more request."""
         after = replace(self, requests=self.requests + 1)
         if error is None:
             return replace(after, error=None, last_success_at=now, refused_since=None)
         after = replace(after, errors=self.errors + 1, error=str(error))
-        if error.status == 401:
-            return replace(after, refused_since=self.refused_since or now)
-        # A server that says anything else of the request takes the key.
-        takes_key = (error.status or 500) < 500 and error.status not in {408, 429}
-        return replace(after, refused_since=None) if takes_key else after
+        if error.retryable:  # it says nothing of the secret
+            return after
+        since = (self.refused_since or now) if error.status == 401 else None
+        return replace(after, refused_since=since)
 
 
 class Clock:
@@ -2264,12 +2115,11 @@ class Clock:
         self._boot = ""
         with contextlib.suppress(OSError):  # not Linux: the wall clock has to do
             self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        self._kind = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
         self._started_at = time.time() - self.uptime_s()
 
     def uptime_s(self) -> float:
         """Return seconds that only grow, also while the machine is suspended."""
-        return time.clock_gettime(self._kind)
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
     def now(self) -> float:
         return self._started_at + self.uptime_s()
@@ -2292,15 +2142,14 @@ class Clock:
 def is_there(path: Path) -> bool:
     """Return whether there is such a file. Raises StateError for what is none, or is hidden."""
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
+        if stat.S_ISREG(path.stat().st_mode):
+            return True
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         hint = "run this as root, or as the daemon's user"
         raise StateError(f"cannot access {path}: {error.strerror}", hint) from None
-    if not is_file:
-        raise StateError(f"{path} is not a regular file", "put a file there, no link and no pipe")
-    return True
+    raise StateError(f"{path} is not a regular file", "put a file there, no link and no pipe")
 
 
 def owner_of(path: Path) -> str:
@@ -2316,7 +2165,7 @@ def open_own(path: Path) -> int:
     What root makes here is given to the directory's owner, who has to work with it too. Links are
     not followed: that owner could have root write somewhere else.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with contextlib.suppress(FileExistsError):
             fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
@@ -2324,19 +2173,14 @@ def open_own(path: Path) -> int:
                 owner = path.parent.stat()
                 os.fchown(fd, owner.st_uid, owner.st_gid)
             return fd
-        fd = os.open(path, flags)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
-        raise OSError(errno.EINVAL, "Not a regular file")
+        is_there(path)  # a pipe would hold us up
+        return os.open(path, flags)
     except OSError as error:
-        hint = "correct state:, or this user's rights to it and its directory"
+        hint = "correct state: (a file, no link), or this user's rights to it and its directory"
         if error.errno == errno.ENOENT:
             hint = "create the directory (systemd does, when it starts the unit)"
         elif error.errno == errno.EACCES and os.path.exists(path):  # noqa: PTH110 - never raises
             hint = f"it belongs to {owner_of(path)}: chown it to the daemon's user"
-        elif error.errno in {errno.ELOOP, errno.EINVAL, errno.ENXIO}:
-            hint = "put a file there, no link and no pipe"
         raise StateError(f"cannot open {path}: {error.strerror}", hint) from None
 
 
@@ -2348,7 +2192,6 @@ class StateLock:
     """
 
     def __init__(self, state_path: Path, purpose: str, started_at: float) -> None:
-        """Take the lock. Raises LockedError, or StateError where there is no place for it."""
         self.path = state_path.with_name(state_path.name + ".lock")
         self._fd = open_own(self.path)
         try:
@@ -2406,12 +2249,10 @@ def lock_owner(state_path: Path) -> dict[str, Any]:
     label, looped_at = "", 0.0
     with contextlib.suppress(OSError):
         if path.is_file():  # a pipe would hold us up
-            label = path.read_text(encoding="utf-8", errors="replace")
-            looped_at = path.stat().st_mtime
+            label, looped_at = path.read_text("utf-8", "replace"), path.stat().st_mtime
     match = re.match(r"pid ([0-9]{1,9}) \((daemon|--once)\) since ([0-9]{1,15}\.[0-9]{3})\n", label)
     if not match:
-        nobody = dict.fromkeys(("pid", "started_at", "last_loop_at"))
-        return {"running": False, "once": False, **nobody}
+        return {"running": False, "once": False}
     age_s, is_once = time.time() - looped_at, match[2] == "--once"
     is_running = age_s < (10 * MINUTE_S if is_once else MINUTE_S)  # a pass touches only at a POST
     try:
@@ -2464,10 +2305,7 @@ class Store:
     @classmethod
     @contextlib.contextmanager
     def reading(cls, path: Path) -> Iterator[Store | None]:
-        """Open for reading, beside a running daemon too; None where there is none yet.
-
-        Raises StateError for what is no state file of ours.
-        """
+        """Open for reading, also beside a daemon; None where there is none. Raises StateError."""
         if not is_there(path):
             yield None
             return
@@ -2494,11 +2332,12 @@ class Store:
     def _error(error: sqlite3.Error, path: Path) -> StateError:
         is_there = os.path.exists(path)  # noqa: PTH110 - never raises
         whose = f"it belongs to {owner_of(path)}" if is_there else "it is not there"
+        allow = f"{whose}: let this user open and write it and its directory"
         hint = {
             sqlite3.SQLITE_FULL: "free the disk",
             sqlite3.SQLITE_BUSY: "see who else has the file open",
-            sqlite3.SQLITE_READONLY: f"{whose}: let this user write it and its directory",
-            sqlite3.SQLITE_CANTOPEN: f"{whose}: let this user open it and its directory",
+            sqlite3.SQLITE_READONLY: allow,
+            sqlite3.SQLITE_CANTOPEN: allow,
             sqlite3.SQLITE_IOERR: "see the system's log for disk errors",
         }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, STATE_HINT)
         return StateError(f"cannot use the state file {path}: {error}", hint)
@@ -2527,8 +2366,7 @@ class Store:
         also: Sequence[Statement] = (),
     ) -> list[Event]:
         """Commit how runs have changed, and their events, which it returns with their time."""
-        stored = [replace(event, at=now) for event in events]
-        rows = list(runs)
+        rows, stored = list(runs), [replace(event, at=now) for event in events]
 
         def statements() -> Iterator[Statement]:  # one at a time: there may be 100,000 batches
             yield from also
@@ -2559,29 +2397,26 @@ class Store:
 
     def runs(self, where: str, parameters: Mapping[str, object] | None = None) -> list[Run]:
         """Return the runs for which an SQL condition holds, with their batches, in order."""
-        batches: dict[int, list[Batch]] = {}
+        values = parameters or {}
         query = f"""SELECT run_id, {", ".join(columns(Batch))} FROM batches WHERE place >= 0
             AND run_id IN (SELECT id FROM runs WHERE {where}) ORDER BY run_id, place"""
-        for run_id, *values in self.db.execute(query, parameters or {}):
-            batches.setdefault(run_id, []).append(Batch(*values))
-        found = []
-        for row in self.db.execute(
-            f"SELECT * FROM runs WHERE {where} ORDER BY id", parameters or {}
-        ):
+        batches, found = dict[int, list[Batch]](), []
+        for run_id, *batch in self.db.execute(query, values):
+            batches.setdefault(run_id, []).append(Batch(*batch))
+        for row in self.db.execute(f"SELECT * FROM runs WHERE {where} ORDER BY id", values):
             facts = {name: row[name] for name in columns(Run)}
             facts |= {name: bool(row[name]) for name in ("forced", "deadline_told")}
             facts |= {"phase": Phase(row["phase"]), "batches": tuple(batches.get(row["id"], ()))}
             since = [row[f"unknown_{name}"] for name in columns(BootTime)]
             facts["unknown_since"] = None if since[0] is None else BootTime(*since)
-            target = Target(*(row[name] for name in columns(Target)))
-            found.append(Run(**facts, target=target))
+            found.append(Run(**facts, target=Target(*(row[name] for name in columns(Target)))))
         return found
 
-    def runs_for(self, jobs: Mapping[str, Job], *, recent: bool = True) -> list[Run]:
-        """Return what a config is about: unfinished runs, and those of its batch ids.
+    def runs_for(self, jobs: Mapping[str, Job]) -> list[Run]:
+        """Return what a config is about: unfinished runs, those of its batch ids, and attention.
 
-        Of a job with `match` there are also the last five finished runs (`recent`) and those that
-        need attention; of a job that is gone, what may be at Keboola.
+        Of a job with `match` also the last five finished; of one that is gone, what may
+        be at Keboola.
         """
         in_config = "+job IN (SELECT value FROM json_each(:names))"  # +: by the partial index
         where = f"""id IN (
@@ -2594,12 +2429,11 @@ class Store:
                 FROM runs WHERE phase = 'finished' AND job IN (SELECT value FROM json_each(:match))
             ) WHERE place <= 5)"""
         keys = [compact_json(sorted(job.batch_ids)) for job in jobs.values() if not job.match]
-        matching = [name for name, job in jobs.items() if job.match and recent]
+        matching = [name for name, job in jobs.items() if job.match]
         values = {"names": [*jobs], "keys": keys, "match": matching}
         return self.runs(where, {name: compact_json(value) for name, value in values.items()})
 
     def groups(self, job: str, groups: Iterable[str]) -> dict[str, Run]:
-        """Return the runs of a job's groups, by group."""
         where = 'job = :job AND "group" IN (SELECT value FROM json_each(:groups))'
         found = self.runs(where, {"job": job, "groups": compact_json(list(groups))})
         return {run.group: run for run in found}
@@ -2623,11 +2457,9 @@ class Store:
     ) -> list[Event]:
         """Return events with a higher number, of one job or run or of all; the last, in order."""
         about = "" if name is None else "AND job = :job AND (:name = :job OR run = :name)"
-        job = name and name.partition("/")[0]
-        rows = self.db.execute(
-            f"SELECT * FROM events WHERE id > :after {about} ORDER BY id DESC LIMIT :most",
-            {"after": after, "name": name, "job": job, "most": -1 if most is None else most},
-        ).fetchall()
+        query = f"SELECT * FROM events WHERE id > :after {about} ORDER BY id DESC LIMIT :most"
+        values = {"after": after, "name": name, "job": name and name.partition("/")[0]}
+        rows = self.db.execute(query, values | {"most": -1 if most is None else most}).fetchall()
         return [Event(**dict(row) | {"fields": json.loads(row["fields"])}) for row in rows[::-1]]
 
     def stats(self) -> dict[str, SecretStats]:
@@ -2644,10 +2476,8 @@ class Store:
         return insert("meta", key=key, value=json.dumps(value))
 
     def prune(self, jobs: Mapping[str, Job], retention_s: float, now: float) -> None:
-        """Drop old events, and finished groups that no list is read back to. Folds the WAL in.
-
-        The newest event stays (no number is given twice), and what a webhook has not had yet.
-        """
+        """Drop old events, and finished groups that no list is read back to. Folds the WAL in."""
+        # The newest event stays (no number is given twice), and what a webhook has not had yet.
         before, newest = now - retention_s, self.last_event_id()
         told = self.one("SELECT min(told_up_to) FROM webhooks")
         most = min(newest - 1, newest if told is None else told)
@@ -2671,14 +2501,6 @@ class Store:
 # ==================================================================================================
 
 PATIENCE_S: Final = 10.0  # the longest wait for one retry; whatever takes longer is scheduled
-REQUEST_S: Final = 60.0  # a request with all of its retries
-OWN_HEADERS: Final = {"User-Agent": f"teckochecker/{__version__}", "Accept-Encoding": "identity"}
-
-# What keeps httpx from sending: a bad header, no certificates, a closed client, a SOCKS proxy.
-LOCAL_ERRORS: Final = (ValueError, OSError, RuntimeError, ImportError)
-
-# Is told what became of a request with a secret, and the time that the server's `Date` says.
-Note = Callable[[ApiError | None, float | None], None]
 
 
 def as_dict(value: object) -> dict[str, Any]:
@@ -2686,7 +2508,10 @@ def as_dict(value: object) -> dict[str, Any]:
 
 
 def text_or_none(value: object, limit: int = 300) -> str | None:
-    """Return a JSON string as one clean line, or None for anything else, also the empty one."""
+    """Return a text, the message of an object, or the first of a list's, as one clean line."""
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, dict):
+        value = value.get("message") or value.get("msg")
     return one_line(value, limit) or None if isinstance(value, str) else None
 
 
@@ -2700,103 +2525,41 @@ def time_or_none(value: object) -> float | None:
     return float(count) if count and count < 4e9 else None
 
 
-def id_or_none(data: Mapping[str, Any], key: str) -> str | None:
-    """Return a file's id, which is never cut. Raises ValueError for what is too long to be one."""
-    value = data.get(key)
-    if not isinstance(value, str) or not value:
-        return None
-    if len(value) > 4096 or not value.isprintable():
-        raise ValueError(f"has a {key} that is no id ({len(value):,} characters)")
-    return value
-
-
 def id_text(value: object) -> str:
     """Return one of Keboola's ids, which come as text or number, or "" for anything else."""
     is_id = isinstance(value, str | int) and not isinstance(value, bool)
     return one_line(str(value), 64) if is_id else ""
 
 
-def error_text(value: object) -> str | None:
-    """Return what an error says: a text, the message of an object, or the first one of a list."""
-    value = value[0] if isinstance(value, list) and value else value
-    if isinstance(value, dict):
-        value = value.get("message") or value.get("msg")
-    return text_or_none(value)
-
-
-def http_date(text: str | None) -> float | None:
-    """Return a date of an HTTP header (RFC 9110, each of its three forms) as Unix seconds."""
-    try:
-        at = email.utils.parsedate_to_datetime(text or "")
-        return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
 def parse_batch(data: object, batch_id: str) -> Batch:
     """Return a batch of OpenAI, or of what is like it. Raises ValueError for what is none."""
     if not isinstance(data, dict):
         raise ValueError("is not an object")
-    status = (text_or_none(data.get("status"), 64) or "").lower().replace("canceled", "cancelled")
+    status = text_or_none(data.get("status"), 64) if isinstance(data.get("status"), str) else None
     if not status:
         raise ValueError("has no status")
+    status = status.lower().replace("canceled", "cancelled")
     if data.get("id") is not None and data["id"] != batch_id:
         raise ValueError("has another id")
     counts, errors = as_dict(data.get("request_counts")), data.get("errors")
+    names = ("total", "completed", "failed")
+    facts: dict[str, Any] = {name: count_or_none(counts.get(name)) for name in names}
+    for key in ("output_file_id", "error_file_id"):  # they are never cut
+        value = data.get(key)
+        facts[key] = value if isinstance(value, str) and value else None
+        if facts[key] and (len(facts[key]) > 4096 or not facts[key].isprintable()):
+            raise ValueError(f"has a {key} that is no id ({len(facts[key]):,} characters)")
     ended = (data.get(f"{name}_at") for name in (status, "completed", "failed", "expired"))
     ended_at = next(filter(None, map(time_or_none, ended)), None)
     return Batch(
         batch_id,
         status,
-        count_or_none(counts.get("total")),
-        count_or_none(counts.get("completed")),
-        count_or_none(counts.get("failed")),
-        output_file_id=id_or_none(data, "output_file_id"),
-        error_file_id=id_or_none(data, "error_file_id"),
+        **facts,
         created_at=time_or_none(data.get("created_at")),
         expires_at=time_or_none(data.get("expires_at")),
         ended_at=ended_at if STATUS_RANK.get(status) == 3 else None,
-        error=error_text(errors.get("data") if isinstance(errors, dict) else errors),
+        error=text_or_none(errors.get("data") if isinstance(errors, dict) else errors),
     )
-
-
-def parse_keboola_job(row: object, what: str) -> KeboolaJob:
-    """Return a job of Keboola's queue. Raises ApiError, which begins with `what`, if it is none."""
-    if not isinstance(row, dict):
-        raise ApiError(f"{what} is not an object")
-    job_id = id_text(row.get("id"))
-    if not job_id:
-        raise ApiError(f"{what} has no id")
-    created = None
-    with contextlib.suppress(ValueError, OverflowError):
-        at = datetime.fromisoformat(str(row.get("createdTime")))
-        at = at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
-        created = at if at.year < 9999 else None
-    status = text_or_none(row.get("status"), 64)
-    is_finished = row.get("isFinished")
-    if not isinstance(is_finished, bool):
-        is_finished = status in {"success", "warning", "error", "terminated", "cancelled"}
-    project = id_text(as_dict(row.get("project")).get("id"))
-    result = as_dict(row.get("result"))
-    message = text_or_none(result.get("message"), 1000)
-    if exception_id := text_or_none(as_dict(result.get("error")).get("exceptionId")):
-        message = f"{message or 'no message'} (exceptionId {exception_id})"
-    trigger = carried_trigger_id(row.get("variableValuesData"))
-    return KeboolaJob(job_id, status, is_finished, project, message, created, trigger)
-
-
-def carried_trigger_id(data: object) -> str | None:
-    """Return the trigger id among a job's variables; "" is another's, None is not told."""
-    values = data.get("values") if isinstance(data, dict) else data
-    if not isinstance(values, list) or not values:
-        return None
-    for item in map(as_dict, values):
-        if item.get("name") == "teckochecker_trigger_id":
-            return str(item.get("value"))
-    return ""
-
-
-# --- Http -----------------------------------------------------------------------------------------
 
 
 class TooLargeError(ApiError):
@@ -2804,10 +2567,7 @@ class TooLargeError(ApiError):
 
 
 class DaemonThreads(ThreadPoolExecutor):
-    """Gives each call a thread of its own, so that no other call and no exit waits for it.
-
-    The loop resolves names with its executor, and a dead resolver takes 25 s for each.
-    """
+    """Gives each call a thread: nothing waits for what a dead resolver takes 25 s for."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
         future: Future[Any] = Future()
@@ -2880,30 +2640,32 @@ class Answer:
         data: dict[str, Any] = {}
         with contextlib.suppress(ApiError):
             data = as_dict(self.json())
-        found = [error_text(data.get(key)) for key in ("error", "message", "reason", "detail")]
+        found = [text_or_none(data.get(key)) for key in ("error", "message", "reason", "detail")]
         words = next((f": {text}" for text in found if text and text != "error"), "")
         if words and data.get("status") == "maintenance":
             words = f": maintenance{words}"
         exception_id = text_or_none(data.get("exceptionId"), 100)
         return f"{words} (exceptionId {exception_id})" if exception_id else words
 
-    def asked_wait_s(self) -> float | None:
-        """Return how long the server asks to wait; a date is compared with its own clock."""
-        for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-            if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text := self.headers.get(name, "").strip()):
-                return float(text) / unit
-        until = http_date(self.headers.get("retry-after"))
-        now = http_date(self.headers.get("date")) or time.time()
-        return None if until is None else max(0.0, until - now)
+    def date(self, header: str) -> float | None:
+        """Return a date in a header (RFC 9110, each of its three forms) as Unix seconds."""
+        try:
+            at = email.utils.parsedate_to_datetime(self.headers.get(header, ""))
+            return at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+        except (ValueError, TypeError, OverflowError):
+            return None
 
     def error(self, message: str, *, retryable: bool = False) -> ApiError:
-        return ApiError(
-            f"{message}, with status {self.status}" if self.is_success else message,
-            status=self.status,
-            retryable=retryable,
-            retry_after_s=self.asked_wait_s(),
-            request_id=one_line(self.headers.get("x-request-id", ""), 100),
-        )
+        """Return what is wrong with the answer, and how long the server asks to wait."""
+        asked_s = None
+        if until := self.date("retry-after"):  # compared with the server's own clock
+            asked_s = max(0.0, until - (self.date("date") or time.time()))
+        for name, unit in (("retry-after", 1), ("retry-after-ms", 1000)):
+            if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", text := self.headers.get(name, "").strip()):
+                asked_s = float(text) / unit
+        message = f"{message}, with status {self.status}" if self.is_success else message
+        request_id = one_line(self.headers.get("x-request-id", ""), 100)
+        return ApiError(message, self.status, retryable, asked_s, request_id=request_id)
 
 
 class Http:
@@ -2938,7 +2700,10 @@ class Http:
                 trust_env=False,  # `rules` is what the environment says
                 timeout=None,  # noqa: S113 - `_fetch` has a deadline for the whole
                 follow_redirects=False,  # a redirect would carry the token to another host
-                headers=OWN_HEADERS,
+                headers={
+                    "User-Agent": f"teckochecker/{__version__}",
+                    "Accept-Encoding": "identity",
+                },
                 limits=httpx.Limits(max_keepalive_connections=kept, keepalive_expiry=30),
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # takes none
             )
@@ -2951,32 +2716,28 @@ class Http:
     async def get(
         self, url: str, headers: Mapping[str, str], params: Mapping[str, str], timeout_s: float
     ) -> Answer:
-        """Return the answer to one GET. Raises ApiError where none came in time."""
         parts = {"headers": headers, "params": params or None}
         return await self._fetch("GET", url, max(1.0, timeout_s), parts)
 
     async def post(
         self, url: str, headers: Mapping[str, str], body: str, timeout_s: float = math.inf
     ) -> Answer:
-        """Return the answer to one POST. Raises ApiError, which tells if the server may know it."""
-        events: list[str] = []
-
-        async def trace(event: str, _: object) -> None:
-            events.append(event)
-
-        parts = {"headers": headers, "content": body, "extensions": {"trace": trace}}
-        try:
-            return await self._fetch("POST", url, timeout_s, parts)
-        except ApiError as error:
-            error.sent = any(event.endswith("send_request_headers.started") for event in events)
-            raise
+        return await self._fetch("POST", url, timeout_s, {"headers": headers, "content": body})
 
     async def _fetch(
         self, method: str, url: str, timeout_s: float, parts: Mapping[str, Any]
     ) -> Answer:
-        """Send one request; httpx's own time-outs are per read, which a drip of bytes outlives."""
+        """Return the whole answer. Raises ApiError, which tells if the server may know of it."""
+        # httpx's own time-outs are per read, which a drip of bytes outlives.
         timeout_s = min(self.timeout_s, timeout_s)
-        body = bytearray()
+        body, events = bytearray(), list[str]()
+
+        async def trace(event: str, _: object) -> None:
+            events.append(event)
+
+        # Beside httpx's own: a bad header, no certificates, a closed client, a SOCKS proxy.
+        local_errors = (ValueError, OSError, RuntimeError, ImportError)
+        parts = {**parts, "extensions": {"trace": trace}}
         try:
             stream = self._client(method, url).stream(method, url, **parts)
             async with self._places, asyncio.timeout(timeout_s), stream as response:
@@ -2987,117 +2748,107 @@ class Http:
                     body += chunk
                     if len(body) > MAX_FILE_BYTES:
                         raise TooLargeError("the answer is over 16 MiB", retryable=True)
+            headers = {name: self._redactor.text(text) for name, text in response.headers.items()}
+            clean = self._redactor.body(bytes(body), is_data=response.is_success)
+            return Answer(response.status_code, headers, clean)
         except TimeoutError:
             message = f"no whole answer within {show_duration(timeout_s)}"
-            raise ApiError(message, retryable=True) from None
-        except (httpx.HTTPError, httpx.InvalidURL, *LOCAL_ERRORS) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, *local_errors) as error:
             text = one_line(self._redactor.text(str(error)), 200)  # in this order: no half a secret
             message = f"{type(error).__name__}: {text}" if text else type(error).__name__
             if "CERTIFICATE" in text or isinstance(error, FileNotFoundError):
                 message += "; where a proxy inspects TLS, SSL_CERT_FILE names its authority's file"
-            raise ApiError(message, retryable=True) from None
-        headers = {name: self._redactor.text(text) for name, text in response.headers.items()}
-        clean = self._redactor.body(bytes(body), is_data=response.is_success)
-        return Answer(response.status_code, headers, clean)
+        sent = any(event.endswith("send_request_headers.started") for event in events)
+        raise ApiError(message, retryable=True, sent=sent)
 
 
-async def with_retries(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # noqa: ANN401
-    """Return what `attempt(seconds left)` returns, repeated while that may help; else its ApiError.
+@dataclass(eq=False)
+class Client:
+    """A server, asked with one secret; `note` is told of each request's error, or None."""
 
-    It never waits longer than PATIENCE_S at a time; what needs more is for the next poll.
-    """
-    until = time.monotonic() + REQUEST_S
-    exponential = tenacity.wait_exponential(multiplier=0.5, max=8) + tenacity.wait_random(0, 0.5)
+    entry: SecretEntry
+    token: Secret
+    http: Http
+    clock: Clock
+    note: Callable[[ApiError | None], None]
+    server = ""  # its name in messages
 
-    def wait(state: tenacity.RetryCallState) -> float:
-        asked_s = getattr(state.outcome and state.outcome.exception(), "retry_after_s", None)
-        return exponential(state) if asked_s is None else float(asked_s)
+    def __post_init__(self) -> None:
+        self.name = self.entry.name
+        self._skew_s = 0.0  # how far the server's clock is ahead of ours
 
-    def stop(state: tenacity.RetryCallState) -> bool:
-        wait_s = state.upcoming_sleep
-        is_late = wait_s > PATIENCE_S or time.monotonic() + wait_s > until - 1
-        return is_late or state.attempt_number >= 4
+    async def _checked(self, request: Awaitable[Answer]) -> Answer:
+        """Return a successful answer. Raises ApiError with the server's words for another one."""
+        try:
+            answer = await request
+            if date := answer.date("date"):
+                self._skew_s = date - self.clock.now()
+            if not answer.is_success:
+                retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
+                asked = answer.headers.get("x-should-retry", "")
+                retryable = {"true": True, "false": False}.get(asked, retryable)
+                message = f"{self.server} answered {answer.status}{answer.words()}"
+                raise answer.error(message, retryable=retryable)
+        except ApiError as error:
+            self.note(error)
+            raise
+        self.note(None)
+        return answer
 
-    # Only ApiError: cancellation must get through.
-    retry = tenacity.retry_if_exception(lambda e: isinstance(e, ApiError) and e.retryable)
+    @staticmethod
+    async def retried(attempt: Callable[[float], Awaitable[Any]]) -> Any:  # noqa: ANN401
+        """Return what `attempt(seconds left)` does, repeated while that may help; else raise."""
+        until = time.monotonic() + MINUTE_S
+        exponential = tenacity.wait_exponential(0.5, max=8) + tenacity.wait_random(0, 0.5)
 
-    @tenacity.retry(retry=retry, wait=wait, stop=stop, reraise=True)
-    async def next_attempt() -> Any:  # noqa: ANN401
-        return await attempt(until - time.monotonic())
+        def wait(state: tenacity.RetryCallState) -> float:
+            asked_s = getattr(state.outcome and state.outcome.exception(), "retry_after_s", None)
+            return exponential(state) if asked_s is None else float(asked_s)
 
-    return await next_attempt()
+        def stop(state: tenacity.RetryCallState) -> bool:
+            left_s = min(PATIENCE_S, until - 1 - time.monotonic())
+            return state.upcoming_sleep > left_s or state.attempt_number >= 4
 
+        # Only ApiError: cancellation must get through.
+        retry = tenacity.retry_if_exception(lambda e: isinstance(e, ApiError) and e.retryable)
 
-async def noted(request: Awaitable[Answer], server: str, note: Note) -> Answer:
-    """Return a successful answer; else raise ApiError with the server's words. Tells of both."""
-    date = None
-    try:
-        answer = await request
-        date = http_date(answer.headers.get("date"))
-        if not answer.is_success:
-            retryable = answer.status in {408, 409, 429} or not 400 <= answer.status < 500
-            asked = answer.headers.get("x-should-retry", "")
-            retryable = {"true": True, "false": False}.get(asked, retryable)
-            message = f"{server} answered {answer.status}{answer.words()}"
-            raise answer.error(message, retryable=retryable)
-    except ApiError as error:
-        note(error, date)
-        raise
-    note(None, date)
-    return answer
+        @tenacity.retry(retry=retry, wait=wait, stop=stop, reraise=True)
+        async def next_attempt() -> Any:  # noqa: ANN401
+            return await attempt(until - time.monotonic())
 
-
-# --- Keboola --------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Search:
-    """The last search of a configuration's jobs; all who asked before it began go by it."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    began: BootTime = BootTime(0.0, "", -math.inf)
-    since: float = math.inf
-    jobs: list[KeboolaJob] = field(default_factory=list)  # without those that are another's
-    failure: ApiError | None = None  # why it is incomplete
+        return await next_attempt()
 
 
-class Keboola:
+class Keboola(Client):
     """One stack and token. Source: Keboola's API documents, Job Queue API and Storage API."""
 
-    def __init__(
-        self, entry: SecretEntry, token: Secret, http: Http, clock: Clock, note: Note
-    ) -> None:
-        self.name = entry.name
-        self.stack_url = entry.stack_url
-        self.token = token
+    server = "Keboola"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stack_url = self.entry.stack_url
         self.unreadable: dict[str, ApiError] = {}  # old jobs that answered 403 or 404
-        self._http = http
-        self._clock = clock
-        self._note = note
-        self._headers = {"X-StorageApi-Token": token.reveal()}
-        self._skew_s = 0.0  # how far Keboola's clock is ahead of ours
         self._project = ""
         self._queue_url = ""
+        self._headers = {"X-StorageApi-Token": self.token.reveal()}
         self._carried: dict[str, str] = {}  # job id -> trigger id, of rows that did not tell
-        self._searches: dict[tuple[str, str], Search] = {}
-
-    def _noted(self, error: ApiError | None, date: float | None) -> None:
-        if date is not None:
-            self._skew_s = date - self._clock.now()
-        self._note(error, date)
+        # Of each configuration: when the last search began, from when on, its jobs without those
+        # that are another's, and why it is incomplete.
+        self._searches: dict[str, tuple[BootTime, float, list[KeboolaJob], ApiError | None]] = {}
+        self._locks = collections.defaultdict[str, asyncio.Lock](asyncio.Lock)
 
     async def _get(self, url: str, params: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
         async def attempt(left_s: float) -> Any:  # noqa: ANN401
             try:
-                got = self._http.get(url, self._headers, params, left_s)
-                return (await noted(got, "Keboola", self._noted)).json()
+                got = self.http.get(url, self._headers, params, left_s)
+                return (await self._checked(got)).json()
             except ApiError as error:
                 error.sent = False  # a GET starts nothing
                 if isinstance(error, TooLargeError):
                     error.retryable = False  # a smaller page is asked for
                 raise
 
-        return await with_retries(attempt)
+        return await self.retried(attempt)
 
     async def _storage(self, path: str) -> dict[str, Any]:
         return as_dict(await self._get(f"{self.stack_url}/v2/storage{path}", {}))
@@ -3135,45 +2886,71 @@ class Keboola:
         path = f"{branch}/components/{target.component_id}/configs/{target.config_id}"
         return await self._storage(path)
 
+    @staticmethod
+    def _parse_job(row: object, what: str) -> KeboolaJob:
+        """Return a job of the queue. Raises ApiError, which begins with `what`, if it is none."""
+        if not isinstance(row, dict):
+            raise ApiError(f"{what} is not an object")
+        if not (job_id := id_text(row.get("id"))):
+            raise ApiError(f"{what} has no id")
+        created = None
+        with contextlib.suppress(ValueError, OverflowError):
+            at = datetime.fromisoformat(str(row.get("createdTime")))
+            at = at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
+            created = at if at.year < 9999 else None
+        status, is_finished = text_or_none(row.get("status"), 64), row.get("isFinished")
+        if not isinstance(is_finished, bool):
+            is_finished = status in {"success", "warning", "error", "terminated", "cancelled"}
+        project = id_text(as_dict(row.get("project")).get("id"))
+        result = as_dict(row.get("result"))
+        message = text_or_none(result.get("message"), 1000)
+        if exception_id := text_or_none(as_dict(result.get("error")).get("exceptionId")):
+            message = f"{message or 'no message'} (exceptionId {exception_id})"
+        variables = row.get("variableValuesData")
+        values = variables.get("values") if isinstance(variables, dict) else variables
+        trigger = None  # it does not tell
+        if isinstance(values, list) and values:
+            ours = [v for v in map(as_dict, values) if v.get("name") == "teckochecker_trigger_id"]
+            trigger = str(ours[0].get("value")) if ours else ""
+        return KeboolaJob(job_id, status, is_finished, project, message, created, trigger)
+
     async def create(self, payload: str) -> KeboolaJob:
         """Start a job, in one attempt. A 2xx without a readable id is an ApiError too."""
         headers = {**self._headers, "Content-Type": "application/json"}
-        posted = self._http.post(f"{await self.queue_url()}/jobs", headers, payload)
-        answer = await noted(posted, "Keboola", self._noted)
+        url = f"{await self.queue_url()}/jobs"
+        answer = await self._checked(self.http.post(url, headers, payload))
         what = f"Keboola's answer is not a job{answer.words()}: it"
-        return parse_keboola_job(answer.json(), what)
+        return self._parse_job(answer.json(), what)
 
     async def job(self, job_id: str) -> KeboolaJob:
         """Return a job. Raises ApiError, with status 404 where it was deleted."""
         url = f"{await self.queue_url()}/jobs/{urllib.parse.quote(job_id, safe='')}"
-        return parse_keboola_job(await self._get(url, {}), f"Keboola's job {job_id}")
+        return self._parse_job(await self._get(url, {}), f"Keboola's job {job_id}")
 
     async def search(
         self, target: Target, since: float, trigger: str
     ) -> tuple[BootTime, list[KeboolaJob]]:
         """Return when a search began, and the jobs that carry a trigger id, the oldest first.
 
-        That there is none is said only after a complete search that began after the call; ApiError
-        else. What an earlier one has shown needs no other. `since` is by our clock.
+        That there is none is said only after a complete search that began after the call.
         """
-        asked = self._clock.boot_time()
+        asked = self.clock.boot_time()
         since -= since % HOUR_S  # so that runs of about the same time share one search
-        key = (target.component_id, target.config_id)
-        search = self._searches.setdefault(key, Search())
-        async with search.lock:
-            is_fresh = search.began.uptime_s >= asked.uptime_s and search.since <= since
-            if not is_fresh and not self._carriers(search.jobs, trigger):
-                search.began, search.since, search.jobs = self._clock.boot_time(), since, []
-                search.failure = ApiError("the search was interrupted")
+        key = f"{target.component_id} {target.config_id}"
+        async with self._locks[key]:  # all who asked before a search began go by it
+            began, from_s, jobs, failure = self._searches.get(key, (asked, math.inf, [], None))
+            is_fresh = began.uptime_s >= asked.uptime_s and from_s <= since
+            if not is_fresh and not self._carriers(jobs, trigger):
+                began, jobs, failure = self.clock.boot_time(), [], None
                 try:
-                    await self._read_pages(target, search)
-                    search.failure = None
+                    await self._read_pages(target, since, jobs)
                 except ApiError as error:
-                    search.failure = error
-            ours = self._carriers(search.jobs, trigger)
-            if not ours and search.failure:
-                raise search.failure
-            return search.began, ours
+                    failure = error
+                self._searches[key] = began, since, jobs, failure
+            ours = self._carriers(jobs, trigger)
+            if not ours and failure:
+                raise failure
+            return began, ours
 
     async def recent(self, target: Target, trigger: str) -> list[KeboolaJob]:
         """Return what the deprecated list of jobs shows of a run; it may be ahead of the search."""
@@ -3189,11 +2966,11 @@ class Keboola:
         rows = await self._get(f"{await self.queue_url()}/{path}", params)
         if not isinstance(rows, list):
             raise ApiError("Keboola's job list is not a list")
-        return [parse_keboola_job(row, "a row of Keboola's job list") for row in rows]
+        return [self._parse_job(row, "a row of Keboola's job list") for row in rows]
 
-    async def _read_pages(self, target: Target, search: Search) -> None:
-        """Fill a search, newest jobs first. Raises ApiError where that is not all of them."""
-        since = datetime.fromtimestamp(max(0, int(search.since + self._skew_s)), UTC)
+    async def _read_pages(self, target: Target, since_s: float, found: list[KeboolaJob]) -> None:
+        """Add what may be ours, newest first. Raises ApiError where that is not all of it."""
+        since = datetime.fromtimestamp(max(0, int(since_s + self._skew_s)), UTC)
         params = {
             "componentId": target.component_id,
             "configId": target.config_id,
@@ -3215,7 +2992,7 @@ class Keboola:
             longest = max(longest, len(jobs))
             fresh = [job for job in jobs if job.id not in seen]
             seen |= {job.id for job in fresh}
-            search.jobs += [job for job in fresh if job.trigger_id != ""]
+            found += [job for job in fresh if job.trigger_id != ""]
             await self._read_silent(fresh)
             ids = [job.id for job in jobs]
             has_no_offset = offset > 0 and ids == before and len(jobs) < limit
@@ -3247,45 +3024,35 @@ class Keboola:
         await asyncio.gather(*map(read, silent))
 
 
-# --- OpenAI ---------------------------------------------------------------------------------------
-
-
-class OpenAI:
+class OpenAI(Client):
     """One OpenAI key. Source: OpenAI's API reference, `GET /batches/{id}` and `GET /batches`."""
 
-    def __init__(
-        self, entry: SecretEntry, key: Secret, http: Http, clock: Clock, note: Note
-    ) -> None:
-        self.name = entry.name
-        self.answered_at: dict[str, float] = {}  # uptime of batches' last own answers
-        self._http = http
-        self._clock = clock
-        self._note = note
-        self._base_url = entry.base_url
-        bearer = "Bearer " if entry.auth_header == "Authorization" else ""
+    server = "OpenAI"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bearer = "Bearer " if self.entry.auth_header == "Authorization" else ""
         headers = {
-            entry.auth_header: f"{bearer}{key.reveal()}",
-            "OpenAI-Organization": entry.organization,
-            "OpenAI-Project": entry.project,
+            self.entry.auth_header: f"{bearer}{self.token.reveal()}",
+            "OpenAI-Organization": self.entry.organization,
+            "OpenAI-Project": self.entry.project,
         }
         self._headers = {name: value for name, value in headers.items() if value}
-        self._params = {"api-version": entry.api_version} if entry.api_version else {}
-        self._silences = 0  # requests in a row that no answer came to
-        self._held_until = -math.inf  # uptime
-        self._held_by = ApiError("")
+        version = self.entry.api_version
+        self._params = {"api-version": version} if version else {}
+        self.answered_at: dict[str, float] = {}  # uptime of unfinished batches' last own answers
+        self._held_until, self._held_by = -math.inf, ApiError("")  # uptime; the last 429
 
     async def _get(self, path: str, params: Mapping[str, str], left_s: float) -> Answer:
-        url, all_params = f"{self._base_url}{path}", {**self._params, **params}
-        got = self._http.get(url, self._headers, all_params, left_s)
-        return await noted(got, "OpenAI", self._note)
+        url, all_params = f"{self.entry.base_url}{path}", {**self._params, **params}
+        return await self._checked(self.http.get(url, self._headers, all_params, left_s))
 
     def refusal(self) -> ApiError | None:
         """Return what the account waits for, and how long, where it does."""
-        left_s = self._held_until - self._clock.uptime_s()
+        left_s = self._held_until - self.clock.uptime_s()
         if left_s <= 0:
             return None
-        error = self._held_by
-        return ApiError(str(error), status=error.status, retryable=True, retry_after_s=left_s)
+        return ApiError(str(self._held_by), 429, retryable=True, retry_after_s=left_s)
 
     async def ask(self, batch_id: str) -> Batch:
         """Return a batch's own answer, the one that counts. Raises ApiError after the retries."""
@@ -3300,34 +3067,24 @@ class OpenAI:
                 message = f"OpenAI's answer is not a batch: it {error}{answer.words()}"
                 raise answer.error(message, retryable=True) from None
             except ApiError as error:
-                self._take_in(error)
+                until = self.clock.uptime_s() + min(error.retry_after_s or 0.0, HOUR_S)
+                if error.status == 429 and until > self._held_until:
+                    self._held_until, self._held_by = until, error
+                if error.status == 404:
+                    causes = "the batch was deleted, or the key belongs to another OpenAI project"
+                    error.message = f"{str(error).rstrip('.')}: {causes}, or base_url is wrong"
                 raise
 
-        batch: Batch = await with_retries(attempt)
-        self._silences = 0
-        self.answered_at[batch_id] = self._clock.uptime_s()
+        batch: Batch = await self.retried(attempt)
+        self.answered_at[batch_id] = self.clock.uptime_s()
+        if batch.is_terminal:
+            del self.answered_at[batch_id]
         return batch
 
-    def _take_in(self, error: ApiError) -> None:
-        """Hold the account back where a failure says so, and say what a 404 means."""
-        self._silences = self._silences + 1 if error.status is None else 0
-        held_s = min(error.retry_after_s or 0.0, HOUR_S) if error.status == 429 else 0.0
-        if self._silences >= 5:  # a dead server would keep all places busy up to their deadlines
-            held_s = 2 * PATIENCE_S
-        until = self._clock.uptime_s() + held_s
-        if until > self._held_until:
-            self._held_until, self._held_by = until, error
-        if error.status == 404:
-            causes = "the batch was deleted, or the key belongs to another OpenAI project"
-            error.message = f"{error}: {causes}, or base_url is wrong"
-
     async def page(self, cursor: str | None) -> tuple[list[dict[str, Any]], bool]:
-        """Return a page of the list, from the newest or after one batch, and if more come.
-
-        Raises ApiError, without retries: what it would have shown is asked for one by one.
-        """
+        """Return a page of the list, and if more come. Not retried: single requests can do it."""
         params = {"limit": "100"} | ({"after": cursor} if cursor else {})
-        answer = await self._get("/batches", params, REQUEST_S)
+        answer = await self._get("/batches", params, math.inf)
         data = answer.json()
         rows = data.get("data") if isinstance(data, dict) else None
         if not isinstance(rows, list):
@@ -3354,9 +3111,8 @@ class LogWriter:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise TeckoError(
-                f"cannot go on: {error}", "allow more (TasksMax=, ulimit -u)"
-            ) from None
+            hint = "allow more (TasksMax=, ulimit -u)"
+            raise TeckoError(f"cannot go on: {error}", hint) from None
 
     def msg(self, line: str) -> None:
         try:
@@ -3387,14 +3143,13 @@ class LibraryLog(logging.Handler):
     """Passes on what a library has to say."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = one_line(record.getMessage(), 1000)
+        text = one_line(record.getMessage(), 100_000)  # not cut: half a token would not be known
         say(Event.of("library_warning", logger=record.name, message=text))
 
 
 def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> None:
     """Send events, and the warnings of libraries, to standard error through one redactor."""
-    is_console = config.log_format == "console"
-    is_console = is_console or (config.log_format == "auto" and os.isatty(2))
+    is_console = {"console": True, "json": False}.get(config.log_format, os.isatty(2))
     status = os.fstat(2)
     is_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     priorities = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>"}
@@ -3417,9 +3172,8 @@ def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> 
     )
     logging.getLogger().handlers = [LibraryLog()]
     logging.getLogger().setLevel(logging.WARNING)  # httpx logs URLs at INFO, httpcore headers
-    logging.getLogger("concurrent.futures").setLevel(
-        logging.CRITICAL
-    )  # DaemonThreads: results that nobody awaits
+    threads = logging.getLogger("concurrent.futures")
+    threads.setLevel(logging.CRITICAL)  # DaemonThreads: results that nobody awaits
 
 
 def say(event: Event) -> None:
@@ -3432,11 +3186,9 @@ class ServiceManager:
     """The service manager's side of the process (sd_notify(3)); silent where there is none."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        address = env.get("NOTIFY_SOCKET", "")
+        address, watchdog_us = env.get("NOTIFY_SOCKET", ""), env.get("WATCHDOG_USEC", "")
         self._address = "\0" + address[1:] if address[:1] == "@" else address
-        is_ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        watchdog_us = env.get("WATCHDOG_USEC", "")
-        self.watchdog_s = int(watchdog_us) / 1e6 if is_ours and watchdog_us.isdigit() else None
+        self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us.isdigit() else math.inf
 
     def send(self, *lines: str) -> None:
         if self._address:
@@ -3457,6 +3209,22 @@ async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
 # --- one OpenAI account ---------------------------------------------------------------------------
 
 Poll = tuple[int, Mapping[str, Batch | ApiError], float]  # a run's number, answers, when it began
+
+
+def creation_times(rows: Iterable[Mapping[str, Any]]) -> list[float]:
+    return [at for row in rows if (at := time_or_none(row.get("created_at")))]
+
+
+def row_of(row: Mapping[str, Any]) -> Row:
+    """Return a row of the list for finding; that it is finished, or unreadable, is only a hint."""
+    batch = Batch(row["id"], created_at=time_or_none(row.get("created_at")))
+    with contextlib.suppress(ValueError):
+        if not (read := parse_batch(row, batch.id)).is_terminal:
+            batch = read
+    pairs = as_dict(row.get("metadata")).items()
+    texts = {key: value for key, value in pairs if isinstance(value, str)}
+    # SQLite stores no lone surrogate, and its JSON ends at a NUL: no such value is one of ours.
+    return Row(batch, {k: v for k, v in texts.items() if not re.search("[\0\ud800-\udfff]", v)})
 
 
 @dataclass(slots=True)
@@ -3498,8 +3266,7 @@ class ListReading:
         for row in rows:
             if known := self.known.get(row["id"]):
                 self._read_row(row, known)
-        ages = creation_times(rows[:1]) + creation_times(rows[-1:])
-        if len(ages) == 2 and len(rows) > 1:
+        if len(ages := creation_times(rows)) > 1:
             self.span_s = max(ages) - min(ages)
         return len(due)
 
@@ -3521,56 +3288,6 @@ class ListReading:
                 told: dict[str, Any] = {name: count_or_none(counts.get(name)) for name in names}
                 known = replace(known, **told) if None not in told.values() else known
             self.unchanged[known.id] = known
-
-
-def creation_times(rows: Iterable[Mapping[str, Any]]) -> list[float]:
-    return [at for row in rows if (at := time_or_none(row.get("created_at")))]
-
-
-def row_of(row: Mapping[str, Any]) -> Row:
-    """Return a row of the list for finding; that it is finished, or unreadable, is only a hint."""
-    batch = Batch(row["id"], created_at=time_or_none(row.get("created_at")))
-    with contextlib.suppress(ValueError):
-        if not (read := parse_batch(row, batch.id)).is_terminal:
-            batch = read
-    pairs = as_dict(row.get("metadata")).items()
-    texts = {key: value for key, value in pairs if isinstance(value, str)}
-    # SQLite stores no lone surrogate, and its JSON ends at a NUL: no such value is one of ours.
-    return Row(batch, {k: v for k, v in texts.items() if not re.search("[\0\ud800-\udfff]", v)})
-
-
-class Finding:
-    """How far an account's list has to be read back for the new batches of some jobs.
-
-    To the newest row that was there at the last complete read, with an hour's overlap (a row may
-    show up late) of at most two pages more than what is new; or to `since`.
-    """
-
-    def __init__(self, store: Store, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-        self.newest_at = 0.0
-        self._keys = {j.name: compact_json([j.match_key, j.since, j.openai_secret]) for j in jobs}
-        marks = {job.name: store.meta(f"read:{job.name}") or {} for job in jobs}
-        self._read_to = {n: m["to"] for n, m in marks.items() if m.get("key") == self._keys[n]}
-        self._new_to = min(self._read_to.get(job.name, job.since) for job in jobs)
-        floors = (max(j.since, self._read_to.get(j.name, j.since) - HOUR_S) for j in jobs)
-        self._floor = min(floors)
-        self._pages_beyond = 0
-
-    def needs_more(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether to read on after a page."""
-        ages = creation_times(rows) or [0.0]
-        self.newest_at = max(self.newest_at, *ages)
-        self._pages_beyond += min(ages) <= self._new_to
-        return min(ages) > self._floor and self._pages_beyond <= 2
-
-    def marks(self) -> list[Statement]:
-        """Return what stores that the list was read completely, where that is new."""
-        return [
-            Store.meta_statement(f"read:{name}", {"key": key, "to": self.newest_at})
-            for name, key in self._keys.items()
-            if self.newest_at > self._read_to.get(name, -1.0)
-        ]
 
 
 class Account(OpenAI):
@@ -3598,7 +3315,6 @@ class Account(OpenAI):
         self._list_from = -math.inf  # uptime from which pages may save requests again
         self._list_failures = 0
         self._find_failures = 0
-        self._find_failing_from = 0.0  # uptime
 
     def configure(self, finders: Sequence[Job]) -> None:
         """Take a new config: the runs are told one by one; what is to be found may be other now."""
@@ -3607,8 +3323,6 @@ class Account(OpenAI):
         self.finders = list(finders)
         self.find_at = -math.inf
         self.wake.set()
-
-    # --- the loop ---
 
     async def run(self) -> None:
         """Poll what is due, and find what is new, until cancelled."""
@@ -3619,7 +3333,9 @@ class Account(OpenAI):
             idle = [engine.runs[i] for i in self.run_ids - self._busy]
             is_finding = bool(self.finders) and self.find_at <= now
             if is_finding or any(run.next_at <= now for run in idle):
-                due = [run for run in idle if run.next_at <= now + engine.early_s(run)]
+                interval_s = {r.id: engine.loaded.config.jobs[r.job].poll_interval for r in idle}
+                early_s = {i: min(MINUTE_S, seconds / 10) for i, seconds in interval_s.items()}
+                due = [run for run in idle if run.next_at <= now + early_s[run.id]]
                 try:
                     await self._poll(due, is_finding=is_finding)
                 except Exception as error:  # noqa: BLE001 - trouble of one account is not the others'
@@ -3654,7 +3370,7 @@ class Account(OpenAI):
         pays = len(reading.due) >= 5 and is_usable
         self._busy |= {run.id for run in runs}
         if is_finding or pays:
-            await self._read_list(reading, pays=pays, is_finding=is_finding)
+            await self._read_list(reading, pays=pays, finders=self.finders if is_finding else ())
         shown = reading.unchanged if pays and not reading.is_stale else {}
         if shown and reading.overhead <= 1:  # beside a list, the one not asked for longest
             shown.pop(min(shown, key=lambda key: self.answered_at.get(key, -math.inf)))
@@ -3672,7 +3388,18 @@ class Account(OpenAI):
         self, run_id: int, missing: list[str], answers: dict[str, Batch | ApiError], began: float
     ) -> None:
         """Ask for what no page has shown of a run."""
-        came = await asyncio.gather(*map(self._ask, missing))
+
+        async def ask(batch_id: str) -> Batch | ApiError:
+            async with self._places:
+                try:
+                    return await self.ask(batch_id)
+                except ApiError as error:
+                    return error
+                except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
+                    self._engine.note_failure(error, batch_id)
+                    return ApiError(f"internal error: {type(error).__name__}")
+
+        came = await asyncio.gather(*map(ask, missing))
         self._end_poll((run_id, answers | dict(zip(missing, came, strict=True)), began))
 
     def _end_poll(self, poll: Poll) -> None:
@@ -3680,16 +3407,6 @@ class Account(OpenAI):
         if not self._complete:
             asyncio.get_running_loop().call_soon(self._record)
         self._complete.append(poll)
-
-    async def _ask(self, batch_id: str) -> Batch | ApiError:
-        async with self._places:
-            try:
-                return await self.ask(batch_id)
-            except ApiError as error:
-                return error
-            except Exception as error:  # noqa: BLE001 - a bug that one batch meets is not the others'
-                self._engine.note_failure(error, batch_id)
-                return ApiError(f"internal error: {type(error).__name__}")
 
     def _record(self) -> None:
         complete, self._complete = self._complete, []
@@ -3702,11 +3419,21 @@ class Account(OpenAI):
             if any(run and run.next_at < self.until for run in runs):
                 self.wake.set()
 
-    # --- the list ---
+    async def _read_list(self, reading: ListReading, *, pays: bool, finders: Sequence[Job]) -> None:
+        """Read the pages of the list that are needed to find, and those that save requests.
 
-    async def _read_list(self, reading: ListReading, *, pays: bool, is_finding: bool) -> None:
-        """Read the pages of the list that are needed to find, and those that save requests."""
-        finding = Finding(self._engine.store, self.finders) if is_finding else None
+        To find, it is read back to the newest row that was there at the last complete read, with an
+        hour's overlap (a row may show up late) of at most two pages more than what is new; or to
+        `since`.
+        """
+        store, read_to = self._engine.store, dict[str, float]()
+        keys = {j.name: compact_json([j.match_key, j.since, j.openai_secret]) for j in finders}
+        for job in finders:
+            mark = store.meta(f"read:{job.name}") or {}
+            read_to[job.name] = mark["to"] if mark.get("key") == keys[job.name] else job.since
+        new_to = min(read_to.values(), default=math.inf)
+        floors = (max(job.since, read_to[job.name] - HOUR_S) for job in finders)
+        floor, newest_at, pages_beyond = min(floors, default=math.inf), 0.0, 0
         try:
             cursor, seen = None, set[str]()
             while True:
@@ -3715,20 +3442,24 @@ class Account(OpenAI):
                 has_more = has_more and not seen.issuperset(row["id"] for row in rows)
                 seen.update(row["id"] for row in rows)
                 is_worth_it = reading.read_page(rows) >= 2 and pays and not reading.is_complete
-                if finding:
-                    self._find(finding, rows)
-                    is_worth_it = finding.needs_more(rows) or is_worth_it
+                self._find(finders, rows)
+                ages = creation_times(rows) or [0.0]
+                newest_at = max(newest_at, *ages)
+                pages_beyond += min(ages) <= new_to
+                if min(ages) > floor and pages_beyond <= 2:
+                    is_worth_it = True
                 if not (has_more and is_worth_it):
                     break
                 cursor = rows[-1]["id"]
-            if finding:
-                self._end_finding(finding.jobs, None, finding.marks())
+            newer = [name for name, at in read_to.items() if newest_at > at]
+            marks = {name: {"key": keys[name], "to": newest_at} for name in newer}
+            statements = [Store.meta_statement(f"read:{n}", mark) for n, mark in marks.items()]
+            self._end_finding(finders, None, statements)
             if pays:
                 await self._read_clusters(reading)
                 self._note_list(None, is_stale=reading.is_stale)
         except ApiError as error:
-            if finding:
-                self._end_finding(finding.jobs, error)
+            self._end_finding(finders, error)
             if pays:
                 self._note_list(error)
 
@@ -3758,76 +3489,73 @@ class Account(OpenAI):
 
     def _note_list(self, error: ApiError | None, *, is_stale: bool = False) -> None:
         """Do without the list for a while after a failure, for a day where there is none."""
-        was_usable = self._list_failures == 0
-        self._list_failures = 0 if error is None and not is_stale else self._list_failures + 1
-        if self._list_failures == 0:
-            if not was_usable:
-                self._engine.log(Event.of("list_usable", secret=self.name))
+        engine, was_usable = self._engine, self._list_failures == 0
+        if error is None and not is_stale:
+            self._list_failures = 0
+            engine.log(*([] if was_usable else [Event.of("list_usable", secret=self.name)]))
             return
+        self._list_failures += 1
         wait_s = float(DAY_S)
         if error and (error.retryable or error.status == 429):
-            jitter = self._engine.clock.jitter()
+            jitter = engine.clock.jitter()
             wait_s = backoff_s(self._list_failures, MINUTE_S, jitter, error.retry_after_s)
-        self._list_from = self._engine.clock.uptime_s() + wait_s
+        self._list_from = engine.clock.uptime_s() + wait_s
         if was_usable and not (error and error.status == 429):
             why = error or "it shows older statuses than the batches' own answers"
-            self._engine.log(Event.of("list_not_usable", secret=self.name, error=str(why)))
+            engine.log(Event.of("list_not_usable", secret=self.name, error=str(why)))
 
-    # --- finding ---
-
-    def _find(self, finding: Finding, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _find(self, finders: Iterable[Job], rows: Sequence[Mapping[str, Any]]) -> None:
         """Have the runs begun or joined that a page's rows belong to."""
-        engine, read = self._engine, [row_of(row) for row in rows]
-        for job in (job for job in finding.jobs if job in self.finders):  # a reload may have come
+        engine, store = self._engine, self._engine.store
+        read = [row_of(row) for row in rows] if finders else []
+        for job in (job for job in finders if job in self.finders):  # a reload may have come
             mine, key = [row for row in read if row.is_of(job)], job.group_by
-            known = engine.store.known_batches(job.name, [row.batch.id for row in mine])
+            known = store.known_batches(job.name, [row.batch.id for row in mine])
             new = [row for row in mine if row.batch.id not in known]
             if not new:
                 continue
             groups = [row.metadata.get(key, "") if key else row.batch.id for row in new]
-            runs = engine.store.groups(job.name, groups)
+            runs = store.groups(job.name, groups)
             runs |= {g: engine.runs[r.id] for g, r in runs.items() if r.id in engine.runs}
             target, now = engine.loaded.config.target(job), engine.clock.now()
             engine.record_found(group_batches(job, target, new, runs, now))
             for row, group in zip(new, groups, strict=True):
-                if not group:
-                    self._note_without_group(job, row.batch.id)
-
-    def _note_without_group(self, job: Job, batch_id: str) -> None:
-        """Tell once of a batch that lacks what it would be grouped by."""
-        query = (
-            "SELECT 1 FROM events WHERE job = ? AND name = 'batch_without_group'"
-            " AND json_extract(fields, '$.batch_id') = ?"
-        )
-        if not self._engine.store.one(query, job.name, batch_id):
-            event = Event.of("batch_without_group", batch_id=batch_id, group_by=job.group_by)
-            self._engine.log(replace(event, job=job.name, text=f"{job.name}: {event.text}"))
+                told = """SELECT 1 FROM events WHERE job = ? AND name = 'batch_without_group'
+                    AND json_extract(fields, '$.batch_id') = ?"""
+                if not group and not store.one(told, job.name, row.batch.id):
+                    event = Event.of("batch_without_group", batch_id=row.batch.id, group_by=key)
+                    text = f"{job.name}: {event.text}"
+                    engine.log(replace(event, job=job.name, text=text))
 
     def _end_finding(
-        self, jobs: Iterable[Job], error: ApiError | None, marks: Sequence[Statement] = ()
+        self, jobs: Sequence[Job], error: ApiError | None, marks: Sequence[Statement] = ()
     ) -> None:
         """Remember how far the list was read back to, completely, or tell why it was not."""
-        engine, uptime_s = self._engine, self._engine.clock.uptime_s()
+        if not jobs:
+            return
+        engine, now, key = self._engine, self._engine.clock.now(), f"find_failing:{self.name}"
         wait_s: float = min(job.poll_interval for job in jobs)
+        failing_since = engine.store.meta(key)  # also over the passes of --once
         if error is None:
-            events = [Event.of("find_recovered", secret=self.name)] if self._find_failures else []
+            events = [Event.of("find_recovered", secret=self.name)] if failing_since else []
+            also = [*marks, *([Store.meta_statement(key, None)] if failing_since else [])]
             self._find_failures = 0
             engine.note_finding(self.name, None)
-            engine.commit([], events, marks)
+            engine.commit([], events, also)
         else:
             self._find_failures += 1
-            if self._find_failures == 1:
-                self._find_failing_from = uptime_s
-                engine.log(Event.of("find_failed", secret=self.name, error=str(error)))
-            elif uptime_s - self._find_failing_from > LASTING_S:
+            if failing_since is None:
+                event = Event.of("find_failed", secret=self.name, error=str(error))
+                engine.commit([], [event], [Store.meta_statement(key, now)])
+            elif now - failing_since > LASTING_S:
                 engine.note_finding(self.name, error)
             jitter = engine.clock.jitter()
             wait_s = backoff_s(self._find_failures, wait_s, jitter, error.retry_after_s)
-        self.find_at = engine.clock.now() + wait_s
+        if jobs is self.finders:  # else a reload has come, and brought others
+            self.find_at = now + wait_s
 
 
 # --- one run, from ready to its end ---------------------------------------------------------------
-
 
 Step = Callable[["Engine", Run], Coroutine[Any, Any, None]]
 
@@ -3871,7 +3599,7 @@ def next_step(engine: Engine, run: Run) -> Step | None:
         case Phase.SENT:
             return follow_run
         case Phase.REJECTED if may_post and run.next_at < math.inf:
-            return rearm_run
+            return search_and_start
         case Phase.INTENT if may_post or run.sending_at is not None:
             return search_and_start
         case Phase.UNKNOWN:
@@ -3879,63 +3607,55 @@ def next_step(engine: Engine, run: Run) -> Step | None:
     return None
 
 
-async def rearm_run(engine: Engine, run: Run) -> None:
-    """Make a rejected run an intent again; what Keboola said stays until it says something else."""
-    armed = as_intended(run, run.next_at)
-    engine.commit([(replace(armed, error=run.error, failures=run.failures), [])])
-
-
-async def search_and_start(engine: Engine, run: Run) -> None:
+async def search_and_start(engine: Engine, run: Run) -> None:  # noqa: C901, PLR0912 - one step
     """Search Keboola for a run's job; start it where the search allows that."""
     clock, job, began, keboola = engine.clock, engine.job_of(run), engine.clock.boot_time(), None
+    if run.phase is Phase.REJECTED:  # what Keboola said stays until it says something else
+        armed = replace(as_intended(run, run.next_at), error=run.error, failures=run.failures)
+        return engine.commit([(armed, [])])
     came: Sequence[KeboolaJob] | ApiError
     try:
         if job and run.sending_at is None:  # nothing was sent: what the config says now counts
-            keboola = engine.keboolas[job.keboola_secret]
-            if (aimed := await aim_run(engine, run, job, keboola)) is None:
-                return
-            run = aimed
+            its_own = engine.keboolas[job.keboola_secret]
+            if (aimed := await aim_run(engine, run, job, its_own)) is None:
+                return None
+            run, keboola = aimed, its_own
         else:
             keboola = await engine.keboola_for(run)
-        began, came = await keboola.search(
-            run.target, search_since(run, clock.now()), run.trigger_id
-        )
+        since = search_since(run, clock.now())
+        began, came = await keboola.search(run.target, since, run.trigger_id)
         if not came and run.posts:  # before a second POST, what may be ahead of the search
             with contextlib.suppress(ApiError):
                 came = await keboola.recent(run.target, run.trigger_id)
     except ApiError as error:
         came = error
     if engine.runs.get(run.id) is not run or engine.is_stopping:
-        return
-    if keboola:
-        engine.tell_unreadable(keboola)
-    if isinstance(came, ApiError) and keboola and job and not run.payload:
+        return None  # a reload or a retry has come
+    terms, events = engine.terms(run), list[Event]()
+    if keboola and (unreadable := keboola.unreadable):
+        ids, why = ", ".join([*unreadable][:20]), str(next(iter(unreadable.values())))
+        engine.log(Event.of("keboola_job_unreadable", id=ids, error=why))
+        unreadable.clear()
+    if keboola and engine.keboolas.get(keboola.name) is not keboola:
+        return None  # the token is another one now
+    if not keboola:  # nobody knows where it would be sent to
+        terms = replace(terms, may_post=False)
+    if isinstance(came, ApiError) and job and not run.payload:
         # So that a correction of what failed is seen, after a restart too.
-        run = as_aimed(run, job, engine.loaded.config.target(job), keboola.token)
-    after, events = judge_search(engine, keboola, run, came, began)
+        token = engine.loaded.secrets[job.keboola_secret]
+        run = as_aimed(run, job, engine.loaded.config.target(job), token)
+    if not came and began.uptime_s < engine.empty_counts_from:
+        wait_s = engine.empty_counts_from - began.uptime_s
+        after = replace(run, next_at=clock.now() + wait_s)
+    else:
+        after, events = after_search(run, came, began, terms)
     if after.phase is Phase.SENDING and keboola:
         engine.check_in_place()
         engine.commit([(after, events)])  # nothing was awaited since the search was judged
         await post_run(engine, keboola, run.id)
     elif after != engine.runs[run.id]:
         engine.commit([(after, events)])
-
-
-def judge_search(
-    engine: Engine,
-    keboola: Keboola | None,
-    run: Run,
-    came: Sequence[KeboolaJob] | ApiError,
-    began: BootTime,
-) -> Change:
-    """Return a run after its search, unless an empty one does not count yet."""
-    if not came and began.uptime_s < engine.empty_counts_from:
-        wait_s = engine.empty_counts_from - began.uptime_s
-        return replace(run, next_at=engine.clock.now() + wait_s), []
-    terms = engine.terms(run)
-    if not keboola or engine.keboolas.get(keboola.name) is not keboola:
-        terms = replace(terms, may_post=False)  # the token is another one now
-    return after_search(run, came, began, terms)
+    return None
 
 
 async def aim_run(engine: Engine, run: Run, job: Job, keboola: Keboola) -> Run | None:
@@ -3988,7 +3708,8 @@ async def post_run(engine: Engine, keboola: Keboola, run_id: int) -> None:
 
 async def follow_run(engine: Engine, run: Run) -> None:
     """Ask once how a run's Keboola job is."""
-    engine.followed.add(run.id)
+    if engine.once:
+        engine.followed.add(run.id)
     came: KeboolaJob | ApiError
     try:
         keboola = await engine.keboola_for(run)
@@ -3999,7 +3720,7 @@ async def follow_run(engine: Engine, run: Run) -> None:
             came = await keboola.job(str(run.keboola_job_id))
         except ApiError as error:
             came = error
-    if engine.runs.get(run.id) is run:
+    if engine.runs.get(run.id) is run and not engine.is_stopping:
         engine.commit([after_follow(run, came, engine.terms(run))])
 
 
@@ -4014,18 +3735,14 @@ def config_changes(config: Config, old: Config | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"sha256": config.sha256, "jobs": len(config.jobs)}
     if old is None:
         return facts | {"changes_text": counted(len(config.jobs), "job")}
-    before, after = old.jobs, config.jobs
-    jobs = {
-        "added": [name for name in after if name not in before],
-        "removed": [name for name in before if name not in after],
-        "changed": [n for n, job in after.items() if n in before and before[n] != job],
-    }
-    changes = [
-        f"{kind} {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
-        for kind, names in jobs.items()
-        if names
-    ]
-    return facts | jobs | {"changes_text": "; ".join(changes) or "no job changed"}
+    before, after, words = old.jobs, config.jobs, []
+    facts["added"] = [name for name in after if name not in before]
+    facts["removed"] = [name for name in before if name not in after]
+    facts["changed"] = [n for n, job in after.items() if n in before and before[n] != job]
+    for kind in ("added", "removed", "changed"):
+        first, more = ", ".join(facts[kind][:5]), len(facts[kind]) - 5
+        words += [f"{kind} {first}{f' and {more} more' if more > 0 else ''}"] if first else []
+    return facts | {"changes_text": "; ".join(words) or "no job changed"}
 
 
 @dataclass(eq=False)
@@ -4043,6 +3760,7 @@ class Engine:
     clock: Clock
     redactor: Redactor
     once: bool = False
+    manager: ServiceManager = field(default_factory=lambda: ServiceManager({}))
 
     def __post_init__(self) -> None:
         self.runs: dict[int, Run] = {}
@@ -4050,8 +3768,10 @@ class Engine:
         self.accounts: dict[str, Account] = {}
         self.keboolas: dict[str, Keboola] = {}
         self.posting: set[int] = set()
-        self.followed: set[int] = set()  # runs whose Keboola job was seen in this process
+        self.followed: set[int] = set()  # with --once: runs whose Keboola job was seen
         self.stats = self.store.stats()
+        self.publishing = threading.Lock()
+        self.told_up_to: dict[str, int] = {}  # by webhook, also what could not be stored yet
         self.is_stopping = False
         self.has_failed = False  # something could not be written, or a bug was met
         self.config_error: str | None = None
@@ -4063,22 +3783,20 @@ class Engine:
         self._current: set[int] = set()  # runs of the batch_ids that the config has now
         self._last_id = int(self.store.one("SELECT max(id) FROM runs") or 0)
         self._pruned_at = self._swept_at = -math.inf
-        self._data_version = -1
         self._trouble: set[tuple[int | None, str]] = set()  # told, and not over
         self._last_told: dict[tuple[object, ...], float] = {}
 
     # --- running ---
 
     async def run(self, helpers: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
-        """Work, with `helpers` beside. Raises StateError where going on could start a job twice."""
+        """Work, the daemon with `helpers`. Raises StateError where it could start a job twice."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                self._see_if_state_is_older()
+                self._look_for_last_post()
                 self.apply(self.loaded)
-                for account in self.accounts.values() if self.once else ():
-                    self.spawn(account.run_once())
-                for helper in helpers if self.once else (self._keep_house, *helpers):
-                    self.spawn(helper())
+                accounts = [account.run_once for account in self.accounts.values()]
+                for work in accounts if self.once else (self._keep_house, *helpers):
+                    self.spawn(work())
         except BaseExceptionGroup as group:
             errors: BaseException | None = group.split((TeckoError, sqlite3.Error))[0]
             while isinstance(errors, BaseExceptionGroup):
@@ -4093,7 +3811,7 @@ class Engine:
             raise RuntimeError("the engine does not run")
         return self._tasks.create_task(work)  # type: ignore[arg-type] # coroutines all
 
-    def _see_if_state_is_older(self) -> None:
+    def _look_for_last_post(self) -> None:
         """Take no empty search for an answer yet where the state file does not know the last POST.
 
         It was lost or restored; what was posted shows in Keboola's search within the grace.
@@ -4109,25 +3827,23 @@ class Engine:
 
     async def _keep_house(self) -> None:
         """See every two seconds what has changed outside, and what has come to last."""
+        self.manager.send("READY=1", f"STATUS={self.summary()}")
         while True:
+            self.manager.send("WATCHDOG=1")
             self.check_in_place()
             try:
-                if by_s := self.clock.changed():
-                    self._clock_changed(by_s)
+                if by_s := self.clock.changed():  # every pending time moves with it
+                    self.runs = {run.id: shifted(run, by_s) for run in self.runs.values()}
+                    self._last_told.clear()
+                    for account in self.accounts.values():
+                        account.find_at += by_s
+                        account.wake.set()
+                    self.log(Event.of("clock_changed", seconds=round(by_s)))
                 self.take_requests()
                 self.sweep()
-            except (StorageError, sqlite3.Error) as error:
+            except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
                 self.note_failure(error, "housekeeping")
-            await asyncio.sleep(2.0)
-
-    def _clock_changed(self, by_s: float) -> None:
-        """Move every pending time after the system's clock was set."""
-        self.runs = {run.id: shifted(run, by_s) for run in self.runs.values()}
-        self._last_told.clear()
-        for account in self.accounts.values():
-            account.find_at += by_s
-            account.wake.set()
-        self.log(Event.of("clock_changed", seconds=round(by_s)))
+            await asyncio.sleep(min(2.0, self.manager.watchdog_s / 3))
 
     def sweep(self) -> None:
         """Tell what has come to need a person by lasting; once an hour, drop what is old."""
@@ -4135,6 +3851,7 @@ class Engine:
         if now - self._swept_at >= 5:
             self._swept_at = now
             self.lock.touch()
+            self.manager.send(f"STATUS={self.summary()}")
             changes = [self._with_attention(run) for run in self.runs.values()]
             self.commit([change for change in changes if change[1]])
         if now - self._pruned_at >= HOUR_S:
@@ -4179,13 +3896,13 @@ class Engine:
             self.loaded, self.runs = loaded, before
             new = [self._with_config(change, old[0]) for change in changes.values()]
             self.commit([c for c in new if c[1] or c[0] != before.get(c[0].id)], also=also)
-        except StorageError:
+        except Exception:
             self.loaded, self.runs, self._current = old
             raise
         self._arrange(loaded)
         for run in list(self.runs.values()):
             self._place(run)
-        self.take_requests(at_once=True)
+        self.take_requests()
 
     def _renamed(self, config: Config) -> tuple[dict[str, str], list[Statement]]:
         """Return which match jobs have a new name (old: new), and what a config changes at once.
@@ -4193,34 +3910,34 @@ class Engine:
         A match job under a new name takes over the groups of one that has left the config. Webhooks
         that are new are told from here on.
         """
-        last_id, names = self.store.last_event_id(), [name for name, _ in config.notify]
-        add = "INSERT OR IGNORE INTO webhooks VALUES (?, ?, 0, 0)"
+        webhooks = compact_json([name for name, _ in config.notify])
+        add = "INSERT OR IGNORE INTO webhooks SELECT value, ?, 0, 0 FROM json_each(?)"
         drop = "DELETE FROM webhooks WHERE secret NOT IN (SELECT value FROM json_each(?))"
-        statements: list[Statement] = [(add, (name, last_id)) for name in names]
-        statements.append((drop, (compact_json(names),)))
+        statements: list[Statement] = [(drop, (webhooks,))]
+        statements.append((add, (self.store.last_event_id(), webhooks)))
         known: dict[str, list[str]] = self.store.meta("match_jobs") or {}
-        matching = {name: job for name, job in config.jobs.items() if job.match}
-        mine = {n: [job.match_key, str(config.target(job))] for n, job in matching.items()}
-        left: dict[tuple[str, ...], list[str]] = {}
-        for name, key in known.items():
-            if name not in config.jobs:
-                left.setdefault(tuple(key), []).append(name)
+        left = {name: key for name, key in known.items() if name not in config.jobs}
+        targets = {name: str(config.target(job)) for name, job in config.jobs.items()}
         renamed: dict[str, str] = {}
-        for name, key in mine.items():
-            if known.get(name) != key and left.get(tuple(key)):
-                old = left[tuple(key)].pop(0)
+        for name, job in config.jobs.items():
+            key = [job.match_key, targets[name]]
+            if not job.match or known.get(name) == key:
+                continue
+            known[name] = key
+            if old := next((other for other, its in left.items() if its == key), None):
                 renamed[old] = name
+                del left[old], known[old]
                 rename = """UPDATE runs SET job = ?1 WHERE job = ?2 AND "group" <> ''
                     AND "group" NOT IN (SELECT "group" FROM runs WHERE job = ?1)"""
                 copy = "INSERT OR REPLACE INTO meta SELECT ?, value FROM meta WHERE key = ?"
                 statements.append((rename, (name, old)))
                 statements.append((copy, (f"read:{name}", f"read:{old}")))
-        known = {name: key for name, key in known.items() if name not in renamed}
-        if known | mine != known or renamed:
-            statements.append(Store.meta_statement("match_jobs", known | mine))
-        targets = {n: str(config.target(job)) for n, job in config.jobs.items() if not job.match}
-        if targets != self.store.meta("targets"):
-            statements.append(Store.meta_statement("targets", targets))
+        finding = {j.openai_secret for j in config.jobs.values() if j.match and not j.rests}
+        over = """DELETE FROM meta WHERE key LIKE 'find_failing:%'
+            AND substr(key, 14) NOT IN (SELECT value FROM json_each(?))"""
+        statements.append((over, (compact_json([*finding]),)))
+        statements.append(Store.meta_statement("match_jobs", known))
+        statements.append(Store.meta_statement("targets", targets))
         return renamed, statements
 
     def _assign(self, config: Config, changes: dict[int, Change]) -> set[int]:
@@ -4280,9 +3997,19 @@ class Engine:
             self.accounts[name] = account
             jobs = [job for job in config.jobs.values() if job.match and not job.rests]
             account.configure([job for job in jobs if job.openai_secret == name])
+            if not account.finders:
+                self.note_finding(name, None)
         for name in self._polling.keys() - self.accounts.keys():  # nobody uses them now
             self._polling.pop(name).cancel()
-        for name in self.stats.keys() - config.secrets.keys():
+        self._forget_unused(config)
+
+    def _forget_unused(self, config: Config) -> None:
+        """Forget how secrets have fared that nothing uses any more: they need nobody."""
+        used = {name for name, _ in config.notify}
+        used |= {n for job in config.jobs.values() for n in (job.openai_secret, job.keboola_secret)}
+        if any(run.is_begun for run in self.runs.values()):  # each may be of a run's project
+            used |= set(config.of_type("keboola"))
+        for name in self.stats.keys() - used:
             self._set_stats(SecretStats(name, self.stats[name].type))
             del self.stats[name]
 
@@ -4290,11 +4017,6 @@ class Engine:
 
     def job_of(self, run: Run) -> Job | None:
         return self.loaded.config.jobs.get(run.job)
-
-    def early_s(self, run: Run) -> float:
-        """Return how early a run may be polled together with one that is due."""
-        job = self.job_of(run)
-        return min(job.poll_interval / 10, MINUTE_S) if job else 0.0
 
     def is_polled(self, run: Run) -> bool:
         job = self.job_of(run)
@@ -4333,13 +4055,6 @@ class Engine:
         message = f"the config has no token of {where}, where this run was started"
         raise failure or ApiError(message, sent=False)
 
-    def tell_unreadable(self, keboola: Keboola) -> None:
-        """Tell once of old jobs that cannot be read, and count as another's."""
-        unreadable, keboola.unreadable = keboola.unreadable, {}
-        if unreadable:
-            ids, error = list(unreadable), next(iter(unreadable.values()))
-            self.log(Event.of("keboola_job_unreadable", id=", ".join(ids[:20]), error=str(error)))
-
     def check_in_place(self) -> None:
         """Raise StateError if the state file was deleted or replaced under the process.
 
@@ -4350,33 +4065,20 @@ class Engine:
             raise StateError(message, "nothing more is sent; start again")
 
     def record_polls(self, came: Iterable[Poll]) -> None:
-        """Store what polls have brought, as one. Of what has not changed only times are written."""
-        changes, times, now = [], [], self.clock.now()
+        """Store what polls have brought, as one."""
+        changes = []
         for run_id, answers, began in came:
             run = self.runs.get(run_id)
             job = self.job_of(run) if run else None
-            if run is None or job is None or not self.is_polled(run):
-                continue
-            after, events = after_poll(run, job, answers, self.terms(run), began)
-            timeless = replace(after, next_at=run.next_at, last_check_at=run.last_check_at)
-            if events or timeless != run:
-                changes.append((after, events))
-            else:
-                times.append(after)
-                self.runs[run_id] = after
-        update = "UPDATE runs SET last_check_at = ?, next_at = ? WHERE id = ?"
-        rows = [(update, (run.last_check_at, run.next_at, run.id)) for run in times]
+            if run and job and self.is_polled(run):
+                changes.append(after_poll(run, job, answers, self.terms(run), began))
         try:
-            if changes or self._trouble:
-                self.commit(changes, also=rows)
-            elif rows:
-                self.store.execute(rows)
+            self.commit(changes)
         except StorageError as error:
-            if not changes:
-                self.note_failure(error, "polls")
-            for run, _ in changes:
-                self.note_failure(error, run.name, run)
-                self.runs[run.id] = replace(self.runs[run.id], next_at=now + 5)
+            for run, events in changes:
+                self.note_failure(error, "polls", run if events else None)
+                next_at = self.clock.now() + 5
+                self.runs[run.id] = replace(self.runs[run.id], next_at=next_at)
 
     def record_found(self, found: Iterable[tuple[Run, list[Event], list[Batch]]]) -> None:
         """Store runs that new batches begin or join, and batches that came late."""
@@ -4418,7 +4120,8 @@ class Engine:
                 if now - last_told.get(key, 0.0) < MINUTE_S:
                     continue
                 last_told[key] = now
-            fresh.append(self._clean(event))
+            cleaned = self.redactor.tree(dict(event.fields))
+            fresh.append(replace(event, fields=cleaned, text=self.redactor.text(event.text)))
         stored = self.store.commit(rows, fresh, now, also)
         self._last_told = last_told
         self._trouble.clear()
@@ -4446,8 +4149,8 @@ class Engine:
             if driver is None or driver.done():
                 self._drivers[run.id] = self.spawn(drive_run(self, run.id))
         elif run.phase is Phase.FINISHED and job and job.match:  # the state file has the older ones
-            mates = [r for r in self.runs.values() if r.job == run.job and r.group]
-            ended = [r for r in mates if r.phase is Phase.FINISHED and not r.attention]
+            ended = [r for r in self.runs.values() if r.job == run.job and r.group]
+            ended = [r for r in ended if r.phase is Phase.FINISHED and not r.attention]
             for old in sorted(ended, key=lambda r: r.finished_at or 0.0)[:-5]:
                 del self.runs[old.id]
 
@@ -4458,11 +4161,6 @@ class Engine:
         except StorageError:
             for event in events:
                 say(event)
-
-    def _clean(self, event: Event) -> Event:
-        """Return an event without secrets: the state file keeps it, and others read it."""
-        cleaned = self.redactor.tree(dict(event.fields))
-        return replace(event, fields=cleaned, text=self.redactor.text(event.text))
 
     def _clean_run(self, run: Run) -> Run:
         names = ("error", "post_error", "keboola_error", "keboola_status")
@@ -4487,22 +4185,21 @@ class Engine:
 
     # --- how secrets fare ---
 
-    def _stats_of(self, name: str) -> SecretStats:
-        entry = self.loaded.config.secrets.get(name)
-        return self.stats.get(name) or SecretStats(name, entry.type if entry else "")
-
-    def note_request(self, name: str, error: ApiError | None, _: float | None) -> None:
+    def note_request(self, name: str, error: ApiError | None) -> None:
         """Remember how a request with a secret has fared."""
-        if name in self.loaded.config.secrets:
-            self._set_stats(self._stats_of(name).after(error, self.clock.now()))
+        if entry := self.loaded.config.secrets.get(name):
+            before = self.stats.get(name) or SecretStats(name, entry.type)
+            self._set_stats(before.after(error, self.clock.now()))
 
     def note_finding(self, name: str, error: ApiError | None) -> None:
         """Remember what has kept an account's new batches from being found for long."""
-        find_error = None if error is None else str(error)
-        self._set_stats(replace(self._stats_of(name), find_error=find_error))
+        if name in self.stats:
+            find_error = None if error is None else str(error)
+            self._set_stats(replace(self.stats[name], find_error=find_error))
 
     def _set_stats(self, after: SecretStats) -> None:
-        before = self._stats_of(after.name)
+        """Tell when a secret comes to need a person, and when that is over."""
+        before = self.stats.get(after.name) or SecretStats(after.name, after.type)
         self.stats[after.name] = after
         if bool(after.trouble) != bool(before.trouble):
             name = "account_failing" if after.trouble else "account_failing_recovered"
@@ -4514,6 +4211,7 @@ class Engine:
                 self.commit([], [event], [Store.meta_statement("failing", known)])
             except StorageError as error:
                 self.note_failure(error, after.name)
+                self.stats[after.name] = before  # so that it is told with the next request
 
     # --- what people ask for, and are shown ---
 
@@ -4543,11 +4241,8 @@ class Engine:
         also.append(Store.meta_statement("config", {**known, "error": self.config_error}))
         self.commit([], events, also)
 
-    def take_requests(self, *, at_once: bool = False) -> None:
+    def take_requests(self) -> None:
         """Do what people asked for with `retry` since the last time."""
-        version = int(self.store.one("PRAGMA data_version"))
-        if version == self._data_version and not at_once:
-            return
         for row in self.store.db.execute("SELECT * FROM requests ORDER BY id").fetchall():
             id_, run_id, force, rerun, phase = row
             request = RetryRequest(id_, run_id, bool(force), rerun, Phase(phase))
@@ -4561,7 +4256,6 @@ class Engine:
                 self.commit([], [Event.of("retry_refused", run, why=came)], done)
             else:
                 self.commit([came], also=done)
-        self._data_version = version
 
     def shown(self) -> list[Run]:
         """Return the runs that people are shown, in the config's order."""
@@ -4575,115 +4269,120 @@ class Engine:
 
     def summary(self) -> str:
         """Return how the runs are, in one line."""
-        statuses = [status_of(run, self.job_of(run)) for run in self.shown()]
-        counts = [f"{n} {status}" for status, n in sorted(collections.Counter(statuses).items())]
         bad = "; the config file has problems, the previous one still counts"
-        return f"{', '.join(counts) or 'no jobs'}{bad if self.config_error else ''}"
+        words = counts_in_words(status_of(run, self.job_of(run)) for run in self.shown())
+        return f"{words}{bad if self.config_error else ''}"
 
 
 # --- reloading ------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Reloader:
-    """Sees that the config, its key file or a secret's file has changed, and has it taken."""
+class Signals:
+    """SIGTERM and SIGINT: the first asks for an orderly end, the second for an end now.
 
-    _engine: Engine
-    _files: Files  # as the config that counts was read from them
-    _manager: ServiceManager
-    _configure: Callable[[Config], None]
+    SIGHUP asks for a reload; those of log rotation are ignored.
+    """
 
-    def __post_init__(self) -> None:
-        self._path = self._engine.loaded.config.path
-        self._seen = dict(self._files.seen)
-        self._growing: dict[Path, bytes] = {}  # rewritten in place: it may be half of a file
-        self._grown_at = 0.0
-        self._is_hangup = False
-        self._happened = asyncio.Event()
+    def __init__(self) -> None:
+        self.stop, self.now = asyncio.Event(), asyncio.Event()
+        self.is_hangup = False
+        self.files_changed = asyncio.Event()  # perhaps
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
-    async def run(self) -> None:
-        """Compare the files on every event, every two seconds, and on SIGHUP, and take them."""
-        while True:
-            self._happened.clear()
-            try:
-                await self.check()
-            except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
-                self._engine.note_failure(error, "reload")
-            rested_s = self._engine.clock.uptime_s() - self._grown_at
-            await wait_for_event(self._happened, max(0.05, 2 - rested_s) if self._growing else 2.0)
+    def _on_signal(self) -> None:
+        (self.now if self.stop.is_set() else self.stop).set()
 
-    def on_hangup(self) -> None:
-        """Reload, whatever the files say."""
-        self._is_hangup = True
-        self._happened.set()
+    def _on_hangup(self) -> None:
+        self.is_hangup = True
+        self.files_changed.set()
 
-    async def watch(self) -> None:
-        """Set off a comparison on every event in the config's directory.
 
-        The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
-        """
-        import watchfiles  # it costs the other commands a third of their start
+async def keep_loaded(
+    engine: Engine, files: Files, configure: Callable[[Config], None], signals: Signals
+) -> None:
+    """Take the config again when it, its key file or a secret's file has changed, and on SIGHUP.
 
-        ours = (self._engine.store.path.name, *PUBLISHED, *(f".{name}" for name in PUBLISHED))
-        while True:
-            try:
-                async for _ in watchfiles.awatch(
-                    self._path.parent,
-                    watch_filter=lambda _, path: not Path(path).name.startswith(ours),
-                    step=100,
-                    recursive=False,
-                ):
-                    self._happened.set()
-            except (OSError, RuntimeError) as error:  # the comparison sees what this does not
-                self._engine.log(Event.of("watch_failed", error=one_line(str(error))))
-            await asyncio.sleep(MINUTE_S)
-
-    async def check(self) -> None:
-        """Take the files if they differ from those last tried, good or bad.
-
-        A file that was replaced is whole. One that was rewritten in place counts when it has stayed
-        the same for two seconds: half of a config can be valid YAML.
-        """
-        force, self._is_hangup = self._is_hangup, False
-        files = Files()
-        await asyncio.to_thread(lambda: [files.read(path) for path in self._seen])
-        changed = {p: f for p, f in files.seen.items() if f.digest != self._seen[p].digest}
-        rewritten = {p: f for p, f in changed.items() if f.inode == self._seen[p].inode}
-        growing = {path: read.digest for path, read in rewritten.items() if not read.error}
-        now = self._engine.clock.uptime_s()
-        if growing != self._growing:
-            self._growing, self._grown_at = growing, now
-        if not force and (not changed or (growing and now - self._grown_at < 2)):
-            return
-        self._growing = {}
-        self._manager.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    `files` are those that the config was read from. They are compared on every event in the
+    directory and every two seconds. A file that was replaced is whole. One that was rewritten in
+    place counts when it has stayed the same for two seconds: half of a config can be valid YAML.
+    """
+    seen, growing, grown_at, clock = files.seen, dict[Path, bytes](), 0.0, engine.clock
+    engine.spawn(watch_directory(engine, signals.files_changed))
+    while True:
+        signals.files_changed.clear()
+        is_forced, signals.is_hangup, read = signals.is_hangup, False, Files()
         try:
-            await self._reload(files)
-            self._seen = dict(files.seen)
-        finally:  # a file that could not be stored is tried again at the next comparison
-            self._manager.send("READY=1", f"STATUS={self._engine.summary()}")
+            for path in [*seen]:
+                await asyncio.to_thread(read.read, path)
+            changed = {p: f for p, f in read.seen.items() if f.digest != seen[p].digest}
+            rewritten = {p: f for p, f in changed.items() if f.inode == seen[p].inode}
+            still = growing
+            growing = {path: file.digest for path, file in rewritten.items() if not file.error}
+            grown_at = grown_at if growing == still else clock.uptime_s()
+            is_whole = not growing or clock.uptime_s() - grown_at >= 2
+            if is_forced or (changed and is_whole):
+                growing, seen = {}, read.seen
+                await reload(engine, read, configure)
+        except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
+            engine.note_failure(error, "reload")
+            signals.is_hangup = True  # what could not be stored is tried again
+        rested_s = clock.uptime_s() - grown_at
+        wait_s = max(0.05, 2 - rested_s) if growing else 2.0
+        await wait_for_event(signals.files_changed, wait_s)
 
-    async def _reload(self, files: Files) -> None:
-        """Parse and decrypt all of it; only then, in one step, let it count."""
-        engine, old = self._engine, self._engine.loaded.config
+
+async def watch_directory(engine: Engine, happened: asyncio.Event) -> None:
+    """Set an event on every change in the config's directory.
+
+    The directory is watched, not the file: editors replace it, Kubernetes swaps a link.
+    """
+    import watchfiles  # it costs the other commands a third of their start
+
+    directory = engine.loaded.config.path.parent
+    ours = (engine.store.path.name, *PUBLISHED, *(f".{name}" for name in PUBLISHED))
+    while True:
         try:
-            load = functools.partial(load_config, self._path, files, os.environ, engine.redactor)
-            loaded = await asyncio.to_thread(load)
-            if old.state_path != loaded.config.state_path:
-                what = f"the running process has {old.state_path} open"
-                cure = "restart it to use another state file"
-                raise ConfigError([Problem(str(self._path), 1, 1, "state", what, cure)])
-        except ConfigError as error:
-            return engine.note_config(error)
+            async for _ in watchfiles.awatch(
+                directory,
+                watch_filter=lambda _, path: not Path(path).name.startswith(ours),
+                step=100,
+                recursive=False,
+            ):
+                happened.set()
+        except Exception as error:  # noqa: BLE001 - the comparison sees what this does not
+            engine.log(Event.of("watch_failed", error=one_line(str(error))))
+        await asyncio.sleep(MINUTE_S)
+
+
+async def reload(engine: Engine, files: Files, configure: Callable[[Config], None]) -> None:
+    """Parse and decrypt all of the config; only then, in one step, let it count."""
+    old, rejected = engine.loaded.config, None
+    engine.manager.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        load = functools.partial(load_config, old.path, files, os.environ, engine.redactor)
+        loaded = await asyncio.to_thread(load)
+        if old.state_path != loaded.config.state_path:
+            what = f"the running process has {old.state_path} open"
+            cure = "restart it to use another state file"
+            raise ConfigError([Problem(str(old.path), 1, 1, "state", what, cure)])
         engine.apply(loaded)
-        self._configure(loaded.config)
-        return engine.note_config(None, old)
+        configure(loaded.config)
+    except ConfigError as error:
+        rejected = error
+    finally:
+        engine.manager.send("READY=1", f"STATUS={engine.summary()}")
+    engine.note_config(rejected, old)
 
 
 # --- webhooks -------------------------------------------------------------------------------------
 
 
-async def send_webhooks(engine: Engine, http: Http, *, once: bool = False) -> None:
+async def send_webhooks(engine: Engine, http: Http) -> None:
     """Have each webhook told of the events that its rules name; a dead one delays no other.
 
     They read the event log: for each there is the number of the last event that it has had.
@@ -4694,10 +4393,7 @@ async def send_webhooks(engine: Engine, http: Http, *, once: bool = False) -> No
         happened.clear()
         for name, _ in engine.loaded.config.notify:
             if name not in sending or sending[name].done():
-                sending[name] = asyncio.ensure_future(tell_webhook(engine, http, name))
-        if once:
-            await asyncio.gather(*sending.values())
-            return
+                sending[name] = engine.spawn(tell_webhook(engine, http, name))
         await wait_for_event(happened, 5.0)
 
 
@@ -4711,6 +4407,7 @@ async def tell_webhook(engine: Engine, http: Http, name: str) -> None:
     try:
         row = store.db.execute("SELECT * FROM webhooks WHERE secret = ?", (name,)).fetchone()
         told_up_to, failures, next_at = tuple(row)[1:]
+        told_up_to = max(told_up_to, engine.told_up_to.get(name, 0))
         if clock.now() < next_at < clock.now() + HOUR_S:
             return
         for event in store.events(after=told_up_to):
@@ -4729,7 +4426,8 @@ async def tell_webhook(engine: Engine, http: Http, name: str) -> None:
                 if failures == 0:
                     engine.log(Event.of("notify_failed", secret=name, error=str(failure)))
                 return
-            told_up_to, failures = event.id, 0
+            told_up_to = engine.told_up_to[name] = event.id
+            failures = 0
             store.execute([(update, (told_up_to, 0, 0, name))])
             if failure:
                 engine.log(Event.of("notify_dropped", secret=name, why=str(failure)))
@@ -4757,7 +4455,7 @@ async def post_event(engine: Engine, http: Http, name: str, event: Event) -> Api
             failure = answer.error(f"it answered {answer.status}")
     except ApiError as error:
         failure = error
-    engine.note_request(name, failure, None)
+    engine.note_request(name, failure)
     return failure
 
 
@@ -4766,36 +4464,8 @@ async def post_event(engine: Engine, http: Http, name: str, event: Event) -> Api
 PUBLISHED: Final = ("status.html", "status.json", "metrics.prom")
 
 
-class Signals:
-    """SIGTERM and SIGINT: the first asks for an orderly end, the second for an end now."""
-
-    def __init__(self) -> None:
-        self.stop = asyncio.Event()
-        self.now = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # of log rotation: nothing is to be done
-
-    def _on_signal(self) -> None:
-        (self.now if self.stop.is_set() else self.stop).set()
-
-
-async def keep_alive(engine: Engine, manager: ServiceManager) -> None:
-    """Tell the service manager that the loop runs, and how the runs are."""
-    watchdog = ["WATCHDOG=1"] if manager.watchdog_s else []
-    manager.send("READY=1")
-    while True:
-        manager.send(*watchdog, f"STATUS={engine.summary()}")
-        await asyncio.sleep(min(10.0, (manager.watchdog_s or 60.0) / 3))
-
-
 async def run_engine(
-    engine: Engine,
-    signals: Signals,
-    helpers: Sequence[Callable[[], Awaitable[None]]],
-    manager: ServiceManager,
+    engine: Engine, signals: Signals, helpers: Sequence[Callable[[], Awaitable[None]]]
 ) -> int:
     """Let the engine work until it is done or a signal ends it; returns the exit code."""
     running = asyncio.ensure_future(engine.run(helpers))
@@ -4803,7 +4473,7 @@ async def run_engine(
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
     is_interrupted = not running.done()
     if is_interrupted:
-        manager.send("STOPPING=1")
+        engine.manager.send("STOPPING=1")
         await engine.drain(signals.now)
         running.cancel()
     stopped.cancel()
@@ -4824,9 +4494,9 @@ Stats = Sequence[SecretStats]
 def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str, Any]:
     """Return a run as `status --json` shows it."""
     status = status_of(run, job)
-    error = None if status.startswith("completed") else run.error
+    is_complete = status.startswith("completed")
+    error = None if is_complete else run.error
     is_held = job is not None and job.paused and not run.may_be_at_keboola
-    rests = status.startswith("completed") or is_held
     same = ("keboola_job_id", "keboola_status", "keboola_error", "url")
     trigger = {
         "id": run.trigger_id,
@@ -4839,11 +4509,11 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
     batches = []
     for b in run.batches:
         counts = {"total": b.total, "completed": b.completed, "failed": b.failed}
-        known: dict[str, Any] = {"id": b.id, "status": b.status}
-        known["request_counts"] = None if b.total is None else counts
         files = {"output_file_id": b.output_file_id, "error_file_id": b.error_file_id}
         times = {"created_at": b.created_at, "expires_at": b.expires_at, "completed_at": b.ended_at}
-        batches.append(known | files | {name: rfc3339(at) for name, at in times.items()})
+        known: dict[str, Any] = {"id": b.id, "status": b.status}
+        known |= {"request_counts": None if b.total is None else counts, **files}
+        batches.append(known | {name: rfc3339(at) for name, at in times.items()})
     return {
         "name": run.name,
         "job": run.job,
@@ -4857,7 +4527,7 @@ def run_view(run: Run, job: Job | None, grace_s: float, now: float) -> dict[str,
         "failed_count": sum(b.has_failed for b in run.batches),
         "batches": batches,
         "last_check_at": rfc3339(run.last_check_at),
-        "next_check_at": None if rests else rfc3339(run.next_at),
+        "next_check_at": None if is_complete or is_held else rfc3339(run.next_at),
         "completed_at": rfc3339(run.finished_at),
         "trigger": None if run.phase in {Phase.POLLING, Phase.REFUSED} else trigger,
     }
@@ -4881,20 +4551,6 @@ def snapshot(  # noqa: PLR0913 - all that is known
     }
 
 
-# --- in words -------------------------------------------------------------------------------------
-
-# The part of the page where the runs of a status stand, in the order in which people want them.
-PART_OF_STATUS: Final = {
-    "failed": "Needs attention",
-    "triggering": "Active",
-    "active": "Active",
-    "running": "Running",
-    "paused": "Paused",
-    "completed_with_failures": "Finished",
-    "completed": "Finished",
-}
-
-
 def in_parts(shot: Shown) -> dict[str, list[Shown]]:
     """Return the runs of a snapshot: attention first, finished last, of these the newest first."""
     parts: dict[str, list[Shown]] = {part: [] for part in PART_OF_STATUS.values()}
@@ -4903,25 +4559,18 @@ def in_parts(shot: Shown) -> dict[str, list[Shown]]:
     return parts
 
 
-def counts_in_words(shot: Shown) -> str:
-    counts = collections.Counter(view["status"] for view in shot["jobs"])
-    words = [f"{counts[s]} {s.replace('_', ' ')}" for s in PART_OF_STATUS if counts[s]]
-    return ", ".join(words) or "no jobs"
-
-
 def general_troubles(shot: Shown, stats: Stats) -> list[str]:
     """Return what needs attention and is no run: the config file, and secrets that are refused."""
     errors = (shot["config"]["error"] or "").splitlines()
-    texts = ["The config file has problems; the previous one still counts:", *errors[:5]]
+    older = "; the previous one still counts" if shot["config"]["loaded_at"] else ""
+    texts = [f"The config file has problems{older}:", *errors[:5]]
     if len(errors) > 5:
         texts.append(f"and {len(errors) - 5:,} more: see `teckochecker check`")
-    secrets = [secret.trouble for secret in stats if secret.trouble]
-    secrets = [trouble[0].upper() + trouble[1:] for trouble in secrets]
+    secrets = [s.trouble[0].upper() + s.trouble[1:] for s in stats if s.trouble]
     return [*(["\n".join(texts)] if errors else []), *secrets]
 
 
 def unix_of(text: str | None) -> float | None:
-    """Return a time of a snapshot as Unix seconds."""
     return datetime.fromisoformat(text).timestamp() if text else None
 
 
@@ -4938,13 +4587,12 @@ def what_next(view: Shown, shot: Shown) -> str:
     status, trigger = view["status"], view["trigger"] or {}
     due, now = unix_of(view["next_check_at"]), unix_of(shot["generated_at"]) or 0.0
     when = "now" if shot["daemon"]["running"] else "once something runs"
-    if due and due - now >= 1:
+    if due and due - now >= 1 and shot["daemon"]["running"]:
         when = f"in {show_duration(due - now)}"
     ended = trigger.get("keboola_status") or "started"
     keboola_job = f"Keboola job {trigger.get('keboola_job_id')}"
     if status.startswith("completed"):
-        counts = [batch["request_counts"] or {} for batch in view["batches"]]
-        failed = sum(count.get("failed") or 0 for count in counts)
+        failed = sum((b["request_counts"] or {}).get("failed") or 0 for b in view["batches"])
         lost = f", {counted(failed, 'request')} failed" if failed else ""
         outcome = f"{keboola_job}: {ended}, {ago(view['completed_at'], shot)}{lost}"
         return outcome if trigger.get("keboola_job_id") else "done elsewhere"
@@ -4977,7 +4625,6 @@ def progress_of(view: Shown) -> tuple[str, int]:
 
 
 def facts_of(view: Shown, shot: Shown) -> dict[str, str]:
-    """Return what people are told of a run beside its name and status."""
     trigger, due = view["trigger"] or {}, view["next_check_at"]
     facts = {"error": view["error"], "next": what_next(view, shot) + (f" ({due})" if due else "")}
     for what, at in (("last poll", view["last_check_at"]), ("ended", view["completed_at"])):
@@ -4987,7 +4634,6 @@ def facts_of(view: Shown, shot: Shown) -> dict[str, str]:
 
 
 def batch_words(batch: Shown, view: Shown) -> str:
-    """Return what is known of a batch of a run."""
     status = batch["status"] or ("no answer yet" if view["last_check_at"] else "not polled")
     words, counts = [f"{batch['id']} {status}"], batch["request_counts"]
     if counts:
@@ -4997,18 +4643,11 @@ def batch_words(batch: Shown, view: Shown) -> str:
     return ", ".join([*words, *filter(None, (batch["output_file_id"], batch["error_file_id"]))])
 
 
-# --- as metrics -----------------------------------------------------------------------------------
-
-
-# A metric: its name, its help, and a value, where it is known, for each set of labels.
-Family = tuple[str, str, Mapping[str, float | None]]
-
-
-def metric_families(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> list[Family]:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+def metrics(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> str:
+    """Return a snapshot in Prometheus' text format 0.0.4; `ended` counts all Keboola jobs."""
 
     def labels(**pairs: str) -> str:
-        parts = [f'{key}="{text.translate(escapes)}"' for key, text in pairs.items()]
+        parts = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in pairs.items()]
         return f"{{{','.join(parts)}}}"
 
     def by_status(counts: Mapping[str, int]) -> dict[str, float | None]:
@@ -5033,8 +4672,8 @@ def metric_families(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> list
         waits[view["status"]][labels(run=view["name"])] = since and max(0.0, now - since)
     refused = {key: since is not None for key, since in by_secret("refused_since").items()}
     succeeded, is_good = by_secret("last_success_at"), not config["error"]
-    loaded_at = unix_of(config["loaded_at"])
-    return [
+    loaded_at, lines = unix_of(config["loaded_at"]), []
+    families: list[tuple[str, str, Mapping[str, float | None]]] = [
         ("info", "The program's version.", {labels(version=shot["version"]): 1}),
         ("generated_timestamp_seconds", "When this file was made.", {"": now}),
         ("daemon_running", "Whether the daemon ran then.", {"": shot["daemon"]["running"]}),
@@ -5052,15 +4691,7 @@ def metric_families(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> list
         ("config_last_reload_successful", "Whether the config file is good.", {"": is_good}),
         ("config_last_reload_success_timestamp_seconds", "When it was loaded.", {"": loaded_at}),
     ]
-
-
-def metrics(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> str:
-    """Return a snapshot in Prometheus' text format (version 0.0.4), for its textfile collector.
-
-    `ended` is how many Keboola jobs of all times had which end. What is not known is left out.
-    """
-    lines = []
-    for name, text, samples in metric_families(shot, stats, ended):
+    for name, text, samples in families:
         known = {key: value for key, value in samples.items() if value is not None}
         kind = "counter" if name.endswith("_total") else "gauge"
         if known:
@@ -5068,8 +4699,6 @@ def metrics(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> str:
         lines += [f"teckochecker_{name}{key} {value:.15g}" for key, value in known.items()]
     return "".join(f"{line}\n" for line in lines)
 
-
-# --- as a page ------------------------------------------------------------------------------------
 
 PAGE_STYLE: Final = """
 :root { color-scheme: light dark; --dim: light-dark(#555d66, #a6adb7);
@@ -5090,6 +4719,7 @@ summary { cursor: pointer; }
 .run { border-top: 1px solid #8888; padding: .25rem 0; }
 .run summary { display: flex; flex-wrap: wrap; gap: 0 .75rem; }
 .run summary > * { flex: 1 9rem; }
+.run summary::before { content: "\\25B8"; }
 .run progress { accent-color: var(--link); flex: 0 5rem; margin: .3rem 0; }
 .run .error { flex-basis: 100%; }
 """
@@ -5111,7 +4741,6 @@ setInterval(() => (age_s() > 120 || !document.querySelector("details[open]")) &&
 
 
 def page_row(view: Shown, shot: Shown) -> str:
-    """Return one run of the page: a line, and its details folded."""
     (finished, percent), esc = progress_of(view), html.escape
     error, facts = one_line(view["error"] or "", 120), facts_of(view, shot).items()
     details = [f"{what}: {esc(fact)}" for what, fact in facts if fact != error]
@@ -5137,6 +4766,7 @@ def page(shot: Shown, stats: Stats, events: Iterable[Event], *, once: bool) -> s
     attention = f"{needs or 'Nothing'} need{'' if needs > 1 else 's'} attention"
     troubles = general_troubles(shot, stats)
     if not is_alive and not once:
+        attention = f"Stopped, {attention[0].lower()}{attention[1:]}"
         troubles = [f"The daemon was stopped at {at}: nothing is polled or started.", *troubles]
     esc, room = html.escape, 8  # rows that stand unfolded, or three of each part
     body = [f"<p class=alarm role=alert>{esc(text)}</p>\n" for text in troubles]
@@ -5160,7 +4790,7 @@ def page(shot: Shown, stats: Stats, events: Iterable[Event], *, once: bool) -> s
 <style>{PAGE_STYLE}</style>
 <body data-made="{unix_of(at):.0f}" data-alive="{is_alive:d}">
 <h1>TeckoChecker</h1>
-<p>{attention}. {counts_in_words(shot)}</p>
+<p>{attention}. {counts_in_words(v["status"] for v in shot["jobs"])}</p>
 <p class=dim>Made at {at} <span id=age></span></p>
 <p class="alarm stale">This page was made at {at}, and no other one since: the daemon is dead.</p>
 <main>
@@ -5171,64 +4801,65 @@ def page(shot: Shown, stats: Stats, events: Iterable[Event], *, once: bool) -> s
 """
 
 
-# --- as files -------------------------------------------------------------------------------------
+def put_file(path: Path, text: str, before: bytes | None = None) -> None:
+    """Write a file that everyone may read, as a whole or not at all. Raises OSError.
 
-
-def put_file(path: Path, text: str) -> None:
-    """Write a file that everyone may read, as a whole or not at all. Raises OSError."""
-    new = path.with_name(f".{path.name}.new")
+    In the place of `before`, mode and owner stay; raises TeckoError if it has changed since.
+    """
+    new, old = path.with_name(f".{path.name}.new"), None if before is None else path.stat()
     new.unlink(missing_ok=True)
+    private = functools.partial(os.open, mode=0o600)
     try:
-        with new.open("x", encoding="utf-8", errors="replace") as file:
-            os.fchmod(file.fileno(), 0o644)
+        with open(new, "x", encoding="utf-8", errors="replace", opener=private) as file:
+            if old:
+                os.chown(new, old.st_uid, old.st_gid)
+            os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode) if old else 0o644)
             file.write(text)
+            if old:
+                file.flush()
+                os.fsync(file.fileno())
+        if before is not None and path.read_bytes() != before:
+            raise TeckoError(f"{path} was changed meanwhile", "run the command again")
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)  # a full disk is not to stay full for its sake
 
 
-async def publish(engine: Engine, *, is_running: bool, trouble: str = "") -> str:
-    """Write page, document and metrics, if the config has a place for them.
+async def publish(engine: Engine, *, is_last: bool = False) -> None:
+    """Write page, document and metrics on every change, and once a minute; or once, at the end."""
 
-    Returns what is in the way, or ""; it is logged where it differs from `trouble`, that of before.
-    """
-    config, path, stats = engine.loaded.config, engine.store.path, list(engine.stats.values())
-    runs, now, before = engine.shown(), engine.clock.now(), trouble
-    daemon = lock_owner(path) if is_running else {"running": False}
-
-    def write(directory: Path) -> None:
-        with Store.reading(path) as store:
+    def write(config: Config, directory: Path, runs: list[Run], stats: list[SecretStats]) -> None:
+        daemon = {"running": False} if is_last else lock_owner(config.state_path)
+        with Store.reading(config.state_path) as store:
             loaded = (store and store.meta("config")) or {}
             events = store.events(most=50)[::-1] if store else []
-            query = "SELECT keboola_status, count(*) FROM runs WHERE phase = 'finished' GROUP BY 1"
+            query = """SELECT keboola_status, count(*) FROM runs
+                WHERE phase = 'finished' AND keboola_status <> '' GROUP BY 1"""
             ended = dict(store.db.execute(query).fetchall()) if store else {}
-        ended.pop(None, None)  # started before its status was known
-        shot = snapshot(config, runs, stats, daemon, loaded, now=now)
+        shot = snapshot(config, runs, stats, daemon, loaded, now=engine.clock.now())
         directory.mkdir(exist_ok=True)
-        put_file(directory / "status.json", f"{json.dumps(shot)}\n")
-        put_file(directory / "metrics.prom", metrics(shot, stats, ended))
-        put_file(directory / "status.html", page(shot, stats, events, once=engine.once))
+        with engine.publishing:  # at the end, a thread may still write the one before
+            put_file(directory / "status.json", f"{json.dumps(shot)}\n")
+            put_file(directory / "metrics.prom", metrics(shot, stats, ended))
+            put_file(directory / "status.html", page(shot, stats, events, once=engine.once))
 
-    trouble = ""
-    if config.publish_path:
-        try:
-            await asyncio.to_thread(write, config.publish_path)
-        except Exception as error:  # noqa: BLE001 - nothing here may end what starts jobs
-            trouble = one_line(f"{type(error).__name__}: {error}")
-    if trouble != before:
-        name = "publish_failed" if trouble else "publish_recovered"
-        engine.log(Event.of(name, directory=str(config.publish_path), error=trouble))
-    return trouble
-
-
-async def keep_published(engine: Engine) -> None:
-    """Publish whenever something has changed, and at least once a minute."""
     happened, trouble = asyncio.Event(), ""
     engine.told.append(happened)
     while True:
         happened.clear()
-        started = time.monotonic()
-        trouble = await publish(engine, is_running=True, trouble=trouble)
+        started, before, trouble = time.monotonic(), trouble, ""
+        config, stats = engine.loaded.config, list(engine.stats.values())
+        directory = config.publish_path
+        if directory:
+            try:
+                await asyncio.to_thread(write, config, directory, engine.shown(), stats)
+            except Exception as error:  # noqa: BLE001 - nothing here may end what starts jobs
+                trouble = one_line(f"{type(error).__name__}: {error}")
+        if trouble != before:
+            name = "publish_failed" if trouble else "publish_recovered"
+            engine.log(Event.of(name, directory=str(directory), error=trouble))
+        if is_last:
+            return
         rest_s = min(50.0, max(1.0, 30 * (time.monotonic() - started)))  # to cost little CPU
         await asyncio.sleep(rest_s)
         await wait_for_event(happened, 50.0 - rest_s)
@@ -5244,31 +4875,12 @@ def config_path(args: argparse.Namespace) -> Path:
     return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
 
 
-def counts_of(config: Config) -> str:
-    """Return how much a config is about, in words."""
-    batches = sum(len(job.batch_ids) for job in config.jobs.values())
-    return f"{counted(len(config.jobs), 'job')}, {counted(batches, 'batch')}"
-
-
-# --- the daemon and --once ------------------------------------------------------------------------
-
-
-async def at_most(seconds: float, work: Awaitable[object], hurry: asyncio.Event) -> None:
-    """Wait for work so long at most, or until `hurry` is set."""
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hurry.wait())]
-    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def load_at_start(
     path: Path, files: Files, redactor: Redactor, *, once: bool
 ) -> tuple[LoadedConfig, ConfigError | None]:
     """Return the config to run with, and what is wrong with the file, if it is not that one.
 
-    A daemon whose file the last edit broke goes on with that path's last good one of the state
-    file. Raises ConfigError where there is none.
+    A daemon whose file the last edit broke goes on with the last good one of the state file.
     """
     try:
         return load_config(path, files, os.environ, redactor), None
@@ -5282,51 +4894,52 @@ def load_at_start(
 
 
 async def serve(path: Path, *, once: bool) -> int:
-    """Be the daemon or, with `once`, one pass of it; returns the exit code.
-
-    Raises ConfigError, LockedError and StateError before anything was asked of a server.
-    """
+    """Be the daemon or, with `once`, one pass of it; returns the exit code."""
     redactor, files, writer, clock = Redactor(), Files(), LogWriter(), Clock()
     asyncio.get_running_loop().set_default_executor(DaemonThreads())
     loaded, rejected = load_at_start(path, files, redactor, once=once)
-    config, manager, signals = loaded.config, ServiceManager(os.environ), Signals()
+    config, signals = loaded.config, Signals()
     configure = functools.partial(configure_logging, redactor=redactor, writer=writer)
     configure(config)
     lock = StateLock(config.state_path, "--once" if once else "daemon", clock.now())
     store, http = Store.open(config.state_path), Http(config, redactor)
     webhooks = Http(replace(config, max_concurrency=10, request_timeout=10), redactor)
-    engine = Engine(loaded, store, lock, http, clock, redactor, once=once)
-    helpers: list[Callable[[], Awaitable[None]]] = []
-    if not once:
-        reloader = Reloader(engine, files, manager, configure)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.on_hangup)
-        alive = functools.partial(keep_alive, engine, manager)
-        tell = functools.partial(send_webhooks, engine, webhooks)
-        show = functools.partial(keep_published, engine)
-        helpers = [alive, reloader.run, reloader.watch, show, tell]
+    engine = Engine(loaded, store, lock, http, clock, redactor, once, ServiceManager(os.environ))
+    helpers = [
+        functools.partial(keep_loaded, engine, files, configure, signals),
+        functools.partial(publish, engine),
+        functools.partial(send_webhooks, engine, webhooks),
+    ]
     try:
         if not once:
             batches = sum(len(job.batch_ids) for job in config.jobs.values())
             facts: dict[str, Any] = {"jobs": len(config.jobs), "batches": batches}
-            facts |= {"pid": os.getpid()}
-            facts |= {"version": __version__, "config": str(path), "what_text": counts_of(config)}
-            engine.log(Event.of("daemon_started", **facts))
+            facts |= {"pid": os.getpid(), "version": __version__, "config": str(path)}
+            what = f"{counted(len(config.jobs), 'job')}, {counted(batches, 'batch')}"
+            engine.log(Event.of("daemon_started", what_text=what, **facts))
         engine.note_config(rejected)
-        code = await run_engine(engine, signals, helpers, manager)
-        if once and code == 0:
-            code = end_of_pass(engine)
-            telling = send_webhooks(engine, webhooks, once=True)
-            await at_most(PATIENCE_S, telling, signals.stop)
-            code = 130 if signals.stop.is_set() else code
-        elif not once:
+        code = await run_engine(engine, signals, helpers)
+        if not once:
             engine.log(Event.of("daemon_stopped"))
-        await at_most(PATIENCE_S, publish(engine, is_running=False), signals.now)
+        elif code == 0:
+            code = end_of_pass(engine)
+        names = dict(config.notify) if once and not signals.stop.is_set() else {}
+        telling = [tell_webhook(engine, webhooks, name) for name in names]
+        hurry = asyncio.ensure_future((signals.stop if once else signals.now).wait())
+        ending: list[asyncio.Future[Any]] = [
+            asyncio.gather(publish(engine, is_last=True), *telling),
+            hurry,
+        ]
+        await asyncio.wait(ending, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
     finally:
         await http.close()
         await webhooks.close()
         for used in (store, lock, writer):
             used.close()
-    return code
+    return 130 if once and signals.stop.is_set() else code
 
 
 def end_of_pass(engine: Engine) -> int:
@@ -5353,32 +4966,39 @@ def run_daemon(args: argparse.Namespace) -> int:
     return asyncio.run(serve(config_path(args), once=args.once))
 
 
-# --- what commands share --------------------------------------------------------------------------
-
-RED, GREEN, DIM = "\033[31m", "\033[32m", "\033[2m"
-
-
-def can_show(text: str) -> bool:
-    """Return whether standard output's encoding has these characters."""
-    encoding = sys.stdout.encoding or "ascii"
-    return text.encode(encoding, "replace").decode(encoding) == text
-
-
 def painted(text: str, colour: str) -> str:
     """Return text in a colour, on a terminal whose owner wants colours (https://no-color.org)."""
-    is_dumb = os.environ.get("TERM") == "dumb"
-    is_wanted = sys.stdout.isatty() and not is_dumb and not os.environ.get("NO_COLOR")
-    return f"{colour}{text}\033[0m" if colour and text and is_wanted else text
+    is_wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    code = {"red": 31, "green": 32, "dim": 2}.get(colour)
+    return f"\033[{code}m{text}\033[0m" if code and text and is_wanted else text
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[text.ljust(n) for text, n in zip(row, widths, strict=True)] for row in rows]
     return ["  ".join(row).rstrip() for row in cells]
 
 
-# --- check, init ----------------------------------------------------------------------------------
+def known_runs(config: Config, store: Store | None, wanted: str = "") -> list[Run]:
+    """Return the runs of a config's jobs, as the state file has them or will; and one by name."""
+    stored = {run.id: run for run in store.runs_for(config.jobs)} if store else {}
+    job_name, _, group = wanted.partition("/")
+    if store and group:
+        stored |= {run.id: run for run in store.groups(job_name, [group]).values()}
+    runs, by_job = [], dict[str, dict[int, Run]]()
+    for run in stored.values():
+        by_job.setdefault(run.job, {})[run.id] = run
+    for name, job in config.jobs.items():
+        own = by_job.get(name, {})
+        if ids := {*job.batch_ids}:
+            batches = tuple(map(Batch, job.batch_ids))
+            new = Run(0, name, config.target(job), batches=batches, next_at=math.inf)
+            same = (r for r in own.values() if not r.group and {b.id for b in r.batches} == ids)
+            run = next(same, new)
+            runs.append(replace(run, batches=in_order(job, run.batches)))
+            own.pop(run.id, None)
+        runs += [r for r in own.values() if (job.match and r.group) or r.is_begun]
+    return runs
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -5391,7 +5011,9 @@ def run_check(args: argparse.Namespace) -> int:
     loaded = load_config(path, Files(), os.environ, Redactor())
     for warning in loaded.warnings:
         print(f"{path}: warning: {warning}", file=sys.stderr)
-    print(f"{path}: fine: {counts_of(loaded.config)}, {counted(len(loaded.secrets), 'secret')}")
+    jobs, secrets = loaded.config.jobs.values(), counted(len(loaded.secrets), "secret")
+    batches = counted(sum(len(job.batch_ids) for job in jobs), "batch")
+    print(f"{path}: fine: {counted(len(jobs), 'job')}, {batches}, {secrets}")
     return 0
 
 
@@ -5459,32 +5081,6 @@ def run_init(args: argparse.Namespace) -> int:
 # --- editing the config ---------------------------------------------------------------------------
 
 
-def yaml_text(value: object) -> str:
-    """Return a value in YAML's flow style, in quotes where text would be read as another type."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{yaml_text(k)}: {yaml_text(v)}' for k, v in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(yaml_text, value))}]"
-    text = json.dumps(value, ensure_ascii=False)  # which is YAML too
-    if re.search("[\ud800-\udfff]", text):
-        raise UsageError(f"{quoted(text)} is not UTF-8 text", "nothing is changed")
-    if isinstance(value, str) and re.fullmatch(r"\w[\w ./=@-]*(?<! )", value):
-        node: Any = yaml.compose(value, Loader=_LOADER)
-        text = value if node.tag == f"{_TAG}str" else text
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
-
-
-def block_lines(values: Mapping[str, object], column: int, depth: int) -> Iterator[str]:
-    """Yield lines in block style; below depth 3, where a job has its keys, all is flow style."""
-    for key, value in values.items():
-        head = f"{' ' * column}{yaml_text(key)}:"
-        if value and isinstance(value, Mapping) and depth < 3:
-            yield head
-            yield from block_lines(value, column + (column or 2), depth + 1)
-        else:
-            yield f"{head} {yaml_text(value)}"
-
-
 @dataclass(slots=True)
 class ConfigEditor:
     """A config's text, changed at the marks of its YAML nodes; all else keeps every byte.
@@ -5503,9 +5099,21 @@ class ConfigEditor:
         return found
 
     def entries(self, *path: str) -> dict[str, YamlNode]:
-        """Return what a section or an entry has; what is wrong there is no business of ours."""
         found = self.find(*path)
         return found.entries("") if found else {}
+
+    def secret_users(self) -> dict[str, list[str]]:
+        """Return who uses each secret: jobs (also unfinished ones), `defaults` and `notify`."""
+        defaults, rules = self.entries("defaults"), self.find("notify")
+        uses = [("defaults", defaults)]
+        uses += [(name, defaults | job.entries("")) for name, job in self.entries("jobs").items()]
+        uses += [("notify", rule.entries("")) for rule in (rules.items("") if rules else ())]
+        users: dict[str, list[str]] = {}
+        for user, keys in uses:
+            for key in ("openai_secret", "keboola_secret", "secret"):
+                if key in keys and (name := keys[key].text("")):
+                    users.setdefault(name, []).append(user)
+        return users
 
     def set(self, value: object, *path: str) -> None:
         """Replace a value, or add it below those beside it; makes a missing section."""
@@ -5515,9 +5123,10 @@ class ConfigEditor:
         elif node is None:
             self._apply(self._added(parent, value, *path), value, *path)
         else:
-            start, end = self._span(node)
+            start, end = node.node.start_mark.index, node.node.end_mark.index
+            end = start + len(self.text[start:end].rstrip())  # a block's mark is where others begin
             comment = re.match(r"[|>][-+\d]*([ \t]+#[^\r\n]*)", self.text[start:end])
-            new = f"{'' if start < end else ' '}{yaml_text(value)}{comment[1] if comment else ''}"
+            new = f"{'' if start < end else ' '}{self._yaml(value)}{comment[1] if comment else ''}"
             self._apply([(start, end, new)], value, *path)
 
     def remove(self, *path: str) -> None:
@@ -5539,10 +5148,30 @@ class ConfigEditor:
             start = len(before) - 1
         self._apply([(start, end, ""), *splices], None, *path)
 
-    def _span(self, at: YamlNode) -> tuple[int, int]:
-        """Return where a value begins and ends; a block's own marks take in what follows it."""
-        start, end = at.node.start_mark.index, at.node.end_mark.index
-        return start, start + len(self.text[start:end].rstrip())
+    def _yaml(self, value: object) -> str:
+        """Return a value in flow style, in quotes where text would be read as another type."""
+        if isinstance(value, Mapping):
+            pairs = (f"{self._yaml(key)}: {self._yaml(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(self._yaml, value))}]"
+        text = json.dumps(value, ensure_ascii=False)  # which is YAML too
+        if re.search("[\ud800-\udfff]", text):
+            raise UsageError(f"{quoted(text)} is not UTF-8 text", "nothing is changed")
+        if isinstance(value, str) and re.fullmatch(r"\w[\w ./=@-]*(?<! )", value):
+            node: Any = yaml.compose(value, Loader=_LOADER)
+            text = value if node.tag == f"{_TAG}str" else text
+        return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+
+    def _block(self, values: Mapping[str, object], column: int, depth: int) -> Iterator[str]:
+        """Yield lines in block style; below depth 3, where a job has its keys, in flow style."""
+        for key, value in values.items():
+            head = f"{' ' * column}{self._yaml(key)}:"
+            if value and isinstance(value, Mapping) and depth < 3:
+                yield head
+                yield from self._block(value, column + (column or 2), depth + 1)
+            else:
+                yield f"{head} {self._yaml(value)}"
 
     def _end_of(self, key: yaml.Node, parent: YamlNode) -> int:
         """Return where the last line of an entry ends: of its value, or of a deeper comment."""
@@ -5557,7 +5186,8 @@ class ConfigEditor:
         """Return the splices that put a key below those beside it, in their style."""
         node: Any = parent.node
         outer: Any = self.find(*path[:-2])
-        pair, splices, (start, end) = {path[-1]: value}, [], self._span(parent)
+        pair, splices = {path[-1]: value}, []
+        start, end = node.start_mark.index, node.end_mark.index
         is_empty = self.text[start:end] in {"", "{}", "~", "null"}
         if is_empty and path[1:] and not outer.node.flow_style:
             splices = [(len(self.text[:start].rstrip(" \t")), end, "")]
@@ -5567,12 +5197,12 @@ class ConfigEditor:
             return []
         elif node.flow_style:
             end = node.value[-1][1].end_mark.index if node.value else end - 1
-            return [(end, end, f"{', ' if node.value else ''}{yaml_text(pair)[1:-1]}")]
+            return [(end, end, f"{', ' if node.value else ''}{self._yaml(pair)[1:-1]}")]
         else:
             last = node.value[-1][0]
             column, below = last.start_mark.column, self._end_of(last, parent)
         line_end = "\r\n" if "\r\n" in self.text else "\n"
-        lines = "".join(f"{line_end}{line}" for line in block_lines(pair, column, len(path)))
+        lines = "".join(f"{line_end}{line}" for line in self._block(pair, column, len(path)))
         return [*splices, (below, below, lines)]
 
     def _apply(self, splices: list[tuple[int, int, str]], value: object, *path: str) -> None:
@@ -5584,7 +5214,7 @@ class ConfigEditor:
             inner = inner[name]
         inner.pop(path[-1], None)
         if value is not None:
-            node: Any = yaml.compose(yaml_text(value), Loader=_LOADER)
+            node: Any = yaml.compose(self._yaml(value), Loader=_LOADER)
             inner[path[-1]] = replace(self.tree, node=node).plain_value()
         text = self.text
         for start, end, new in sorted(splices, reverse=True):
@@ -5597,53 +5227,21 @@ class ConfigEditor:
         self.text, self.tree = text, tree
 
 
-# --- the config file ------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def editors_lock(path: Path) -> Iterator[None]:
-    """Keep other editors out of a config's directory. Raises TeckoError after ten seconds."""
+def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> int:
+    """Change the config file, if that brings no new problem; print what `change` says, return 0."""
+    real, files = Path(os.path.realpath(path)), Files()
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # without locks, what others change is still noticed
-            fd = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
+            fd = os.open(real.parent, os.O_RDONLY)
             stack.callback(os.close, fd)
             for _ in range(500):
-                try:
+                with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:
-                    time.sleep(0.02)
+                time.sleep(0.02)
             else:
                 what = f"another command has been changing {path} for ten seconds"
                 raise TeckoError(what, "run this one again")
-        yield
-
-
-def replace_file(path: Path, old: bytes, new: bytes) -> None:
-    """Replace a file's content as a whole or not at all; mode, owner and links to it stay."""
-    real = Path(os.path.realpath(path))
-    try:
-        with tempfile.TemporaryDirectory(dir=real.parent, prefix=".teckochecker-") as directory:
-            temporary, status = Path(directory, "config"), real.stat()
-            temporary.write_bytes(new)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.chown(temporary, status.st_uid, status.st_gid)
-            temporary.chmod(stat.S_IMODE(status.st_mode))
-            if real.read_bytes() != old:
-                raise TeckoError(f"{path} was changed meanwhile", "run the command again")
-            temporary.replace(real)
-    except OSError as error:
-        hint = "run this as the file's owner, with room on the disk"
-        if error.errno == errno.EBUSY:
-            hint = "it is a mount of its own: mount its directory instead"
-        raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
-
-
-def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> int:
-    """Change the config file, if that brings no new problem; print what `change` says, return 0."""
-    with editors_lock(path):
-        files = Files()
         config, problems, text = read_config_file(path, files)
         tree = compose(text, path, [])
         if tree is None:
@@ -5655,37 +5253,33 @@ def edit_config(path: Path, change: Callable[[ConfigEditor, Config], str]) -> in
         for problem in parse_config(editor.text, path)[1]:
             if (problem.path, problem.what) not in known:
                 raise UsageError(one_line(f"{problem.path}: {problem.what}", 1000), problem.cure)
-        if editor.text != old:
-            new = text[: len(text) - len(old)] + editor.text
-            replace_file(path, files.read(path).data, new.encode())
+        try:
+            if editor.text != old:
+                new = text[: len(text) - len(old)] + editor.text
+                put_file(real, new, files.read(path).data)
+        except OSError as error:
+            hint = "run this as the file's owner, with room on the disk"
+            if error.errno == errno.EBUSY:
+                hint = "it is a mount of its own: mount its directory instead"
+            raise TeckoError(f"cannot replace {path}: {error.strerror}", hint) from None
     print(done)
     if problems:
         print(f"but no daemon takes this config: {problems[0]}", file=sys.stderr)
     return 0
 
 
-# --- encrypt, secret ------------------------------------------------------------------------------
-
-
-def text_of(own: Mapping[str, YamlNode], key: str) -> str | None:
-    return own[key].text("") if key in own else None
-
-
 def encrypt_values(editor: ConfigEditor, config: Config, *only: str, rotate: bool = False) -> str:
     """Put tokens in the place of plain values. Raises ConfigError for each that cannot be one."""
-    opener = SecretOpener(config, Files(), os.environ)
-    keys, tokens, problems = opener.fernet(), {}, []
-    if keys is None:
-        raise ConfigError(opener.problems)
+    keys, tokens, problems = read_keys(config, Files(), os.environ)[0], {}, []
     for name in only or editor.entries("secrets"):
         own = editor.entries("secrets", name)
-        text = text_of(own, "value")
-        if text is None:
+        texts = {key: node.text("") for key, node in own.items()}
+        if (text := texts.get("value")) is None:
             continue
-        opened = decrypted(keys, text)
+        opened, has_form = decrypted(keys, text)
         plain = text if opened is None else opened
-        problem = token_problem(plain, text_of(own, "type") or "")
-        if opened is None and looks_encrypted(text):
+        problem = token_problem(plain, texts.get("type") or "")
+        if opened is None and has_form:
             problem = "is encrypted with another key", "add that key after the first one"
         if problem:
             own["value"].bad(*problem)
@@ -5708,29 +5302,6 @@ def run_encrypt(args: argparse.Namespace) -> int:
     return edit_config(config_path(args), functools.partial(encrypt_values, rotate=args.rotate))
 
 
-def typed_text(name: str) -> str:
-    """Return what a person types, unseen, or what comes over standard input, if anything does."""
-    with contextlib.suppress(EOFError, AttributeError):  # AttributeError: it is closed
-        if sys.stdin.isatty():
-            return getpass.getpass(f"{name}: ").strip()
-        return sys.stdin.buffer.read(70_000).decode("utf-8", "replace").strip()
-    return ""
-
-
-def secret_users(editor: ConfigEditor) -> dict[str, list[str]]:
-    """Return who uses each secret: jobs (also unfinished ones), `defaults` and `notify`."""
-    defaults, rules = editor.entries("defaults"), editor.find("notify")
-    uses = [("defaults", defaults)]
-    uses += [(name, defaults | job.entries("")) for name, job in editor.entries("jobs").items()]
-    uses += [("notify", rule.entries("")) for rule in (rules.items("") if rules else ())]
-    users: dict[str, list[str]] = {}
-    for user, keys in uses:
-        names = (text_of(keys, key) for key in ("openai_secret", "keboola_secret", "secret"))
-        for name in filter(None, names):
-            users.setdefault(name, []).append(user)
-    return users
-
-
 def run_secret(args: argparse.Namespace) -> int:
     """List the secrets of the config, set one, or remove one.
 
@@ -5738,45 +5309,43 @@ def run_secret(args: argparse.Namespace) -> int:
     the config, encrypted. A new secret needs --type; one of type keboola also --stack-url. `remove`
     is refused while anything uses the secret. `list` shows types and users, and never a value.
     """
-    name = getattr(args, "name", "")
+    name, value = getattr(args, "name", ""), ""
+    if args.action == "set":  # not under the lock: it may take long
+        with contextlib.suppress(EOFError, AttributeError):  # AttributeError: it is closed
+            if sys.stdin.isatty():
+                value = getpass.getpass(f"{name}: ").strip()
+            else:
+                value = sys.stdin.buffer.read(70_000).decode("utf-8", "replace").strip()
 
-    def list_all(editor: ConfigEditor, config: Config) -> str:
-        users, rows = secret_users(editor), [("SECRET", "TYPE", "USED BY")]
-        for name in editor.entries("secrets"):
-            secret, using = config.secrets.get(name), ", ".join(users.get(name, ["nobody"]))
-            kind = secret.type if secret else "not readable: run `check`"
-            rows.append((one_line(name), kind, one_line(using, 80)))
-        return "\n".join(table(rows)) if rows[1:] else "no secrets"
-
-    def set_one(editor: ConfigEditor, config: Config) -> str:
-        old_kind = text_of(editor.entries("secrets", name), "type")
-        if old_kind and args.type not in {None, old_kind}:
+    def change(editor: ConfigEditor, config: Config) -> str:
+        users = editor.secret_users()
+        if args.action == "list":
+            rows = [("SECRET", "TYPE", "USED BY")]
+            for each in editor.entries("secrets"):
+                secret, using = config.secrets.get(each), ", ".join(users.get(each, ["nobody"]))
+                kind = secret.type if secret else "not readable: run `check`"
+                rows.append((one_line(each), kind, one_line(using, 80)))
+            return "\n".join(table(rows)) if rows[1:] else "no secrets"
+        if args.action == "remove":
+            if name in users:
+                using = one_line(", ".join(users[name]))
+                raise UsageError(f"the secret {name} is used by {using}", "change that first")
+            editor.remove("secrets", name)
+            return f"removed: {name}"
+        old = config.secrets.get(name)
+        if old and args.type not in {None, old.type}:
             cure = "leave --type out, or remove the secret first"
-            raise UsageError(f"the secret {name} is of another type, {old_kind}", cure)
-        values = {"type": None if old_kind else args.type, "value": text}
+            raise UsageError(f"the secret {name} is of another type, {old.type}", cure)
+        values = {"type": None if old else args.type, "value": value}
         values |= {"stack_url": args.stack_url, "base_url": args.base_url}
-        for key, value in given(values).items():
-            editor.set(value, "secrets", name, key)
-        encrypt_values(editor, config, name)
-        return f"encrypted: {name}"
+        for key, text in given(values).items():
+            editor.set(text, "secrets", name, key)
+        return encrypt_values(editor, config, name)
 
-    def remove_one(editor: ConfigEditor, _: Config) -> str:
-        if users := secret_users(editor).get(name):
-            using = one_line(", ".join(users))
-            raise UsageError(f"the secret {name} is used by {using}", "change that first")
-        editor.remove("secrets", name)
-        return f"removed: {name}"
-
-    text = typed_text(name) if args.action == "set" else ""  # not under the lock: it may take long
-    change = {"list": list_all, "set": set_one, "remove": remove_one}[args.action]
     return edit_config(config_path(args), change)
 
 
-# --- job ------------------------------------------------------------------------------------------
-
-
 def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each key that a job can have."""
     for key, reader in JOB_KEYS.items():
         option, is_ids = f"--{key.replace('_', '-')}", key.endswith("_ids")
         if reader is YamlNode.boolean:
@@ -5820,145 +5389,127 @@ def run_job(args: argparse.Namespace) -> int:
     return edit_config(config_path(args), change)
 
 
-# --- doctor ---------------------------------------------------------------------------------------
+# --- doctor, import -------------------------------------------------------------------------------
 
 
 class Doctor:
     """Tries everything that has to be right, and prints a line about each thing."""
 
-    def __init__(self, config: Config, secrets: Mapping[str, Secret], redactor: Redactor) -> None:
-        self.config = config
+    def __init__(self, loaded: LoadedConfig, redactor: Redactor) -> None:
         self.counts: collections.Counter[str] = collections.Counter()  # of lines, by mark
-        self._secrets = secrets
-        self._redactor = redactor
-        # The batches that are polled, by job. What `done` or a finished run is about may be gone.
-        self._polled = {name: {*job.batch_ids} for name, job in config.jobs.items() if not job.done}
+        self._config, self._secrets, self._redactor = loaded.config, loaded.secrets, redactor
+        self._polled: dict[str, set[str]] = {}  # job -> batches; what is over may be gone by now
 
     def tell(self, mark: str, what: str, cure: str = "") -> None:
         """Print what is right (✓), could be better (!) or is wrong (✗), and count it."""
         self.counts[mark] += 1
-        words = {} if can_show("✓✗") else {"✓": "ok", "✗": "WRONG"}
-        shown = painted(words.get(mark, mark), {"✓": GREEN, "✗": RED}.get(mark, ""))
+        is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
+        words = {} if is_utf else {"✓": "ok", "✗": "WRONG"}
+        shown = painted(words.get(mark, mark), {"✓": "green", "✗": "red"}.get(mark, ""))
         text = self._redactor.text(f"{what}; {cure}" if cure else what)
         print(shown, one_line(text, 1000), flush=True)
 
-    def check_files(self) -> None:
-        """Check the directories, the state file, and whose the files are."""
-        state, publish = self.config.state_path, self.config.publish_path
-        self._check_directory(state.parent, "the state file")
+    def check_files(self) -> None:  # noqa: C901 - one thing after the other
+        config, jobs = self._config, self._config.jobs
+        state, publish = config.state_path, config.publish_path
+        places = {"the state file": state.parent}
         if publish:
-            place = publish if os.path.lexists(publish) else publish.parent
-            self._check_directory(place, "published files")
+            places["published files"] = publish if os.path.lexists(publish) else publish.parent
+        for what, directory in places.items():
+            text = f"{directory}, for {what},"
+            if not os.access(directory, os.W_OK | os.X_OK):
+                cure = "create it, or run this as the daemon's user"
+                self.tell("✗", f"{text} is not there, or not this user's to write", cure)
+            elif (free_mib := shutil.disk_usage(directory).free >> 20) < 100:
+                self.tell("✗", f"{text} has only {free_mib} MiB left", "make room on that disk")
+            else:
+                self.tell("✓", f"{text} has {free_mib:,} MiB left")
+        runs, there = known_runs(config, None), "is not there yet: the first start makes it"
         try:
             with Store.reading(state) as store:
                 if store:
                     store.check_undamaged()
-                    self._leave_out_finished(store)
-            there = "is whole" if store else "is not there yet: the first start makes it"
+                    runs, there = known_runs(config, store), "is whole"
             self.tell("✓", f"the state file {state} {there}")
             if state.parent.is_dir():
                 self._check_owners()
         except TeckoError as error:
             self.tell("✗", str(error))
-
-    def _check_directory(self, directory: Path, what: str) -> None:
-        text = f"{directory}, for {what},"
-        if not os.access(directory, os.W_OK | os.X_OK):
-            cure = "create it, or run this as the daemon's user"
-            self.tell("✗", f"{text} is not there, or not this user's to write", cure)
-        elif (free_mib := shutil.disk_usage(directory).free >> 20) < 100:
-            self.tell("✗", f"{text} has only {free_mib} MiB left", "make room on that disk")
-        else:
-            self.tell("✓", f"{text} has {free_mib:,} MiB left")
+        self._polled = {n: set() for n, job in jobs.items() if job.match and not job.done}
+        for run in runs:
+            if run.phase is not Phase.FINISHED and not jobs[run.job].done:
+                ids = {batch.id for batch in run.batches if not batch.is_final}
+                self._polled.setdefault(run.job, set()).update(ids)
+        if over := len(jobs) - len(self._polled):
+            self.tell("✓", f"{counted(over, 'job')} finished: not tried any more")
 
     def _check_owners(self) -> None:
-        """Check that the files belong to the daemon's user, and that it can read the config.
-
-        It is the directory's owner. In one of root's it may be anybody: then the lock file tells.
-        """
-        config, state = self.config.path, self.config.state_path
-        lock, *beside = (state.with_name(state.name + end) for end in (".lock", "-wal", "-shm"))
-        files = {path: path.stat() for path in (config, state, lock, *beside) if path.exists()}
-        model = lock if lock in files and state.parent.stat().st_uid == 0 else state.parent
+        # The daemon's user is the directory's owner; in one of root's, the lock file tells who.
+        config, state = self._config.path, self._config.state_path
+        lock, *others = (state.with_name(state.name + end) for end in (".lock", "-wal", "-shm"))
+        model = lock if lock.exists() and state.parent.stat().st_uid == 0 else state.parent
         user = model.stat()
-        if user.st_uid == 0 or files[config].st_mode & 0o044:  # whoever's: it can be read
-            del files[config]
-        for path in (path for path, file in files.items() if file.st_uid != user.st_uid):
-            owners = [owner_of(path), owner_of(model)]
-            what = f"{path} belongs to {owners[0]}, but {model} to {owners[1]}"
-            run = f"run: chown {user.st_uid}:{user.st_gid} {shlex.quote(str(path))}"
-            self.tell("✗", what, run)
-
-    def _leave_out_finished(self, store: Store) -> None:
-        """Leave out jobs and batches that are finished, and add the batches of groups."""
-        jobs, polled = self.config.jobs, self._polled
-        for run in store.runs_for(jobs, recent=False):
-            ids = {batch.id for batch in run.batches}
-            if run.job not in polled or not (run.group or ids == {*jobs[run.job].batch_ids}):
-                continue
-            if run.phase is Phase.FINISHED and not run.group:
-                del polled[run.job]
-            else:
-                polled[run.job] |= ids
-                polled[run.job] -= {batch.id for batch in run.batches if batch.is_final}
+        is_private = user.st_uid != 0 and not config.stat().st_mode & 0o044
+        for path in (*([config] if is_private else []), state, lock, *others):
+            if path.exists() and path.stat().st_uid != user.st_uid:
+                what = f"{path} belongs to {owner_of(path)}, but {model} to {owner_of(model)}"
+                run = f"run: chown {user.st_uid}:{user.st_gid} {shlex.quote(str(path))}"
+                self.tell("✗", what, run)
 
     async def check_servers(self) -> None:
         """Ask OpenAI and Keboola with every secret about all that the jobs need of them."""
         asyncio.get_running_loop().set_default_executor(DaemonThreads())
-        timeout_s = min(8, self.config.request_timeout)
-        http = Http(replace(self.config, request_timeout=timeout_s), self._redactor)
+        http, clock = Http(self._config, self._redactor), Clock()
         try:
-            await asyncio.gather(*(self._check_secret(name, http) for name in self._secrets))
+            for name, secret in self._secrets.items():
+                entry = self._config.secrets[name]
+                parts = entry, secret, http, clock
+                with self._trying(name, f"{name}: {entry.stack_url or entry.base_url}"):
+                    if entry.type == "openai":
+                        await self._check_openai(OpenAI(*parts, lambda *_: None))
+                    elif entry.type == "keboola":
+                        await self._check_keboola(Keboola(*parts, lambda *_: None))
         finally:
             await http.close()
 
-    async def _check_secret(self, name: str, http: Http) -> None:
-        entry, parts = self.config.secrets[name], (self._secrets[name], http, Clock())
+    @contextlib.contextmanager
+    def _trying(self, name: str, what: str, not_there: str = "") -> Iterator[None]:
+        """Tell of a request that fails; `not_there` is the cure of an id that is wrong."""
         try:
-            if entry.type == "openai":
-                await self._check_openai(OpenAI(entry, *parts, lambda *_: None))
-            elif entry.type == "keboola":
-                await self._check_keboola(Keboola(entry, *parts, lambda *_: None))
+            yield
         except ApiError as error:
-            self._tell_failure(name, f"{name}: {entry.stack_url or entry.base_url}", error)
-
-    def _tell_failure(self, name: str, what: str, error: ApiError, not_there: str = "") -> None:
-        """Tell of a request that failed; `not_there` is the cure of an id that is wrong."""
-        token, address = self._new_token(name), "check the address, the network and the proxy"
-        cures = {None: address, 200: address, 401: token, 403: not_there or token, 404: address}
-        cures |= {400: not_there, 404: not_there} if not_there else {}
-        cure = cures.get(error.status, "see the server's own words, and its status page")
-        self.tell("✗", f"{what}: {error}", cure)
+            token, address = self._new_token(name), "check the address, the network and the proxy"
+            cures = {None: address, 200: address, 401: token, 403: token, 404: address}
+            cures |= dict.fromkeys((400, 403, 404), not_there) if not_there else {}
+            otherwise = "see the server's own words, and its status page"
+            self.tell("✗", f"{what}: {error}", cures.get(error.status, otherwise))
 
     def _new_token(self, name: str) -> str:
-        """Return where a new token for a secret belongs."""
-        entry, config = self.config.secrets[name], shlex.quote(str(self.config.path))
+        entry, config = self._config.secrets[name], shlex.quote(str(self._config.path))
         if entry.source != "value":
             return f"make a new one, and put it into {entry.source} {entry.text.reveal()}"
         return f"make a new one, then run: teckochecker --config {config} secret set {name}"
 
     async def _check_openai(self, openai: OpenAI) -> None:
         """Check an OpenAI key, and whether it reads the batches that are polled with it."""
-        name, jobs, shown = openai.name, self.config.jobs, set[str]()
+        name, jobs, shown = openai.name, self._config.jobs, set[str]()
         polled = {job: ids for job, ids in self._polled.items() if jobs[job].openai_secret == name}
-        batch_ids = set(itertools.chain(*polled.values()))
+        count = sum(map(len, polled.values()))
         try:
             shown = {row["id"] for row in (await openai.page(None))[0]}
-            self.tell("✓", f"{name}: {self.config.secrets[name].base_url} takes the key")
+            self.tell("✓", f"{name}: {self._config.secrets[name].base_url} takes the key")
         except ApiError as error:
-            is_needed = not batch_ids or any(jobs[job].match for job in polled)
+            is_needed = not count or any(jobs[job].match for job in polled)
             if is_needed or error.status not in {404, 405, 429, 501}:  # these are the list's alone
                 raise
-        left = batch_ids - shown
-        answers = await asyncio.gather(*map(openai.ask, left), return_exceptions=True)
-        errors = [(k, e) for k, e in zip(left, answers, strict=True) if isinstance(e, Exception)]
-        failures = {k: e if isinstance(e, ApiError) else ApiError(repr(e)) for k, e in errors}
-        cure = "correct the id, the secret or its base_url"
-        for job, ids in polled.items():
-            for key in sorted(ids & failures.keys()):
-                self._tell_failure(name, f"job {job}: {key}", failures[key], cure)
-        if read := len(batch_ids) - len(failures):
-            self.tell("✓", f"{name}: reads {read:,} of {counted(len(batch_ids), 'batch')}")
+        read, cure = 0, "correct the id, the secret or its base_url"
+        for job, batch_id in ((job, batch_id) for job, ids in polled.items() for batch_id in ids):
+            with self._trying(name, f"job {job}: {batch_id}", cure):
+                if batch_id not in shown:
+                    await openai.ask(batch_id)
+                read += 1
+        if read:
+            self.tell("✓", f"{name}: reads {read:,} of {counted(count, 'batch')}")
 
     async def _check_keboola(self, keboola: Keboola) -> None:
         """Check a Keboola token, and every configuration that is started with it."""
@@ -5976,24 +5527,25 @@ class Doctor:
             cure = f"give it that right, or {self._new_token(name)}"
             self.tell("✗", f"{name}: the token may not start jobs (canCreateJobs is false)", cure)
         jobs: dict[Target, list[Job]] = {}
-        for job in map(self.config.jobs.__getitem__, self._polled):
+        for job in map(self._config.jobs.__getitem__, self._polled):
             if job.keboola_secret == name:
-                jobs.setdefault(self.config.target(job), []).append(job)
-        await asyncio.gather(*(self._check_target(keboola, *each) for each in jobs.items()))
-
-    async def _check_target(self, keboola: Keboola, target: Target, jobs: list[Job]) -> None:
-        """Check that a configuration can be started, and gets its variables from each job."""
-        more = f" (and {len(jobs) - 1} more)" if len(jobs) > 1 else ""
-        text = f"job {jobs[0].name}{more}: {target}"
-        try:
-            await keboola.search(target, time.time() - MINUTE_S, "-")
-            content = as_dict((await keboola.configuration(target)).get("configuration"))
-            if key := id_text(content.get("variables_id")):
-                place = replace(target, component_id="keboola.variables", config_id=key)
-                content = as_dict((await keboola.configuration(place)).get("configuration"))
-        except ApiError as error:
+                jobs.setdefault(self._config.target(job), []).append(job)
+        for target, its_jobs in jobs.items():
             cure = "correct component_id, config_id, branch_id or the token's rights"
-            return self._tell_failure(keboola.name, text, error, cure)
+            more = f" (and {len(its_jobs) - 1} more)" if len(its_jobs) > 1 else ""
+            text = f"job {its_jobs[0].name}{more}: {target}"
+            with self._trying(name, text, cure):
+                await self._check_target(keboola, target, text, its_jobs)
+
+    async def _check_target(
+        self, keboola: Keboola, target: Target, text: str, jobs: list[Job]
+    ) -> None:
+        """Check that a configuration can be started, and gets its variables from each job."""
+        await keboola.search(target, time.time() - MINUTE_S, "-")
+        content = as_dict((await keboola.configuration(target)).get("configuration"))
+        if key := id_text(content.get("variables_id")):
+            place = replace(target, component_id="keboola.variables", config_id=key)
+            content = as_dict((await keboola.configuration(place)).get("configuration"))
         self.tell("✓", f"{text} is there")
         # The tasks of a Flow get the variables that it is started with.
         if not key and target.component_id not in {"keboola.orchestrator", "keboola.flow"}:
@@ -6006,7 +5558,6 @@ class Doctor:
             if missing := ", ".join(name for name in declared if name not in sent):
                 cure = "add them to the job's variables: what is sent replaces the defaults"
                 self.tell("✗", f"job {job.name}: {target} needs the variables {missing}", cure)
-        return None
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -6016,117 +5567,95 @@ def run_doctor(args: argparse.Namespace) -> int:
     """
     redactor = Redactor()
     loaded, problems = open_config(config_path(args), Files(), os.environ, redactor)
-    config, doctor = loaded.config, Doctor(loaded.config, loaded.secrets, redactor)
+    config, doctor = loaded.config, Doctor(loaded, redactor)
     for problem in ConfigError(problems).problems:
         doctor.tell("✗", str(problem))
-    if not doctor.counts:
+    if not problems:
         jobs = counted(len(config.jobs), "job")
         doctor.tell("✓", f"{config.path}: {jobs}, and every secret opens")
     for warning in loaded.warnings:
         doctor.tell("!", warning)
     if config.sha256:
         doctor.check_files()
-        with asyncio.Runner() as runner:
-            runner.get_loop()  # takes time: Ctrl-C in it would leave a coroutine never awaited
-            runner.run(doctor.check_servers())
+        asyncio.run(doctor.check_servers())
     wrong, warnings = doctor.counts["✗"], doctor.counts["!"]
     print(f"{counted(wrong, 'problem')}, {counted(warnings, 'warning')}")
     return 1 if wrong else 0
 
 
-# --- import ---------------------------------------------------------------------------------------
-
-
 class Importer:
     """Makes a config of TeckoChecker 0.9's database; `notes` tell what a person has to decide."""
-
-    SECRETS = """
-        SELECT s.id, s.name, value, 'openai', '' FROM polling_jobs
-            JOIN secrets AS s ON s.id = openai_secret_id
-        UNION SELECT s.id, s.name, value, 'keboola', rtrim(keboola_stack_url, '/') FROM polling_jobs
-            JOIN secrets AS s ON s.id = keboola_secret_id ORDER BY 1"""
-    JOBS = """
-        SELECT job.*, lower(job.status) AS state, rtrim(keboola_stack_url, '/') AS stack_url,
-            EXISTS (SELECT 1 FROM job_batches AS b WHERE job_id = job.id
-                AND lower(ifnull(b.status, '')) NOT IN
-                    ('completed', 'failed', 'expired', 'cancelled', 'canceled')) AS is_pending,
-            (SELECT json_group_array(batch_id) FROM (SELECT batch_id FROM job_batches
-                WHERE job_id = job.id ORDER BY id)) AS batch_ids, started, failed
-        FROM polling_jobs AS job LEFT JOIN (
-            SELECT job_id, max(text LIKE '%keboola_triggered%') AS started,
-                max(text LIKE '%trigger%' AND (text LIKE '%fail%' OR text LIKE '%error%')) AS failed
-            FROM (SELECT job_id, ifnull(status, '') || ' ' || ifnull(message, '') AS text
-                FROM polling_logs) GROUP BY job_id) ON job_id = job.id
-        ORDER BY job.id"""
 
     def __init__(self, db: sqlite3.Connection, old: Fernet, new: MultiFernet) -> None:
         db.row_factory = sqlite3.Row
         self.notes: list[str] = []
+        self.secrets: dict[str, dict[str, str]] = {}
         self._db, self._old, self._new = db, old, new
         self._names: dict[tuple[int, str], str] = {}  # of secrets, by old id and stack
 
-    def config(self) -> dict[str, Any]:
-        """Return the config as plain data. Raises UsageError where a secret does not open."""
-        secrets, jobs = self._secrets(), dict[str, dict[str, Any]]()
-        for row in self._db.execute(self.JOBS):
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Return the jobs; none starts by itself that may have been started: a note tells why."""
+        jobs: dict[str, dict[str, Any]] = {}
+        cure = "it is paused now: remove paused: to start it, or write done: true"
+        unclear = "all its batches are finished, but its log has no start of Keboola"
+        rows = self._db.execute("SELECT * FROM polling_jobs ORDER BY id").fetchall()
+        logs = self._db.execute("SELECT job_id, status, message FROM polling_logs")
+        lines = [(job_id, f"{status} {message}".lower()) for job_id, status, message in logs]
+        started = {job_id for job_id, line in lines if "keboola_triggered" in line}
+        trouble = re.compile("trigger.*(fail|error)|(fail|error).*trigger", re.DOTALL)
+        failed = {job_id for job_id, line in lines if trouble.search(line)}
+        query = "SELECT batch_id, status FROM job_batches WHERE job_id = ? ORDER BY id"
+        for row in rows:
+            batches = self._db.execute(query, (row["id"],)).fetchall()
+            statuses = {str(status).lower() for _, status in batches} - {"canceled"}
+            state = one_line(str(row["status"] and row["status"].lower()))
+            was_completed, was_started = state.startswith("completed"), row["id"] in started
+            is_pending = any(STATUS_RANK.get(status) != 3 for status in statuses)
+            cases = (
+                (state == "paused", "paused", ""),
+                (was_completed and (was_started or row["id"] not in failed), "done", ""),
+                (was_completed, "paused", f", but could not start Keboola; {cure}"),
+                (state != "active", "paused", f"; {cure}"),
+                (was_started, "done", ", but has started Keboola: it is done now"),
+                (not is_pending, "paused", f", and {unclear}; {cure}"),
+                (True, "", ""),
+            )
+            rest, note = next((rest, note) for holds, rest, note in cases if holds)
             name = one_line(str(row["name"]).replace("/", "-"), 180) or "job"
             while name in jobs:
                 name = f"{name}-{row['id']}"
-            openai, keboola = row["openai_secret_id"], row["keboola_secret_id"]
-            jobs[name] = {  # also what cannot stand there: who reads the config is told
-                "batch_ids": [*dict.fromkeys(map(str, json.loads(row["batch_ids"])))],
+            self.notes += [f"the job {name} was {state}{note}"] if note else []
+            stack_url = (row["keboola_stack_url"] or "").rstrip("/")
+            jobs[name] = {
+                "batch_ids": [*dict.fromkeys(str(batch_id) for batch_id, _ in batches)],
                 "config_id": str(row["keboola_configuration_id"] or ""),
-                "openai_secret": self._names.get((openai, ""), f"secret-{openai}"),
-                "keboola_secret": self._names.get((keboola, row["stack_url"]), f"secret-{keboola}"),
+                "openai_secret": self._secret(row["openai_secret_id"], "openai", ""),
+                "keboola_secret": self._secret(row["keboola_secret_id"], "keboola", stack_url),
                 "component_id": str(row["keboola_component_id"] or ""),
                 "poll_interval": f"{row['poll_interval_seconds'] or 120}s",
-                **self._rest(name, row),
+                **({rest: True} if rest else {}),
             }
-        defaults = {}
-        for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval"):
-            if len(values := {job[key] for job in jobs.values()}) == 1:
-                defaults[key] = values.pop()
-                for job in jobs.values():
-                    del job[key]
-        return {"secrets": secrets, "defaults": defaults, "jobs": jobs}
+        return jobs
 
-    def _secrets(self) -> dict[str, dict[str, str]]:
-        """Return the secrets that jobs use; a token with two stacks becomes two."""
-        secrets: dict[str, dict[str, str]] = {}
-        for old_id, old_name, token, kind, stack_url in self._db.execute(self.SECRETS):
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(old_name)).strip("-._")[:80] or "secret"
-            while name in secrets:
-                name = f"{name}-{old_id}"
-            try:
-                value = self._new.encrypt(self._old.decrypt(token)).decode()
-            except (InvalidToken, ValueError, TypeError):
-                message = f"$SECRET_KEY does not open the secret {quoted(str(old_name))}"
-                raise UsageError(message, "set $SECRET_KEY as the old program had it") from None
-            base_url = os.environ.get("OPENAI_BASE_URL") if kind == "openai" else ""
-            entry = {"type": kind, "value": value, "stack_url": stack_url, "base_url": base_url}
-            secrets[name] = {key: text for key, text in entry.items() if text}
-            self._names[old_id, stack_url] = name
-        return secrets
-
-    def _rest(self, name: str, row: sqlite3.Row) -> dict[str, bool]:
-        """Return what keeps a job from starting twice; what is not certain gets a note."""
-        state, started = one_line(str(row["state"])), row["started"]
-        is_active, was_completed = state == "active", state.startswith("completed")
-        cure = "it is paused now: remove paused: to start it, or write done: true"
-        unclear = "all its batches are finished, but its log has no start of Keboola"
-        cases = (
-            (state == "paused", "paused", ""),
-            (was_completed and (started or not row["failed"]), "done", ""),
-            (is_active and started, "done", ", but has started Keboola: it is done now"),
-            (is_active and row["is_pending"], "", ""),
-            (is_active, "paused", f", and {unclear}; {cure}"),
-            (was_completed, "paused", f", but could not start Keboola; {cure}"),
-            (True, "paused", f"; {cure}"),
-        )
-        rest, note = next((rest, note) for holds, rest, note in cases if holds)
-        if note:
-            self.notes.append(f"the job {name} was {state}{note}")
-        return {rest: True} if rest else {}
+    def _secret(self, number: int, kind: str, stack_url: str) -> str:
+        """Have a secret in the config; returns its name. A token with two stacks becomes two."""
+        query = "SELECT name, value FROM secrets WHERE id = ?"
+        row = self._db.execute(query, (number,)).fetchone()
+        if row is None or (number, stack_url) in self._names:
+            return self._names.get((number, stack_url), f"secret-{number}")
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["name"])).strip("-._")[:80] or "secret"
+        while name in self.secrets:
+            name = f"{name}-{number}"
+        try:
+            value = self._new.encrypt(self._old.decrypt(row["value"])).decode()
+        except (InvalidToken, ValueError, TypeError):
+            message = f"$SECRET_KEY does not open the secret {quoted(str(row['name']))}"
+            raise UsageError(message, "set $SECRET_KEY as the old program had it") from None
+        base_url = os.environ.get("OPENAI_BASE_URL") if kind == "openai" else ""
+        entry = {"type": kind, "value": value, "stack_url": stack_url, "base_url": base_url}
+        self.secrets[name] = {key: text for key, text in entry.items() if text}
+        self._names[number, stack_url] = name
+        return name
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -6135,23 +5664,25 @@ def run_import(args: argparse.Namespace) -> int:
     Exits 1 if standard error says what a person has to correct or to decide.
     """
     path, files = config_path(args), Files()
-    opener = SecretOpener(read_config_file(path, files)[0], files, os.environ)
-    keys = opener.fernet()
-    if keys is None:
-        raise ConfigError(opener.problems)
+    keys = read_keys(read_config_file(path, files)[0], files, os.environ)[0]
     digest = hashlib.sha256(os.environb.get(b"SECRET_KEY", b"")).digest()
     uri = f"{Path(args.old).absolute().as_uri()}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
             importer = Importer(db, Fernet(base64.urlsafe_b64encode(digest)), keys)
-            config = importer.config()
+            jobs = importer.jobs()
     except sqlite3.Error as error:  # its name is not echoed: PostgreSQL's has a password in it
         cure = "name a copy of 0.9's SQLite file (if it was PostgreSQL, copy its tables into one)"
         raise UsageError(f"cannot import OLD.db: {error}", cure) from None
-    layout: Any = {"sort_keys": False, "allow_unicode": can_show("ěš🌙"), "width": 1000}
-    jobs = yaml.safe_dump({"jobs": config.pop("jobs")}, default_flow_style=None, **layout)
+    defaults = {}
+    for key in ("openai_secret", "keboola_secret", "component_id", "poll_interval"):
+        if len({job[key] for job in jobs.values()}) == 1:
+            *_, defaults[key] = [job.pop(key) for job in jobs.values()]
+    is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
+    layout: Any = {"sort_keys": False, "allow_unicode": is_utf, "width": 1000}
     head = "# Imported from TeckoChecker 0.9. Put it in place of config.yaml and run `check`."
-    text = f"{head}\n{yaml.safe_dump(config, **layout)}{jobs}"
+    shared = yaml.safe_dump({"secrets": importer.secrets, "defaults": defaults}, **layout)
+    text = f"{head}\n{shared}{yaml.safe_dump({'jobs': jobs}, default_flow_style=None, **layout)}"
     notes = [*importer.notes, *map(str, parse_config(text, Path("<imported>"))[1])]
     for note in notes:
         print(f"teckochecker: {note}", file=sys.stderr)
@@ -6172,6 +5703,34 @@ class View:
     troubles: Sequence[str]  # what needs attention and is no run
     store: Store | None  # None: nothing has run yet
 
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, args: argparse.Namespace) -> Iterator[View]:
+        """Open what the state file knows or, where nothing has run yet, what the start would make.
+
+        Where the config has problems, the last good one counts, as it does for the daemon.
+        """
+        if re.search("[\ud800-\udfff]", args.job or ""):
+            raise UsageError("the name is not UTF-8 text")
+        path, files = config_path(args), Files()
+        config, problems, _ = read_config_file(path, files)
+        if problems:
+            _, problems = open_config(path, files, os.environ, Redactor())  # without secrets
+            if not config.sha256 and not is_there(config.state_path):
+                raise ConfigError(problems)
+        with Store.reading(config.state_path) as store:
+            loaded = (store and store.meta("config")) or {}
+            good = (store and store.meta("good_config")) or {}
+            if problems:
+                loaded["error"] = str(ConfigError(problems))
+                if good.get("path") == str(path.absolute()):
+                    config, _ = parse_config(good["text"], path)
+            runs = known_runs(config, store, args.job or "")
+            stats = [s for s in store.stats().values() if s.name in config.secrets] if store else []
+            owner = lock_owner(config.state_path)
+            shot = snapshot(config, runs, stats, owner, loaded, now=time.time())
+            yield cls(config, runs, shot, general_troubles(shot, stats), store)
+
     def chosen(self, name: str) -> list[tuple[Run, dict[str, Any]]]:
         """Return the runs that a name means: one run, or those of a job. Raises UsageError."""
         pairs = zip(self.runs, self.shot["jobs"], strict=True)
@@ -6181,119 +5740,75 @@ class View:
             raise UsageError(f"there is no job {quoted(name)}", hint)
         return found
 
+    def overview(self) -> Iterator[str]:
+        """Yield the runs, attention first; on a terminal within its width, and not too many."""
+        shot, is_terminal = self.shot, sys.stdout.isatty()
+        width = max(60, shutil.get_terminal_size().columns) if is_terminal else 10_000
+        views = [view for part in in_parts(shot).values() for view in part]
+        shown = views[:60] if is_terminal else views
+        rows = [("RUN", "STATUS", "BATCHES", "LAST POLL")]
+        for view in shown:
+            (finished, percent), status = progress_of(view), view["status"].replace("_", " ")
+            name, polled = one_line(view["name"], max(12, width - 54)), view["last_check_at"]
+            rows.append((name, status, f"{finished} {percent:>3}%", ago(polled, shot)))
+        titles, *body = table(rows)
+        nothing = "Nothing runs" if self.store else "Nothing has run here yet"
+        start = f"{nothing}: start the daemon, or --once."
+        head = "The daemon runs." if shot["daemon"]["running"] else start
+        if needs := shot["attention"]:
+            head += f" {needs} need{'' if needs > 1 else 's'} attention."
+        yield from (
+            *textwrap.wrap(f"{head} {counts_in_words(v['status'] for v in shot['jobs'])}", width),
+            "",
+            titles,
+        )
+        for view, line in zip(shown, body, strict=True):
+            is_quiet = view["status"] in {"completed", "paused"}
+            yield painted(line, "red" if view["attention"] else "dim" if is_quiet else "")
+            for text, colour in ((what_next(view, shot), "dim"), (view["error"] or "", "red")):
+                wrapped = textwrap.wrap(text, width - 4, max_lines=4, placeholder=" …")
+                yield from (painted(f"    {part}", colour) for part in wrapped)
+        if len(views) > len(shown):
+            yield f"… and {counted(len(views) - len(shown), 'run')} more; see --json"
+        found = {run.job for run in self.runs}
+        for name in (name for name in self.config.jobs if name not in found):
+            yield from textwrap.wrap(self.no_run_yet(name), width)
 
-@contextlib.contextmanager
-def viewing(args: argparse.Namespace) -> Iterator[View]:
-    """Return what the state file knows, or where nothing has run yet, what the start would make.
+    def no_run_yet(self, name: str) -> str:
+        job = self.config.jobs[name]
+        match = ", ".join(f"{key}: {value}" for key, value in job.match)
+        what = f"finds batches with {match}, created since {rfc3339(job.since)}"
+        return f"{name}: no run yet; {'once it is resumed, it' if job.rests else 'it'} {what}"
 
-    Where the file has problems, the last good config counts, as it does for the daemon. Raises
-    ConfigError where it does not even tell where the state file is.
-    """
-    if re.search("[\ud800-\udfff]", args.job or ""):
-        raise UsageError("the name is not UTF-8 text")
-    path, files = config_path(args), Files()
-    config, problems, _ = read_config_file(path, files)
-    if problems:
-        _, problems = open_config(path, files, os.environ, Redactor())  # without secrets
-        if not config.sha256 and not is_there(config.state_path):
-            raise ConfigError(problems)
-    with Store.reading(config.state_path) as store:
-        loaded = (store and store.meta("config")) or {}
-        good = (store and store.meta("good_config")) or {}
-        if problems:
-            loaded["error"] = str(ConfigError(problems))
-            if good.get("path") == str(path.absolute()):
-                config, _ = parse_config(good["text"], path)
-        runs = known_runs(config, store, args.job or "")
-        stats = [s for s in store.stats().values() if s.name in config.secrets] if store else []
-        owner = lock_owner(config.state_path)
-        shot = snapshot(config, runs, stats, owner, loaded, now=time.time())
-        yield View(config, runs, shot, general_troubles(shot, stats), store)
+    def story(self, run: Run, shown: Shown) -> Iterator[str]:
+        """Yield everything about one run: its batches, what Keboola got, and its whole story."""
+        trigger = shown["trigger"] or {}
+        facts = {"run": run.name, "status": shown["status"].replace("_", " ")}
+        facts |= {**facts_of(shown, self.shot), "target": str(run.target)}
+        facts |= {"trigger": f"{trigger['state']} {trigger['id']}"} if trigger else {}
+        yield from (f"{name:<12} {value}" for name, value in facts.items())
+        yield from ("", "Batches:")
+        for batch, known in zip(run.batches, shown["batches"], strict=True):
+            yield f"  {batch_words(known, shown)}{f': {batch.error}' if batch.error else ''}"
+        if run.payload:
+            yield from ("", "What is sent to Keboola:")
+            values = json.loads(run.payload)["variableValuesData"]["values"]
+            yield from (f"  {value['name']} = {value['value']}" for value in values)
+        events = self.store.events(name=run.name) if self.store else []
+        yield from ("", *(f"{rfc3339(event.at)} {event.text}" for event in events))
 
-
-def known_runs(config: Config, store: Store | None, wanted: str) -> list[Run]:
-    """Return the runs of a config's jobs, in its order, as the state file has them or will.
-
-    Of a match job these are the recent ones, and the one whose name is `wanted`.
-    """
-    stored = {run.id: run for run in store.runs_for(config.jobs)} if store else {}
-    job_name, _, group = wanted.partition("/")
-    if store and group:
-        stored |= {run.id: run for run in store.groups(job_name, [group]).values()}
-    targets = {name: config.target(job) for name, job in config.jobs.items()}
-    single = [run for run in stored.values() if not run.group]
-    assigned = assign(config.jobs, targets, single, (store and store.meta("targets")) or {})
-    runs = []
-    for name, job in config.jobs.items():
-        if not job.match:
-            batches = tuple(Batch(batch_id) for batch_id in job.batch_ids)
-            new = Run(0, name, targets[name], batches=batches, next_at=math.inf)
-            run = assigned.get(name, new)
-            stored.pop(run.id, None)
-            runs.append(replace(run, job=name, batches=in_order(job, run.batches)))
-        others = [run for run in stored.values() if run.job == name]
-        runs += [r for r in others if (job.match and r.group) or r.is_begun]
-    return runs
-
-
-def status_table(view: View) -> Iterator[str]:
-    """Yield the runs as lines: attention first, each with what happens next.
-
-    On a terminal nothing is wider than it, and of very many only the first are shown.
-    """
-    shot, is_terminal = view.shot, sys.stdout.isatty()
-    rows = [("RUN", "STATUS", "BATCHES", "LAST POLL")]
-    width = max(60, shutil.get_terminal_size().columns) if is_terminal else 10_000
-    views = [shown for part in in_parts(shot).values() for shown in part]
-    shown = views[:60] if is_terminal else views
-    for run in shown:
-        finished, percent = progress_of(run)
-        name, status = one_line(run["name"], max(12, width - 54)), run["status"].replace("_", " ")
-        rows.append((name, status, f"{finished} {percent:>3}%", ago(run["last_check_at"], shot)))
-    nothing = "Nothing runs" if view.store else "Nothing has run here yet"
-    start = f"{nothing}: start the daemon, or --once."
-    who = "The daemon runs." if shot["daemon"]["running"] else start
-    titles, *body = table(rows)
-    needs = shot["attention"]
-    attention = f"{needs} need{'' if needs > 1 else 's'} attention. " if needs else ""
-    yield from (*textwrap.wrap(f"{who} {attention}{counts_in_words(shot)}", width), "", titles)
-    for run, line in zip(shown, body, strict=True):
-        is_quiet = run["status"] in {"completed", "paused"}
-        yield painted(line, RED if run["attention"] else DIM if is_quiet else "")
-        for text, colour in ((what_next(run, shot), DIM), (run["error"] or "", RED)):
-            wrapped = textwrap.wrap(text, width - 4, max_lines=4, placeholder=" …")
-            yield from (painted(f"    {part}", colour) for part in wrapped)
-    if len(views) > len(shown):
-        yield f"… and {counted(len(views) - len(shown), 'run')} more; see --json"
-    found = {run.job for run in view.runs}
-    for job in (job for name, job in view.config.jobs.items() if name not in found):
-        yield from textwrap.wrap(no_run_yet(job), width)
-
-
-def no_run_yet(job: Job) -> str:
-    match = ", ".join(f"{key}: {value}" for key, value in job.match)
-    when = "once it is resumed, it" if job.rests else "it"
-    return (
-        f"{job.name}: no run yet; {when} finds batches with {match}, created since"
-        f" {rfc3339(job.since)}"
-    )
-
-
-def job_story(view: View, run: Run, shown: Shown) -> Iterator[str]:
-    """Yield everything about one run: its batches, what Keboola got, and its whole story."""
-    trigger = shown["trigger"] or {}
-    facts = {"run": run.name, "status": shown["status"].replace("_", " ")}
-    facts |= {**facts_of(shown, view.shot), "target": str(run.target)}
-    facts |= {"trigger": f"{trigger['state']} {trigger['id']}"} if trigger else {}
-    yield from (f"{name:<12} {value}" for name, value in facts.items())
-    yield from ("", "Batches:")
-    for batch, known in zip(run.batches, shown["batches"], strict=True):
-        yield f"  {batch_words(known, shown)}{f': {batch.error}' if batch.error else ''}"
-    if run.payload:
-        values = json.loads(run.payload)["variableValuesData"]["values"]
-        yield from ("", "What Keboola gets:", *(f"  {v['name']} = {v['value']}" for v in values))
-    events = view.store.events(name=run.name) if view.store else []
-    yield from ("", *(f"{rfc3339(event.at)} {event.text}" for event in events))
+    def why_not_alive(self) -> str:
+        """Return why the daemon is to be called dead, or ""."""
+        if not self.shot["daemon"]["running"]:
+            return "no daemon runs"
+        started_at = unix_of(self.shot["daemon"]["started_at"]) or 0.0
+        for run in self.runs:
+            job = self.config.jobs[run.job]
+            late_s = time.time() - max(run.next_at, run.last_check_at or 0.0, started_at)
+            is_polled = run.phase is Phase.POLLING and not job.rests
+            if is_polled and late_s > 2 * job.poll_interval + MINUTE_S:
+                return f"the polls of {run.name} are overdue"
+        return ""
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -6302,39 +5817,21 @@ def run_status(args: argparse.Namespace) -> int:
     It reads the state file, whether the daemon runs or not, and says which. What needs attention
     comes first. BATCHES: finished/all, and how much of their requests is done.
     """
-    with viewing(args) as view:
+    with View.open(args) as view:
         shot = dict(view.shot)
-        lines = [painted(line, RED) for text in view.troubles for line in text.splitlines()]
+        lines = [painted(line, "red") for text in view.troubles for line in text.splitlines()]
         if args.job is None:
-            lines += status_table(view)
+            lines += view.overview()
         else:
             pairs = view.chosen(args.job)
             shot["jobs"] = [shown for _, shown in pairs]
-            stories = ["\n".join(job_story(view, run, shown)) for run, shown in pairs]
-            stories = stories or [no_run_yet(view.config.jobs[args.job])]
-            lines.append("\n\n".join(stories))
+            stories = ["\n".join(view.story(run, shown)) for run, shown in pairs]
+            lines.append("\n\n".join(stories or [view.no_run_yet(args.job)]))
         print(json.dumps(shot, indent=2) if args.json else "\n".join(lines))
-        why = why_not_alive(view) if args.alive else ""
+        why = view.why_not_alive() if args.alive else ""
         if why:
             print(f"teckochecker: {why}", file=sys.stderr)
         return 1 if why or (args.check and view.shot["attention"]) else 0
-
-
-def why_not_alive(view: View) -> str:
-    """Return why the daemon is to be called dead, or ""."""
-    daemon, now = view.shot["daemon"], time.time()
-    if not daemon["running"]:
-        return "no daemon runs"
-    for run in view.runs:
-        job = view.config.jobs[run.job]
-        due_at = max(run.next_at, run.last_check_at or 0.0, unix_of(daemon["started_at"]) or 0.0)
-        is_polled = run.phase is Phase.POLLING and not job.rests
-        if is_polled and due_at < now - 2 * job.poll_interval - MINUTE_S:
-            return f"the polls of {run.name} are overdue"
-    return ""
-
-
-# --- logs, schema, retry --------------------------------------------------------------------------
 
 
 def run_logs(args: argparse.Namespace) -> int:
@@ -6344,7 +5841,7 @@ def run_logs(args: argparse.Namespace) -> int:
     """
     if not 0 <= args.n < 10**9:
         raise UsageError("-n is how many lines", "write 0 or more")
-    with viewing(args) as view:
+    with View.open(args) as view:
         path = view.config.state_path
         if args.job and not (view.store and view.store.events(name=args.job, most=1)):
             view.chosen(args.job)  # it has a name of something, or nothing is shown
@@ -6378,7 +5875,7 @@ def run_retry(args: argparse.Namespace) -> int:
     Polls, searches, or starts again what Keboola rejected or what failed there. A running daemon
     does it within two seconds, otherwise the next start or --once.
     """
-    with viewing(args) as view:
+    with View.open(args) as view:
         path, found = view.config.state_path, [run for run, _ in view.chosen(args.job)]
         if view.store is None:
             raise UsageError(f"there is no state file {path}", "start the daemon or --once first")
@@ -6390,14 +5887,13 @@ def run_retry(args: argparse.Namespace) -> int:
             if isinstance(after, str):
                 why = after
             else:
-                asked.append((run.id, args.force, run.rerun, str(run.phase)))
+                asked.append(insert("requests", request, id=None))
     if not asked:
         raise TeckoError(f"{args.job}: {why}")
-    insert = "INSERT INTO requests (run_id, force, rerun, phase) VALUES (?, ?, ?, ?)"
     with contextlib.closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as db:
-        Store(db, path).execute([(insert, row) for row in asked])
-    owner, when = lock_owner(path), "nothing runs now; the next start or --once does it"
-    if owner["running"] or owner["once"]:
+        Store(db, path).execute(asked)
+    when = "no daemon runs now; the next start or --once does it"
+    if lock_owner(path)["running"]:
         when = "the running daemon does it within two seconds"
     print(f"asked: {when}")
     return 0
@@ -6406,8 +5902,6 @@ def run_retry(args: argparse.Namespace) -> int:
 # ==================================================================================================
 # 10. Command line, and the one place where exceptions become exit codes
 # ==================================================================================================
-
-EXIT_CODES: Final = "exit codes" + str(__doc__).rpartition("Exit codes")[2].rstrip(".\n")
 
 # Each command: what does it, whose docstring is its help, and an example of its arguments.
 COMMANDS: Final[Mapping[str, tuple[Callable[[argparse.Namespace], int], str]]] = {
@@ -6443,33 +5937,19 @@ def add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     add["retry"]("--force", action="store_true", help=force)
 
 
-def add_actions(
-    parser: argparse.ArgumentParser, command: str, names: Sequence[str], style: Mapping[str, Any]
-) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name in names:
-        what = f"{name} {command}{'s' if name == 'list' else ''}"
-        action = actions.add_parser(name, help=what, **style)
-        if name != "list":
-            action.add_argument("name", metavar="NAME")
-        for option in ("--type", "--stack-url", "--base-url") if name == "set" else ():
-            action.add_argument(option, metavar="TEXT")
-        if name == "add":
-            add_job_options(action)
-
-
 def new_parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     text = "the config file (default: $TECKOCHECKER_CONFIG, then config.yaml)"
     shared.add_argument("--config", metavar="PATH", default=argparse.SUPPRESS, help=text)
     raw = argparse.RawDescriptionHelpFormatter
     style: dict[str, Any] = {"parents": [shared], "formatter_class": raw}
+    codes = "exit codes" + str(__doc__).rpartition("Exit codes")[2].rstrip(".\n")
 
     def told(run: Callable[[argparse.Namespace], int], example: str) -> dict[str, Any]:
         parts = [textwrap.fill(" ".join(p.split()), 88) for p in str(run.__doc__).split("\n\n")]
         if run is run_logs:
             parts.append(textwrap.fill(f"events: {', '.join(EVENTS)}", 88))
-        epilog = f"example: teckochecker {example}\n\n{EXIT_CODES}"
+        epilog = f"example: teckochecker {example}\n\n{codes}"
         return {"description": "\n\n".join(parts), "epilog": epilog, **style}
 
     example = "--config /etc/teckochecker/config.yaml"
@@ -6485,8 +5965,17 @@ def new_parser() -> argparse.ArgumentParser:
         parsers[name] = commands.add_parser(name, help=line[0].lower() + line[1:], **about)
         parsers[name].set_defaults(run=run)
     add_options(parsers)
-    add_actions(parsers["secret"], "secret", ["list", "set", "remove"], style)
-    add_actions(parsers["job"], "job", ["add", "pause", "resume", "remove"], style)
+    for command, names in (("secret", "list set remove"), ("job", "add pause resume remove")):
+        actions = parsers[command].add_subparsers(dest="action", metavar="ACTION", required=True)
+        for name in names.split():
+            what = f"{name} {command}{'s' if name == 'list' else ''}"
+            action = actions.add_parser(name, help=what, **style)
+            if name != "list":
+                action.add_argument("name", metavar="NAME")
+            for option in ("--type", "--stack-url", "--base-url") if name == "set" else ():
+                action.add_argument(option, metavar="TEXT")
+            if name == "add":
+                add_job_options(action)
     return parser
 
 

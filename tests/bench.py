@@ -62,9 +62,7 @@ class Row:
         return f"| {self.what} | {self.value:.3g}{unit} | {limit}{verdict} |"
 
 
-# ======================================================================================
-# A world with many batches, and the program in it
-# ======================================================================================
+# ---- A world with many batches, and the program in it ----
 
 Layout = Sequence[bool]  # an account's batches, the oldest first: is it watched?
 
@@ -167,32 +165,23 @@ def peak_mb(daemon: Daemon) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-# ======================================================================================
-# What is measured
-# ======================================================================================
+# ---- What is measured ----
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Where the watched batches stand in the list, and how many requests a poll may take."""
-
-    what: str
-    layout: Layout
-    limit: int  # of requests a poll
-
-
-CASES = (
-    Case("10 batches of one job", newest(10, 1000), 3),
-    Case("1,000 batches, the newest", newest(1000, 20_000), 12),
-    Case("1,000 batches in 100 clusters of 10 among 20,000", spread(20_000, 100, 10), 210),
-    Case("10 batches singly among 20,000", spread(20_000, 10, 1), 12),
-)
+# Where the watched batches stand in the list, and how many requests a poll may take.
+CASES = {
+    "10 batches of one job": (newest(10, 1000), 3),
+    "1,000 batches, the newest": (newest(1000, 20_000), 12),
+    "1,000 batches in 100 clusters of 10 among 20,000": (spread(20_000, 100, 10), 210),
+    "10 batches singly among 20,000": (spread(20_000, 10, 1), 12),
+}
 
 
-def measure_case(case: Case, gap_s: int) -> list[Row]:
+def measure_case(case: str, gap_s: int) -> list[Row]:
     """Requests of a poll after a start, and after a restart."""
     rows = []
-    with world([case.layout], gap_s=gap_s) as here:
+    layout, limit = CASES[case]
+    with world([layout], gap_s=gap_s) as here:
         for when in ("", ", after a restart"):
             here.sim.reset_stats()
             daemon = here.space.daemon()
@@ -200,8 +189,8 @@ def measure_case(case: Case, gap_s: int) -> list[Row]:
             begin, end = (first_at + n * here.interval_s for n in (FROM, FROM + POLLS))
             requests = sum(begin < at <= end for at in here.times())
             daemon.stop()
-            what = f"requests of a poll: {case.what}, {gap_s} s apart{when}"
-            rows.append(Row(what, requests / POLLS, limit=case.limit))
+            what = f"requests of a poll: {case}, {gap_s} s apart{when}"
+            rows.append(Row(what, requests / POLLS, limit=limit))
     return rows
 
 
@@ -259,9 +248,8 @@ def measure_latency(_options: argparse.Namespace) -> Iterator[Row]:
         here.wait_for_intervals(1.5)
         ended: dict[str, float] = {}
         began = time.monotonic()
-        ids = [
-            (job["config_id"], id_) for job in here.space.jobs.values() for id_ in job["batch_ids"]
-        ]
+        jobs = here.space.jobs.values()
+        ids = [(job["config_id"], id_) for job in jobs for id_ in job["batch_ids"]]
         for place, (config_id, batch_id) in enumerate(ids):
             time.sleep(max(0.0, began + window_s * place / len(ids) - time.monotonic()))
             ended[config_id] = time.monotonic()
@@ -282,16 +270,14 @@ def measure_start(options: argparse.Namespace) -> Iterator[Row]:
     with world([newest(1000, 0)], per_job=1, interval_s=3600) as here:
         here.space.write()
         for _ in range(3 if options.quick else 5):
-            for path in here.space.directory.glob("teckochecker.db*"):
-                path.unlink()
+            here.space.lose_state()
             here.sim.reset_stats()
             began = time.monotonic()
             daemon = Daemon(here.space.command(), here.space.directory, clean_environment())
             found.append(here.first_at() - began)
             daemon.kill()
-    yield Row(
-        "start to first request, 1,000 jobs, new state file", statistics.median(found), "s", 1
-    )
+    what = "start to first request, 1,000 jobs, new state file"
+    yield Row(what, statistics.median(found), "s", 1)
 
 
 def measure_idle(options: argparse.Namespace) -> Iterator[Row]:
@@ -306,14 +292,11 @@ def measure_idle(options: argparse.Namespace) -> Iterator[Row]:
         time.sleep(window_s)
         used_s = cpu_s(daemon) - before_s
         daemon.stop()
-    yield Row(
-        "CPU of an idle daemon, 100 finished jobs, a minute", used_s / window_s * 60, "s", 0.1
-    )
+    what = "CPU of an idle daemon, 100 finished jobs, a minute"
+    yield Row(what, used_s / window_s * 60, "s", 0.1)
 
 
-# ======================================================================================
-# The bare loop (run by this script in a process of its own)
-# ======================================================================================
+# ---- The bare loop (run by this script in a process of its own) ----
 
 
 def bare_loop_s(here: World) -> float:
@@ -350,9 +333,7 @@ async def run_bare(url: str, watched: dict[str, list[str]]) -> float:
         return (time.process_time() - before_s) / cycles
 
 
-# ======================================================================================
-# Command line
-# ======================================================================================
+# ---- Command line ----
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "requests": measure_requests,

@@ -15,11 +15,11 @@ import fcntl
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,16 +31,9 @@ JsonObject = dict[str, Any]
 CHROMIUM = shutil.which("chromium")
 PATIENCE_S = 30.0  # for one step, on a slow and busy machine
 SWITCHES = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--force-color-profile=srgb",
-    "--remote-debugging-pipe",
+    *("--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-pipe"),
+    *("--disable-gpu", "--disable-quic", "--disable-sync", "--disable-background-networking"),
+    *("--disable-component-update", "--force-color-profile=srgb"),
 )
 # Puts the pipes where Chromium looks for them, and becomes Chromium.
 LAUNCHER = """
@@ -64,7 +57,7 @@ def out_of_the_way(fd: int) -> int:
 
 
 class Browser:
-    """Chromium as a running process; a thread collects what it says."""
+    """Chromium as a running process; what it says is read while something is waited for."""
 
     def __init__(self, directory: Path) -> None:
         commands, self._commands = map(out_of_the_way, os.pipe())
@@ -82,39 +75,29 @@ class Browser:
         os.close(commands)
         os.close(answers)
         self._numbers = itertools.count(1)
-        self._news = threading.Condition()
+        self._rest = b""
         self._results: dict[int, JsonObject] = {}
         self._events: list[JsonObject] = []
-        self._ended = False
-        self._reader = threading.Thread(target=self._read, name="chromium reader")
-        self._reader.start()
-
-    def _read(self) -> None:
-        """Collects answers and events until Chromium closes its end."""
-        rest = b""
-        while chunk := os.read(self._answers, 1 << 20):
-            *messages, rest = (rest + chunk).split(b"\0")
-            with self._news:
-                for message in map(json.loads, messages):
-                    if "id" in message:
-                        self._results[message["id"]] = message
-                    else:
-                        self._events.append(message)
-                self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
 
     def wait_for(self, find: Callable[[], Any], what: str) -> Any:  # noqa: ANN401
         """What `find` returns, as soon as that is something; it looks at what has come so far."""
         deadline = time.monotonic() + PATIENCE_S
-        with self._news:
-            while not (found := find()):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or self._ended:
-                    raise BrowserError(f"{'it ended' if self._ended else 'too late'}: {what}")
-                self._news.wait(left_s)
+        while not (found := find()):
+            if not self._read(max(0.0, deadline - time.monotonic())):
+                raise BrowserError(f"it ended, or is too late: {what}")
         return found
+
+    def _read(self, timeout_s: float) -> bool:
+        """Collects what comes within this time; tells whether anything did."""
+        is_there = select.select([self._answers], [], [], timeout_s)[0]
+        chunk = os.read(self._answers, 1 << 20) if is_there else b""
+        *messages, self._rest = (self._rest + chunk).split(b"\0")
+        for message in map(json.loads, messages):
+            if "id" in message:
+                self._results[message["id"]] = message
+            else:
+                self._events.append(message)
+        return bool(chunk)
 
     def call(self, method: str, session: str | None = None, **params: object) -> JsonObject:
         """Sends a command; returns its result."""
@@ -122,9 +105,7 @@ class Browser:
         command: JsonObject = {"id": number, "method": method, "params": params}
         if session:
             command["sessionId"] = session
-        data = memoryview(json.dumps(command).encode() + b"\0")
-        while data:
-            data = data[os.write(self._commands, data) :]
+        os.write(self._commands, json.dumps(command).encode() + b"\0")
         answer = self.wait_for(lambda: self._results.pop(number, None), method)
         if "error" in answer:
             raise BrowserError(f"{method}: {answer['error']}")
@@ -133,7 +114,9 @@ class Browser:
 
     def events(self, method: str, session: str) -> list[JsonObject]:
         """The parameters of all events of a name that a page has sent so far."""
-        found = [e for e in list(self._events) if e.get("sessionId") == session]
+        while self._read(0):
+            pass
+        found = [event for event in self._events if event.get("sessionId") == session]
         return [event["params"] for event in found if event["method"] == method]
 
     def open(self, url: str, width: int = 900, height: int = 700) -> Page:
@@ -141,42 +124,34 @@ class Browser:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         page = Page(self, target, attached["sessionId"])
-        for domain in ("Page", "Runtime", "Log", "Network", "DOM", "Accessibility"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
-        page.resize(width, height)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1}
+        page.call("Emulation.setDeviceMetricsOverride", **size, mobile=False)
         page.go(url)
         return page
-
-    def close(self) -> None:
-        """Ends it, and whatever it has started; asked first, so that it tidies up its profile."""
-        with suppress(BrowserError, OSError):
-            self.call("Browser.close")
-        os.close(self._commands)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join()
-        os.close(self._answers)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Ends it, and whatever it has started; asked first, so that it tidies up its profile."""
+        with suppress(BrowserError, OSError):
+            self.call("Browser.close")
+        os.close(self._commands)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._answers)
 
 
 class Page:
     """A page of the browser's, and what it has said and asked for."""
 
     def __init__(self, browser: Browser, target: str, session: str) -> None:
-        self._browser = browser
-        self._target = target
-        self._session = session
+        self._browser, self._target, self._session = browser, target, session
 
     def call(self, method: str, **params: object) -> JsonObject:
         """Sends a command to the page; returns its result."""
@@ -185,36 +160,15 @@ class Page:
     def events(self, method: str) -> list[JsonObject]:
         return self._browser.events(method, self._session)
 
-    def resize(self, width: int, height: int, scale: float = 1) -> None:
-        """Gives it another screen."""
-        size = {"width": width, "height": height, "deviceScaleFactor": scale}
-        self.call("Emulation.setDeviceMetricsOverride", **size, mobile=False)
-
-    def prefer(self, scheme: str) -> None:
-        """Sets what its reader prefers: `light` or `dark`."""
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
-
     def go(self, url: str) -> None:
         """Goes to an address, and waits until it is loaded."""
-        loads = self.loads
+        loads = len(self.events("Page.loadEventFired"))
         self.call("Page.navigate", url=url)
-        self.wait_for_load(after=loads)
-
-    @property
-    def loads(self) -> int:
-        """How often it has loaded something."""
-        return len(self.events("Page.loadEventFired"))
-
-    def wait_for_load(self, after: int) -> None:
-        """Waits until it has loaded more often than that."""
-        self._browser.wait_for(lambda: self.loads > after, "a page is loaded")
+        is_loaded = lambda: len(self.events("Page.loadEventFired")) > loads  # noqa: E731
+        self._browser.wait_for(is_loaded, "a page is loaded")
 
     def value(self, expression: str) -> Any:  # noqa: ANN401 - whatever JSON can say
-        """What an expression comes to: the tests may run scripts, whatever the page allows.
-
-        It is asked for again where the page has just gone to another one.
-        """
+        """What an expression comes to; asked for again where the page has just gone elsewhere."""
         try:
             result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         except BrowserError as error:
@@ -238,13 +192,11 @@ class Page:
         requests = [event["request"] for event in self.events("Network.requestWillBeSent")]
         return [request["url"] + request.get("urlFragment", "") for request in requests]
 
-    def screenshot(self, height: int | None = None) -> bytes:
-        """A PNG of what its screen shows; with a height, of so much of the page."""
-        clip: JsonObject = {}
-        if height:
-            size = {"x": 0, "y": 0, "width": self.value("innerWidth"), "height": height, "scale": 1}
-            clip = {"clip": size, "captureBeyondViewport": True}
-        return base64.b64decode(self.call("Page.captureScreenshot", **clip)["data"])
+    def screenshot(self, height: int) -> bytes:
+        """A PNG of so much of the page."""
+        clip = {"x": 0, "y": 0, "width": self.value("innerWidth"), "height": height, "scale": 1}
+        options = {"clip": clip, "captureBeyondViewport": True}
+        return base64.b64decode(self.call("Page.captureScreenshot", **options)["data"])
 
     def close(self) -> None:
         self._browser.call("Target.closeTarget", targetId=self._target)

@@ -12,7 +12,6 @@ exactly one Keboola job, else 1.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,12 +23,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the program, for the harness
 
 import httpx
+from harness import PROGRAM, clean_environment, outcome_of, variables
 from simulator import Simulator
 
-PROGRAM = Path(__file__).resolve().parent.parent / "teckochecker.py"
 PATIENCE_S = 15.0  # for one step on a slow machine; the whole takes about fifteen seconds elsewhere
 OPENAI_KEY = "sk-demo-0123456789abcdef"
 KEBOOLA_TOKEN = "123-456-demo0123456789abcdef"
@@ -39,19 +39,10 @@ CONFIG = """\
 log: {{format: console}}
 limits: {{trigger_grace: 1s, follow_interval: 1s}}   # so short only with servers on this machine
 secrets:
-  openai-demo:
-    type: openai
-    value: {openai_key}
-    base_url: {openai_url}
-  keboola-demo:
-    type: keboola
-    value: {keboola_token}
-    stack_url: {stack_url}
-defaults:
-  openai_secret: openai-demo
-  keboola_secret: keboola-demo
-  component_id: kds-team.app-custom-python
-  poll_interval: 1s
+  openai-demo: {{type: openai, value: {openai_key}, base_url: "{openai_url}"}}
+  keboola-demo: {{type: keboola, value: {keboola_token}, stack_url: "{stack_url}"}}
+defaults: {{openai_secret: openai-demo, keboola_secret: keboola-demo, poll_interval: 1s,
+    component_id: kds-team.app-custom-python}}
 jobs:
   translations:
     batch_ids: [{batch_ids}]
@@ -63,8 +54,6 @@ jobs:
     group_size: 2
     config_id: "1002"
 """
-FOREIGN = ("TECKOCHECKER_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_")
-ENVIRONMENT = {name: os.environ[name] for name in os.environ if not name.startswith(FOREIGN)}
 NEW_BATCH = {"endpoint": "/v1/responses", "completion_window": "24h"}
 FINISHED = {
     "translations": "completed_with_failures",
@@ -98,10 +87,6 @@ def create_batch(sim: Simulator, *, is_broken: bool = False, **metadata: str) ->
     return batch_id
 
 
-def variables(keboola_job: dict[str, Any]) -> dict[str, str]:
-    return {pair["name"]: pair["value"] for pair in keboola_job["variableValuesData"]["values"]}
-
-
 def started(sim: Simulator) -> Counter[str]:
     """How many Keboola jobs each run has."""
     counts: Counter[str] = Counter()
@@ -121,17 +106,9 @@ def wait_for(sim: Simulator, run: str) -> None:
 
 def run(folder: Path, *arguments: str) -> str:
     """Run a command of teckochecker.py in the folder; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise DemoError(f"`{' '.join(arguments)}` exited {done.returncode}:\n{done.stderr}")
+    done = outcome_of([sys.executable, PROGRAM, *arguments], cwd=folder)
+    if done.code != 0:
+        raise DemoError(f"`{' '.join(arguments)}` exited {done.code}:\n{done.stderr}")
     return done.stdout
 
 
@@ -139,7 +116,8 @@ def run(folder: Path, *arguments: str) -> str:
 def daemon(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the daemon, which shows its log beside our lines; it is gone afterwards."""
     command = [sys.executable, str(PROGRAM)]
-    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=sys.stdout) as process:
+    env = clean_environment()
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=sys.stdout) as process:
         try:
             yield process
         finally:
@@ -152,23 +130,16 @@ def daemon(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def show_config(folder: Path, sim: Simulator) -> None:
     batch_ids = [create_batch(sim), create_batch(sim, is_broken=True)]
-    config = CONFIG.format(
-        openai_key=OPENAI_KEY,
-        openai_url=sim.openai_url,
-        keboola_token=KEBOOLA_TOKEN,
-        stack_url=sim.stack_url,
-        batch_ids=", ".join(batch_ids),
-        today=TODAY,
-    )
+    keys = {"openai_key": OPENAI_KEY, "keboola_token": KEBOOLA_TOKEN, "today": TODAY}
+    urls = {"openai_url": sim.openai_url, "stack_url": sim.stack_url}
+    config = CONFIG.format(batch_ids=", ".join(batch_ids), **keys, **urls)
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     run(folder, "init")
     run(folder, "encrypt")
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     if OPENAI_KEY in text or KEBOOLA_TOKEN in text:
         raise DemoError("a token is still readable in config.yaml")
-    tell(
-        "1. `teckochecker init` has made a key, and `encrypt` has replaced the tokens. The jobs:\n"
-    )
+    tell("1. `teckochecker init` has made a key, `encrypt` has replaced the tokens. The jobs:\n")
     tell(text[text.index("jobs:") :])
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the running process share: a workspace, the program as a process, a door.
+"""What the tests of the running process share: a workspace, the program as a process.
 
     def test_it(workspace: Workspace) -> None:
         workspace.add_job("nightly", "batch_a")     # and its batch at the simulator
@@ -11,16 +11,12 @@ Nothing here sleeps for a fixed time: all that waits, waits for a condition, wit
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import http.client
 import io
 import json
 import os
 import pty
-import select
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -31,10 +27,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-from urllib.parse import urlsplit
 
 import yaml
 from cryptography.fernet import Fernet
@@ -101,6 +97,13 @@ class Outcome:
     @property
     def events(self) -> list[JsonObject]:
         return [json.loads(line) for line in self.stderr.splitlines() if line.startswith("{")]
+
+
+def outcome_of(command: Sequence[object], **options: Any) -> Outcome:  # noqa: ANN401
+    """Runs a command to its end, whatever that is."""
+    wanted: JsonObject = {"env": clean_environment(), "timeout": 90, "text": True} | options
+    done = subprocess.run([*map(str, command)], capture_output=True, check=False, **wanted)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 class Daemon:
@@ -192,69 +195,36 @@ class Daemon:
         return "\n".join(self.lines)
 
 
-class Terminal:
-    """A command on a terminal of its own; `text` is all that it has shown there so far."""
+class Webhook:
+    """A server in a thread of its own; `take` says which status a POST gets, None: no answer."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        cwd: Path,
-        env: dict[str, str],
-        size: tuple[int, int] = (24, 80),
-    ) -> None:
-        """Start it; `size` is lines and columns."""
-        self.text = ""
-        self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, size)
-        self._process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            preexec_fn=partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - see Ctrl-C
-        )
-        self._theirs = theirs  # open, so that what was shown can be read after the command's end
+    def __init__(self) -> None:
+        take = self.take
 
-    def _read(self, timeout_s: float) -> bool:
-        """Take what is shown by now; returns whether there was anything."""
-        if not select.select([self._ours], [], [], timeout_s)[0]:
-            return False
-        self.text += os.read(self._ours, 65_536).decode(errors="replace")
-        return True
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                is_json = self.headers["Content-Type"] == "application/json"
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if (status := take(body) if is_json else 415) is not None:
+                    self.send_response(status)
+                    self.end_headers()
 
-    def wait_for(self, text: str, times: int = 1, timeout: float = PATIENCE_S) -> None:
-        """Waits until something was shown, so many times."""
-        deadline = time.monotonic() + timeout
-        while self.text.count(text) < times:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no {text!r} within {timeout:g} s, but: {self.text!r}")
-            self._read(0.05)
+            def log_message(self, *_: object) -> None:
+                """Says nothing."""
 
-    def type(self, text: str) -> None:
-        """Types on its keyboard; character 3 is Ctrl-C."""
-        os.write(self._ours, text.encode())
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
 
-    def echoes(self) -> bool:
-        """Whether the terminal shows what is typed."""
-        return bool(termios.tcgetattr(self._theirs)[3] & termios.ECHO)
+    def take(self, body: bytes) -> int | None:
+        raise NotImplementedError
 
-    def wait(self, timeout: float = PATIENCE_S) -> int:
-        """The exit code, once the command has ended and all that it showed is in `text`."""
-        deadline = time.monotonic() + timeout
-        while self._process.poll() is None:
-            if time.monotonic() > deadline:
-                self._process.kill()
-                self._process.wait()
-                raise TimeoutError(f"still runs after {timeout:g} s: {self.text!r}")
-            self._read(0.05)
-        while self._read(0):
-            pass
-        os.close(self._ours)
-        os.close(self._theirs)
-        return self._process.returncode
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 class Workspace:
@@ -274,16 +244,12 @@ class Workspace:
             "openai": self.openai_secret(OPENAI_KEY),
             "keboola": self.keboola_secret(KEBOOLA_TOKEN),
         }
+        defaults = {"openai_secret": "openai", "keboola_secret": "keboola"}
         self.config: JsonObject = {
             "log": {"level": "info", "format": "json"},
             "limits": {"trigger_grace": "1s", "follow_interval": "1s"},
             "secrets": self.secrets,
-            "defaults": {
-                "openai_secret": "openai",
-                "keboola_secret": "keboola",
-                "component_id": COMPONENT,
-                "poll_interval": "1s",
-            },
+            "defaults": {**defaults, "component_id": COMPONENT, "poll_interval": "1s"},
             "jobs": self.jobs,
         }
         self._processes: list[Daemon] = []
@@ -297,18 +263,11 @@ class Workspace:
         return {"type": "openai", "value": self.encrypt(key), "base_url": self.sim.openai_url}
 
     def keboola_secret(self, token: str) -> JsonObject:
-        return {
-            "type": "keboola",
-            "value": self.encrypt(token),
-            "stack_url": self.sim.stack_url,
-        }
+        return {"type": "keboola", "value": self.encrypt(token), "stack_url": self.sim.stack_url}
 
     def add_job(self, name: str, *batch_ids: str, status: str = "completed", **keys: object) -> str:
-        """Adds a job to the config, and those of its batches that are new to the simulator.
-
-        Its Keboola configuration bears the job's name, so that a fault's `match` can pick it.
-        """
-        known = self.sim.state()["batches"]
+        """Adds a job, whose Keboola configuration bears its name, and the batches that are new."""
+        known = self.sim.batch_statuses()
         for batch_id in batch_ids:
             if batch_id not in known:
                 self.sim.add_batch(batch_id, status)
@@ -357,23 +316,30 @@ class Workspace:
 
     def run(self, *arguments: str, **env: str) -> Outcome:
         """Runs a command to its end."""
-        done = subprocess.run(
+        command, env = self.command(*arguments), clean_environment(**env)
+        return outcome_of(command, cwd=self.directory, env=env)
+
+    def on_terminal(self, *arguments: str, **env: str) -> str:
+        """All that a command shows, to its good end, on a terminal of 80 columns with colours."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        plain = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "LINES": ""}
+        process = subprocess.Popen(
             self.command(*arguments),
             cwd=self.directory,
-            env=clean_environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
+            env=clean_environment(**plain | env),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
         )
-        return Outcome(done.returncode, done.stdout, done.stderr)
-
-    def terminal(self, *arguments: str, size: tuple[int, int] = (24, 80), **env: str) -> Terminal:
-        """Runs a command on a terminal, which has colours unless the environment says otherwise."""
-        plain = {"TERM": "xterm-256color", "NO_COLOR": "", "COLUMNS": "", "LINES": ""}
-        return Terminal(
-            self.command(*arguments), self.directory, clean_environment(**plain | env), size
-        )
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # where nobody has it open any more
+            while chunk := os.read(ours, 65_536):
+                shown += chunk
+        os.close(ours)
+        assert process.wait(PATIENCE_S) == 0
+        return shown.decode(errors="replace").replace("\r", "")
 
     def once(self) -> Outcome:
         """Writes the config and makes one pass."""
@@ -381,10 +347,7 @@ class Workspace:
         return self.run("--once")
 
     def status(self) -> JsonObject:
-        """What `status --json` prints; in this process, for it is asked for all the time.
-
-        `sys.stdout` stays as it is: between two tests pytest replaces it, whatever threads do.
-        """
+        """What `status --json` prints; in this process, for it is asked for all the time."""
         to_us = partial(print, file=(out := io.StringIO()))
         with _ONE_AT_A_TIME, patch.object(teckochecker, "print", to_us, create=True):
             assert teckochecker.main(["--config", str(self.path), "status", "--json"]) == 0
@@ -403,17 +366,17 @@ class Workspace:
         self, name: str, condition: Callable[[JsonObject], object], timeout: float = PATIENCE_S
     ) -> JsonObject:
         """The job as `status --json` shows it, as soon as the condition holds."""
-        seen: list[JsonObject] = []
+        deadline = time.monotonic() + timeout
+        while not condition(job := self.job(name)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} not as wanted within {timeout:g} s: {job}")
+            time.sleep(0.01)
+        return job
 
-        def holds() -> object:
-            seen.append(self.job(name))
-            return condition(seen[-1])
-
-        try:
-            wait_until(holds, f"{name} as wanted", timeout)
-        except TimeoutError as error:
-            raise TimeoutError(f"{error}; last seen: {seen[-1]}") from None
-        return seen[-1]
+    def lose_state(self) -> None:
+        """Deletes the state file, while nothing runs, and all beside it."""
+        for file in self.directory.glob("teckochecker.db*"):
+            file.unlink()
 
     def change_state(self, statement: str) -> None:
         """Changes the state file while nothing runs, such as its recorded times."""
@@ -489,11 +452,7 @@ def add_foreign_jobs(
     ago_s: int = 0,
     **fields: object,
 ) -> list[str]:
-    """Adds somebody else's jobs of one configuration; returns their ids.
-
-    They count as created from so many seconds ago on: the real queue would take minutes for so
-    many. `ago_s` is for a configuration without jobs yet. `fields` are in each job's document.
-    """
+    """Adds somebody else's jobs of one configuration, from so many seconds ago on; their ids."""
     body: JsonObject = {"component": COMPONENT, "config": config_id, "mode": "run"}
     ids = []
     with sim.changing():
@@ -505,65 +464,3 @@ def add_foreign_jobs(
             sim._queue._line_up(job)
             ids.append(job.id)
     return ids
-
-
-class Door:
-    """A port in front of the queue that can be shut: then, connections are refused.
-
-    With `shut_after`, it shuts itself when a request with this text has been passed on, before
-    its answer is.
-    """
-
-    def __init__(self, behind: str, shut_after: str = "") -> None:
-        self._behind = urlsplit(behind).netloc
-        self._shut_after = shut_after
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._port = self._listener.getsockname()[1]
-        self._threads: list[threading.Thread] = []
-        self._serve(self._listener)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    def _serve(self, listener: socket.socket) -> None:
-        thread = threading.Thread(target=self._accept, args=(listener,))
-        thread.start()
-        self._threads.append(thread)
-
-    def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection:
-                    self._pass_on(connection)
-
-    def _pass_on(self, connection: socket.socket) -> None:
-        head, _, body = connection.recv(65_536).partition(b"\r\n\r\n")
-        first, *lines = head.decode().split("\r\n")
-        method, target, _ = first.split(" ")
-        headers = dict(line.split(": ", 1) for line in lines)
-        while len(body) < int(headers.get("Content-Length", "0")):
-            body += connection.recv(65_536)
-        with closing(http.client.HTTPConnection(self._behind)) as inner:
-            inner.request(method, target, body or None, headers | {"Connection": "close"})
-            answer = inner.getresponse()
-            data = answer.read()
-        if self._shut_after and self._shut_after in first:
-            self._shut_after = ""
-            self._listener.close()
-        head = f"HTTP/1.1 {answer.status} OK\r\ncontent-length: {len(data)}\r\n".encode()
-        with suppress(OSError):
-            connection.sendall(head + b"connection: close\r\n\r\n" + data)
-
-    def open(self) -> None:
-        """Opens it again, at the same port."""
-        self._listener = socket.create_server(("127.0.0.1", self._port))
-        self._serve(self._listener)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join()

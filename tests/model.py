@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 import teckochecker as tc
 
 EPOCH, GRACE_S = 1_790_000_000.0, 30.0
-PAGE_ROWS, HEAVY_ROWS = 4, 3  # of OpenAI's list; of Keboola's search, where rows are heavy
+PAGE_ROWS = 6  # of OpenAI's list; what is listed a minute late is within two pages of what is new
+HEAVY_ROWS = 3  # of Keboola's search, where rows are heavy
 EU, US = "https://connection.eu.test", "https://connection.us.test"
 TOKENS = {"eu": (EU, "1"), "eu-too": (EU, "1"), "eu-other": (EU, "2"), "us": (US, "3")}
 # What becomes of a POST: whether Keboola carries it out, and the status that is seen, if any.
@@ -73,8 +74,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.virtual.now
 
     def call_later(self, delay: float, *args: Any, **more: Any) -> asyncio.TimerHandle:  # type: ignore[override]  # noqa: ANN401
-        """Housekeeping every second would be nine tenths of the work."""
-        return super().call_later(20.0 if delay == 1.0 else delay, *args, **more)
+        """Housekeeping every two seconds would be nine tenths of the work."""
+        return super().call_later(20.0 if delay == 2.0 else delay, *args, **more)
 
 
 @dataclass(slots=True)
@@ -428,7 +429,7 @@ class Process:
             store.process = self
             around = (world.loaded(), store, lock, ModelHttp(self), clock, tc.Redactor())
             self.engine = tc.Engine(*around, once=once)
-            await tc.run_engine(self.engine, signals, (), tc.ServiceManager({}))
+            await tc.run_engine(self.engine, signals, ())
         except tc.TeckoError as error:
             world.tell(f"the process ends: {error}")
         except BaseException as error:  # noqa: BLE001 - it may be dead

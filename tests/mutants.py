@@ -66,10 +66,10 @@ G: synchronous=NORMAL
 G: a transaction that fails keeps its first half
     with self.db:  # commits, or rolls back => if True:
 M: no search before the POST
-    began, came = await keboola.search(run.target, search_since(run, clock.now()), run.trigger_id)
+    began, came = await keboola.search(run.target, since, run.trigger_id)
     => began, came = await asyncio.sleep(1, (clock.boot_time(), []))
 D: one empty search instead of two
-    if is_late and after.empty_searches >= 2: => if is_late and after.empty_searches >= 1:
+    if not (is_late and run.empty_searches >= 2): => if not (is_late and run.empty_searches >= 1):
 D: grace ignored
     is_late = elapsed_s >= run.repeat_after_s => is_late = True
 M: grace ignored, as histories see it
@@ -78,28 +78,30 @@ D: grace counted to the search's end
     run.unknown_since.until_s(began) if run.unknown_since
     => run.unknown_since.until_s(terms.boot_time) if run.unknown_since
 D: searches before the last POST counted
-    unknown_since=None, empty_searches=0, forced=False, => unknown_since=None, forced=False,
+    empty_searches=0, forced=False, => forced=False,
 D: force outlives its POST
-    unknown_since=None, empty_searches=0, forced=False, => unknown_since=None, empty_searches=0,
+    empty_searches=0, forced=False, => empty_searches=0,
 D: sending found at the start is an intent
-    return as_unknown(loaded, "the process ended before the answer was recorded", terms)
-    => return replace(loaded, phase=Phase.INTENT), []
+    return after_post(replace(run, **late), lost, terms)
+    => return replace(run, **late, phase=Phase.INTENT), []
 M: sending found at the start is an intent, and its search counts
-    return as_unknown(loaded, "the process ended before the answer was recorded", terms)
-    => return replace(loaded, phase=Phase.INTENT), []
+    return after_post(replace(run, **late), lost, terms)
+    => return replace(run, **late, phase=Phase.INTENT), []
 D: id computed again
     trigger_id=run.trigger_id or own_id => trigger_id=own_id
 D: batches of the id not sorted
-    [1, job, sorted(batch_ids), rerun] => [1, job, list(batch_ids), rerun]
+    ids = sorted(batch.id for batch in run.batches)
+    identity => ids = [batch.id for batch in run.batches]\n
+    identity
 D: a group's id like a set's
-    identity = [2, job, group, rerun] if group else
-    => identity = [1, job, group, rerun] if group else
+    identity = [2, run.job, run.group, run.rerun] if run.group else
+    => identity = [1, run.job, run.group, run.rerun] if run.group else
 M: a sent trigger follows the config
     if job and run.sending_at is None:  # nothing was sent => if job:  # nothing was sent
 M: a token of another project
     if await keboola.project() == target.project: => if await keboola.project():
 M: an incomplete search says nothing is there
-    if not ours and search.failure: => if False:
+    if not ours and failure: => if False:
 M: first page of the search only
     if not jobs or (not fresh and (len(jobs) < longest or has_no_offset)): => if jobs is not None:
 M: a stale outcome is stored after a rename
@@ -115,11 +117,11 @@ T: the newest of several first
 G: redirects followed
     follow_redirects=False, => follow_redirects=True,
 G: what was sent counts as not sent
-    error.sent = any(event.endswith("send_request_headers.started") for event in events)
-    => error.sent = False
+    sent = any(event.endswith("send_request_headers.started") for event in events)
+    => sent = False
 G: what was not sent counts as sent
-    error.sent = any(event.endswith("send_request_headers.started") for event in events)
-    => error.sent = True
+    sent = any(event.endswith("send_request_headers.started") for event in events)
+    => sent = True
 M: the outcome given up on a full disk
     (PATIENCE_S if engine.once else math.inf) => -1
 M: two drivers for one run
@@ -143,22 +145,22 @@ G: a clock set forward over a reboot
 D: a final batch overwritten
     if known.is_final: => if False:
 D: a terminal status overwritten
-    came, status=known.status, ended_at => came, ended_at
+    came = replace(known, files_due_at=None, **late) => came = replace(came, **late)
 G: cancellation is an error to retry
     lambda e: isinstance(e, ApiError) and e.retryable)
     => lambda e: not isinstance(e, ApiError) or e.retryable)
 D: a file is not waited for
-    if (lacks_output or lacks_errors) and now < due_at: => if False:
+    and (lacks_output or lacks_errors) and now < due_at: => and False:
 D: a file is waited for without end
-    if (lacks_output or lacks_errors) and now < due_at: => if lacks_output or lacks_errors:
+    and (lacks_output or lacks_errors) and now < due_at: => and (lacks_output or lacks_errors):
 D: a late batch joins after the start
-    room = 1000 - len(known) if run.phase is Phase.POLLING else 0 => room = 1000 - len(known)
+    room = 1000 - count if run.phase is Phase.POLLING else 0 => room = 1000 - count
 D: a group starts before its size
-    return len(run.batches) >= int(size), math.inf, "" => return True, math.inf, ""
+    unclear or len(run.batches) < int(size) => unclear
 M: a group starts before its size, as histories see it
-    return len(run.batches) >= int(size), math.inf, "" => return True, math.inf, ""
+    unclear or len(run.batches) < int(size) => unclear
 D: a group starts before it has settled
-    return now >= whole_at, whole_at, "" => return True, whole_at, ""
+    whole_at = (run.joined_at or now) + job.settle => whole_at = now
 M: since ignored
     is_new = (self.batch.created_at or 0.0) >= job.since => is_new = True
 D: since ignored by a row
@@ -170,17 +172,17 @@ D: a deadline from the newest batch
 D: a deadline always starts
     (now >= due_at and job.on_deadline == "start") => now >= due_at
 D: a rerun counted twice
-    rerun=run.rerun + 1) => rerun=run.rerun + 2)
+    rerun=run.rerun + 1, **kept) => rerun=run.rerun + 2, **kept)
 M: the overlap of the list left out
-    self._read_to.get(j.name, j.since) - HOUR_S) => self._read_to.get(j.name, j.since))
+    read_to[job.name] - HOUR_S) => read_to[job.name])
 D: a new name is new work
-    assigned[name] = claims[0] => pass
+    if own or claims: => if own:
 D: another target takes over
-    claims = [r for r in left.get((ids, str(targets[name])), []) if r.id not in taken]
-    => claims = [r for (i, _), rs in left.items() for r in rs if i == ids]
+    claims = [run for run in left if target in {str(run.target), last.get(run.job)}]
+    => claims = left
 D: a job that is there loses its runs to another
-    if run.job not in jobs: for target in {str(run.target), last.get(run.job, "")}:
-    => if True:\n            for target in {str(run.target)}:
+    left = [run for run in known if run.job not in jobs and run.id not in taken]
+    => left = [run for run in known if run.id not in taken]
 M: a paused job is started
     return job is not None and not job.rests and not self.is_stopping
     => return job is not None and not self.is_stopping
@@ -203,7 +205,7 @@ D: repeats without a longer wait
 D: no backoff
     first_s * 2.0 ** min(max(failures, 1) - 1, 16) => first_s
 D: started while a search failed
-    if run.forced and terms.may_post: => if terms.may_post:
+    if not (run.forced and terms.may_post): => if not terms.may_post:
 D: a day of margin left out of the search
     return min(known, now, run.sending_at or now) - DAY_S
     => return min(known, now, run.sending_at or now)
@@ -212,8 +214,8 @@ D: terminated is started again
 D: one retry too many
     run.retries < retries: => run.retries <= retries:
 D: a rerun remembers its POSTs
-    fresh = Run(run.id, run.job, run.target, run.group, run.batches, rerun=run.rerun + 1)
-    => fresh = replace(run, trigger_id="", rerun=run.rerun + 1)
+    run = Run(run.id, run.job, run.target, run.group, run.batches, rerun=run.rerun + 1, **kept)
+    => run = replace(run, trigger_id="", rerun=run.rerun + 1)
 D: all_completed takes what has no success
     b.status != "completed" or b.completed == 0] => b.status != "completed"]
 D: a wait far in the future is kept
@@ -221,7 +223,7 @@ D: a wait far in the future is kept
 D: a failure that lasts is no attention
     now - run.error_since > LASTING_S => now - run.error_since > 1000 * LASTING_S
 D: a group's size from its last batch alone
-    | ({known} if known else set()) =>
+    | {run.size}) - {""} => ) - {""}
 M: a run is not stored
     yield insert("runs", run, run.target, **row) => pass
 D: a late batch starts a run of its own
@@ -229,15 +231,15 @@ D: a late batch starts a run of its own
     => run = runs.get(group)\n
         run = run if run and run.phase is Phase.POLLING else Run(
 D: a failed poll fails the run
-    after = with_error(after, f"{batch_id}: {error}{others}", now, wait_s)
-    => after = replace(after, error="", phase=Phase.REFUSED)
+    after, told = terms.put_off(after, event, error, job.poll_interval)
+    => after, told = replace(after, error="", phase=Phase.REFUSED), []
 D: what waits does not move with the clock
     "next_at", "error_since", "intended_at", "joined_at") moved
     => "error_since", "intended_at", "joined_at")\n    moved
 G: POST over a kept connection
     kept = 0 if method == "POST" else 10 => kept = 10
 M: groups are not renamed with their job
-    if known.get(name) != key and left.get(tuple(key)): => if False:
+    if old := next((other for other, its in left.items() if its == key), None): => if old := None:
 D: a stale retry taken
     run.rerun != request.rerun or (
     run.phase != request.phase and (request.phase in finished or run.phase is Phase.UNKNOWN))

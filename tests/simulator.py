@@ -11,20 +11,16 @@ From a test:
         ...  # point the program at sim.openai_url and sim.stack_url
         sim.wait_for(lambda: sim.jobs)
 
-By hand: `python tests/simulator.py --help`. OpenAI's own client works with it, too: it takes the
-upload of a file and the creation of a batch, with metadata, as the real API does.
-
 A request's way, on which holds stop it and a fault bends it:
 
     recorded -> hold "before" -> handled -> hold "after" -> latency -> half -> hold "half" -> rest
 
 The servers live in a thread with an event loop of its own. One lock guards all state; whoever
-waits for a state (`wait_for`) is woken by each request and each change. No timers change the
-state: what is due by the clock (a batch's timeline, a job's end) stands in an agenda and is done
-before anybody looks.
+waits for a state (`wait_for`) is woken by each request and each change. What is due by the clock
+(a batch's timeline, a job's end) stands in an agenda and is done before anybody looks.
 
-Sections: HTTP messages, Time, OpenAI, Keboola Storage, Keboola Queue, Faults, The wire, Servers,
-Holds, Simulator, Control over HTTP, Command line. Only the standard library is used.
+By hand: `python tests/simulator.py --help`. OpenAI's own client works with it, too: upload,
+create with metadata, list, retrieve, cancel.
 """
 
 from __future__ import annotations
@@ -36,16 +32,14 @@ import itertools
 import json
 import random
 import re
-import signal
 import socket
 import struct
 import sys
 import threading
 import time
-from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email import message_from_bytes
@@ -53,9 +47,7 @@ from email.policy import HTTP
 from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import partial
-from http import HTTPStatus
-from operator import attrgetter
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 T = TypeVar("T")
@@ -63,9 +55,7 @@ JsonObject = dict[str, Any]
 Timeline = str | Sequence[tuple[float, str]]
 DEFAULT_PROJECT = "proj_default"
 
-# ======================================================================================
-# HTTP messages
-# ======================================================================================
+# ---- HTTP messages ----
 
 
 @dataclass(slots=True)
@@ -106,9 +96,7 @@ class Request:
         """The query's whole number `name`, which must lie in low..high."""
         text = self.query.get(name, str(default))
         if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise ApiError(
-                400, f"Invalid '{name}': expected an integer from {low} to {high}.", name
-            )
+            raise ApiError(400, f"Invalid '{name}': expected an integer from {low} to {high}.")
         return int(text)
 
 
@@ -127,8 +115,7 @@ class Answer:
 
     def head(self, framing: str) -> bytes:
         """Status line and headers; `framing` is the header that tells where the body ends."""
-        reason = HTTPStatus(self.status).phrase if self.status in HTTP_STATUSES else "Unknown"
-        lines = [f"HTTP/1.1 {self.status} {reason}", f"content-type: {self.content_type}", framing]
+        lines = [f"HTTP/1.1 {self.status} Simulated", f"content-type: {self.content_type}", framing]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
@@ -136,50 +123,38 @@ class Answer:
         return self.head(f"content-length: {len(self.body)}"), self.body
 
 
-HTTP_STATUSES = frozenset(int(status) for status in HTTPStatus)
-
-
 class ApiError(Exception):
     """Raised by a handler; its API renders it in its own error shape."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, message, code
 
 
 Handler = Callable[..., Answer]
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A name for one endpoint; the pattern's groups become the handler's arguments."""
-
-    name: str
-    method: str
-    pattern: re.Pattern[str]
-    handler: Handler
-
-
 class Api:
-    """A set of routes with an error shape; subclasses hold the state behind them."""
+    """A set of routes with an error shape; a route's handler is the method of its name."""
 
     name: ClassVar[str]
+    routes: ClassVar[dict[str, str]]  # methods and patterns, whose groups the handlers get
 
-    def __init__(self) -> None:
-        self.routes: list[Route] = []
+    def __init__(self, agenda: Agenda) -> None:
         self._serial = itertools.count(1)
+        self._agenda = agenda
+        self.ahead_s = 0.0  # how far this clock is from the true one
 
-    def _route(self, name: str, method: str, pattern: str, handler: Handler) -> None:
-        self.routes.append(Route(f"{self.name}.{name}", method, re.compile(pattern), handler))
+    def _wall(self, at: float | None = None) -> float:
+        return self._agenda.wall(at) + self.ahead_s
 
     def find(self, method: str, target: str) -> tuple[str, Handler]:
         """The route's name and a handler that wants only the request."""
-        path = target.partition("?")[0]
-        for route in self.routes:
-            if route.method == method and (match := route.pattern.fullmatch(path)):
-                return route.name, partial(route.handler, *map(unquote, match.groups()))
+        wanted = f"{method} {target.partition('?')[0]}"
+        for name, pattern in self.routes.items():
+            if match := re.fullmatch(pattern, wanted):
+                handler = getattr(self, name)
+                return f"{self.name}.{name}", partial(handler, *map(unquote, match.groups()))
         return f"{self.name}.other", self._unknown
 
     def _unknown(self, request: Request) -> NoReturn:
@@ -199,9 +174,7 @@ class Api:
         """Adds the headers that every answer of this API has."""
 
 
-# ======================================================================================
-# Time
-# ======================================================================================
+# ---- Time ----
 
 
 class Agenda:
@@ -236,19 +209,12 @@ class Agenda:
         return worked
 
 
-# ======================================================================================
-# OpenAI
-# ======================================================================================
+# ---- OpenAI ----
 
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 STAMPED = TERMINAL | {"in_progress", "finalizing", "cancelling"}
 STAMPS = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 PARTIAL = frozenset({"expired", "cancelled"})
-PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
-ENDPOINTS = [
-    *("/v1/responses", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
-    *("/v1/moderations", "/v1/images/generations", "/v1/images/edits", "/v1/videos"),
-]
 CANCEL_S = 0.5  # the real one takes up to ten minutes
 
 
@@ -259,10 +225,10 @@ class Batch:
     id: str
     project: str
     created_at: int
-    total: int
-    failed: int
-    output: bool
-    metadata: dict[str, str] | None
+    total: int = 100
+    failed: int = 0
+    output: bool = True
+    metadata: dict[str, str] | None = None
     endpoint: str = "/v1/chat/completions"
     input_file_id: str = ""  # none: one that bears the batch's name
     position: int = 0
@@ -337,50 +303,33 @@ class Batch:
     def _errors(self) -> JsonObject | None:
         if self.status.lower() != "failed":
             return None
-        error = {
-            "code": "invalid_json_line",
-            "message": "This line is not parseable as valid JSON.",
-            "param": None,
-            "line": 1,
-        }
+        message = "This line is not parseable as valid JSON."
+        error = {"code": "invalid_json_line", "message": message, "param": None, "line": 1}
         return {"object": "list", "data": [error]}
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """An uploaded file; of a batch's requests, it counts the lines and those that are no JSON."""
-
-    project: str
-    purpose: str
-    lines: int
-    broken: int
 
 
 class OpenAI(Api):
     """The Files and Batch APIs: one key sees the files and batches of one project."""
 
     name = "openai"
+    routes: ClassVar = {
+        "get": "GET /v1/batches/([^/]+)",
+        "list": "GET /v1/batches",
+        "create": "POST /v1/batches",
+        "cancel": "POST /v1/batches/([^/]+)/cancel",
+        "upload": "POST /v1/files",
+    }
 
     def __init__(self, agenda: Agenda) -> None:
-        super().__init__()
-        self._agenda = agenda
+        super().__init__(agenda)
         self._made = itertools.count(1)
         self.keys: dict[str, str] = {}
-        self.files: dict[str, File] = {}
+        self.files: dict[str, list[bytes]] = {}  # the lines of each
         self.batches: dict[str, Batch] = {}
         self._by_project: dict[str, list[Batch]] = {}
-        self.ahead_s = 0.0  # how far this clock is from the true one
         self.batch_seconds: float | None = None
-        self._route("get", "GET", r"/v1/batches/([^/]+)", self.get)
-        self._route("list", "GET", r"/v1/batches", self.list)
-        self._route("create", "POST", r"/v1/batches", self.create)
-        self._route("cancel", "POST", r"/v1/batches/([^/]+)/cancel", self.cancel)
-        self._route("upload", "POST", r"/v1/files", self.upload)
 
     # ---- what becomes of batches ----
-
-    def wall(self) -> float:
-        return self._agenda.wall() + self.ahead_s
 
     def plan(self, batch: Batch, timeline: Iterable[tuple[float, str]]) -> None:
         """Sets what the batch will come to; what was planned before is void."""
@@ -388,7 +337,7 @@ class OpenAI(Api):
         now = self._agenda.now()
         for after_s, status in timeline:
             if after_s <= 0:
-                batch.enter(status, self.wall())
+                batch.enter(status, self._wall())
             else:
                 self._agenda.add(now + after_s, partial(self._enter, batch, batch.planned, status))
 
@@ -411,59 +360,38 @@ class OpenAI(Api):
     # ---- requests ----
 
     def upload(self, request: Request) -> Answer:
-        project, form = self._project(request), read_form(request)
-        name, content = form.get("file", ("", b""))
-        purpose = form.get("purpose", ("", b""))[1].decode()
-        if purpose not in PURPOSES:
-            message = f"Invalid value: '{purpose}'. Supported values are: {', '.join(PURPOSES)}."
-            raise ApiError(400, message, "purpose")
-        if purpose == "batch" and not name.endswith(".jsonl"):
-            raise ApiError(400, "Invalid file format for Batch API. Must be .jsonl")
-        lines = content.splitlines()
+        """Takes a multipart form with a batch's requests."""
+        self._project(request)
+        head = f"Content-Type: {request.headers.get('content-type', '')}\r\n\r\n"
+        message = message_from_bytes(head.encode() + request.body, policy=HTTP)
+        name, content = "", b""
+        for part in message.iter_parts() if message.is_multipart() else ():
+            payload = part.get_payload(decode=True)
+            if part.get_filename() and isinstance(payload, bytes):
+                name, content = str(part.get_filename()), payload
         file_id = f"file-{next(self._made):024x}"
-        self.files[file_id] = File(project, purpose, len(lines), sum(map(is_broken, lines)))
-        now = int(self.wall())
-        return Answer.json(
-            {
-                "id": file_id,
-                "object": "file",
-                "bytes": len(content),
-                "created_at": now,
-                "filename": name,
-                "purpose": purpose,
-                "status": "processed",
-                "expires_at": now + 30 * 86_400 if purpose == "batch" else None,
-                "status_details": None,
-            }
-        )
+        self.files[file_id] = content.splitlines()
+        fields = {"object": "file", "bytes": len(content), "purpose": "batch", "filename": name}
+        fields |= {"created_at": int(self._wall()), "status": "processed"}
+        return Answer.json({"id": file_id, **fields})
 
     def create(self, request: Request) -> Answer:
         """Begins a batch, which ends after `batch_seconds`; one with a broken line fails."""
         project, body = self._project(request), request.json()
-        check_new_batch(body)
-        file = self.files.get(body["input_file_id"])
-        if file is None or (file.project, file.purpose) != (project, "batch"):
-            raise ApiError(400, f"Invalid input file: {body['input_file_id']}.", "input_file_id")
-        batch = Batch(
-            id=f"batch_{next(self._made):032x}",
-            project=project,
-            created_at=int(self.wall()),
-            total=file.lines,
-            failed=0,
-            output=True,
-            metadata=body.get("metadata"),
-            endpoint=body["endpoint"],
-            input_file_id=body["input_file_id"],
-        )
+        file_id = body.get("input_file_id", "")
+        if (lines := self.files.get(file_id)) is None:
+            raise ApiError(400, f"Invalid input file: {file_id}.")
+        name, total = f"batch_{next(self._made):032x}", len(lines)
+        batch = Batch(name, project, int(self._wall()), total, metadata=body.get("metadata"))
+        batch.endpoint, batch.input_file_id = body.get("endpoint", ""), file_id
         self.add(batch)
         answer = Answer(body=batch.json())
-        ends_s = self.batch_seconds
-        if file.broken or not file.lines:
-            self.plan(batch, [(0, "validating"), (ends_s or 0.1, "failed")])
-        elif ends_s is None:
-            self.plan(batch, [(0, "in_progress")])
-        else:
-            self.plan(batch, [(0, "in_progress"), (ends_s, "completed")])
+        timeline = [(0.0, "in_progress")]
+        if not lines or any(map(is_broken, lines)):
+            timeline.append((self.batch_seconds or 0.1, "failed"))
+        elif self.batch_seconds is not None:
+            timeline.append((self.batch_seconds, "completed"))
+        self.plan(batch, timeline)
         return answer
 
     def cancel(self, batch_id: str, request: Request) -> Answer:
@@ -518,28 +446,13 @@ class OpenAI(Api):
         shape = {
             "message": error.message,
             "type": kinds.get(error.status, "invalid_request_error"),
-            "param": error.param,
+            "param": None,
             "code": error.code,
         }
         return Answer.json({"error": shape}, error.status)
 
     def sign(self, answer: Answer) -> None:
         answer.headers["x-request-id"] = f"req_{next(self._serial):032x}"
-
-
-def read_form(request: Request) -> dict[str, tuple[str, bytes]]:
-    """The fields of a multipart form: each one's file name (or nothing) and content."""
-    head = f"Content-Type: {request.headers.get('content-type', '')}\r\n\r\n"
-    message = message_from_bytes(head.encode() + request.body, policy=HTTP)
-    if not message.is_multipart():
-        raise ApiError(400, "Expected a multipart form with the fields file and purpose.")
-    form = {}
-    for part in message.iter_parts():
-        name = part.get_param("name", header="content-disposition")
-        content = part.get_payload(decode=True)
-        if isinstance(content, bytes):
-            form[str(name)] = (part.get_filename() or "", content)
-    return form
 
 
 def is_broken(line: bytes) -> bool:
@@ -550,56 +463,25 @@ def is_broken(line: bytes) -> bool:
         return True
 
 
-def check_new_batch(body: JsonObject) -> None:
-    """Refuses what OpenAI would refuse, with status 400."""
-    for key in ("input_file_id", "endpoint", "completion_window"):
-        if not isinstance(body.get(key), str):
-            raise ApiError(400, f"Missing required parameter: '{key}'.", key)
-    for key, allowed in (("endpoint", ENDPOINTS), ("completion_window", ["24h"])):
-        if body[key] not in allowed:
-            message = f"Invalid value: '{body[key]}'. Supported values are: {', '.join(allowed)}."
-            raise ApiError(400, message, key)
-    metadata = body.get("metadata") or {}
-    if len(metadata) > 16:
-        raise ApiError(400, "Invalid 'metadata': too many properties, at most 16.", "metadata")
-    for key, value in metadata.items():
-        if not isinstance(value, str) or len(key) > 64 or len(value) > 512:
-            message = f"Invalid 'metadata.{key}': a string of at most 512 characters is expected."
-            raise ApiError(400, message, "metadata")
+# ---- Keboola Storage ----
 
 
-# ======================================================================================
-# Keboola Storage
-# ======================================================================================
-
-
-@dataclass(frozen=True, slots=True)
-class Project:
-    """Whose a token is."""
-
-    id: int
-    name: str
-
-    def owner(self) -> JsonObject:
-        return {"id": self.id, "name": self.name}
-
-
-FIRST_PROJECT = Project(1, "Simulated project")
+Project = JsonObject  # an id and a name: whose a token is
+FIRST_PROJECT: Project = {"id": 1, "name": "Simulated project"}
 
 
 class Keboola(Api):
     """What Storage and Queue share: tokens, configurations, a clock and the shape of errors."""
 
     def __init__(
-        self, tokens: dict[str, Project], configs: dict[tuple[str, str], JsonObject], agenda: Agenda
+        self,
+        tokens: dict[str, Project],
+        configs: dict[tuple[str, str], JsonObject],
+        agenda: Agenda,
+        queue_url: Callable[[], str],
     ) -> None:
-        super().__init__()
-        self.tokens, self.configs = tokens, configs
-        self._agenda = agenda
-        self.ahead_s = 0.0  # how far this clock is from the true one
-
-    def _wall(self, at: float | None = None) -> float:
-        return self._agenda.wall(at) + self.ahead_s
+        super().__init__(agenda)
+        self.tokens, self.configs, self._queue_url = tokens, configs, queue_url
 
     def _project(self, request: Request) -> Project:
         """The token's project; a token that is not known is a 401."""
@@ -631,53 +513,26 @@ class Storage(Keboola):
     """The stack's own API: where the queue is, whose a token is, what a configuration holds."""
 
     name = "storage"
-
-    def __init__(
-        self,
-        tokens: dict[str, Project],
-        configs: dict[tuple[str, str], JsonObject],
-        agenda: Agenda,
-        queue_url: Callable[[], str],
-    ) -> None:
-        super().__init__(tokens, configs, agenda)
-        self._queue_url = queue_url
-        config = r"/v2/storage(?:/branch/[^/]+)?/components/([^/]+)/configs/([^/]+)"
-        self._route("index", "GET", r"/v2/storage/?", self.index)
-        self._route("verify", "GET", r"/v2/storage/tokens/verify", self.verify)
-        self._route("config", "GET", config, self.config)
+    routes: ClassVar = {
+        "index": "GET /v2/storage/?",
+        "verify": "GET /v2/storage/tokens/verify",
+        "config": "GET /v2/storage(?:/branch/[^/]+)?/components/([^/]+)/configs/([^/]+)",
+    }
 
     def index(self, request: Request) -> Answer:  # noqa: ARG002 - public: needs nothing of it
-        services = [
-            {"id": "import", "url": "http://127.0.0.1:9/import"},
-            {"id": "queue", "url": self._queue_url()},
-        ]
+        services = [{"id": "import", "url": ""}, {"id": "queue", "url": self._queue_url()}]
         return Answer.json({"api": "storage", "services": services, "features": []})
 
     def verify(self, request: Request) -> Answer:
-        document = {
-            "id": "1",
-            "description": "simulator",
-            "isMasterToken": False,
-            "canManageBuckets": True,
-            "canManageTokens": False,
-            "canReadAllFileUploads": True,
-            "canPurgeTrash": False,
-            "canCreateJobs": True,
-            "owner": self._project(request).owner(),
-        }
-        return Answer.json(document)
+        return Answer.json({"canCreateJobs": True, "owner": self._project(request)})
 
     def config(self, component: str, config: str, request: Request) -> Answer:
         self._project(request)
         content = self._config(component, config)
-        return Answer.json(
-            {"id": config, "name": f"{component} {config}", "configuration": content}
-        )
+        return Answer.json({"id": config, "configuration": content})
 
 
-# ======================================================================================
-# Keboola Queue
-# ======================================================================================
+# ---- Keboola Queue ----
 
 MODES = frozenset({"run", "forceRun", "debug"})
 Target = tuple[str, str, int]  # component, configuration, project
@@ -699,8 +554,7 @@ class Job:
 
     @property
     def project(self) -> int:
-        owner: JsonObject = self.document["project"]
-        return int(owner["id"])
+        return int(self.document["project"]["id"])
 
     def update(self, **fields: object) -> None:
         self.document.update(fields)
@@ -716,37 +570,30 @@ class Queue(Keboola):
     """Jobs: created, read, searched. Those of one configuration stand in one line."""
 
     name = "queue"
+    routes: ClassVar = {
+        "create": "POST /jobs",
+        "list": "GET /jobs",
+        "get": "GET /jobs/([^/]+)",
+        "search": "GET /search/jobs",
+    }
 
-    def __init__(
-        self,
-        tokens: dict[str, Project],
-        configs: dict[tuple[str, str], JsonObject],
-        agenda: Agenda,
-        url: Callable[[], str],
-    ) -> None:
-        super().__init__(tokens, configs, agenda)
-        self._url = url
+    def __init__(self, *shared: Any) -> None:  # noqa: ANN401
+        super().__init__(*shared)
         self.search_lag = 0.0
         self.job_seconds: float | None = None
         self.hides_variables = False
         self.jobs: dict[str, Job] = {}
         self._ordered: list[Job] = []
-        self._by_target: dict[Target, list[Job]] = {}
         self._lines: dict[Target, deque[Job]] = {}
-        self._route("create", "POST", r"/jobs", self.create)
-        self._route("list", "GET", r"/jobs", self.list)
-        self._route("get", "GET", r"/jobs/([^/]+)", self.get)
-        self._route("search", "GET", r"/search/jobs", self.search)
 
     # ---- creating and ending ----
 
     def create(self, request: Request) -> Answer:
-        project = self._project(request)
-        body = request.json()
+        project, body = self._project(request), request.json()
         check_new_job(body)
         self._config(body["component"], body["config"])
         job = self._new_job(body)
-        job.update(projectId=str(project.id), project=project.owner())
+        job.update(project=project)
         answer = Answer(201, job.json())  # a new job answers "created", also if it will wait
         self._line_up(job)
         return answer
@@ -757,23 +604,18 @@ class Queue(Keboola):
         job_id = str(1_000_000_000 + next(self._serial))
         document = {
             "id": job_id,
-            "runId": job_id,
-            "projectId": str(FIRST_PROJECT.id),
-            "project": FIRST_PROJECT.owner(),
+            "project": FIRST_PROJECT,
             "branchId": str(body.get("branchId") or "1"),
             "status": "created",
-            "desiredStatus": "processing",
             "mode": body["mode"],
             "component": body["component"],
             "config": body["config"],
             "configRowIds": body.get("configRowIds") or [],
-            "tag": "1.0.0",
             "createdTime": iso(created_s),
             "startTime": None,
             "endTime": None,
             "isFinished": False,
-            "url": f"{self._url()}/jobs/{job_id}",
-            "variableValuesId": body.get("variableValuesId"),
+            "url": f"{self._queue_url()}/jobs/{job_id}",
             "variableValuesData": body.get("variableValuesData") or {"values": []},
             "result": {},
         }
@@ -782,7 +624,6 @@ class Queue(Keboola):
     def _line_up(self, job: Job) -> None:
         self.jobs[job.id] = job
         self._ordered.append(job)
-        self._by_target.setdefault(job.target, []).append(job)
         line = self._lines.setdefault(job.target, deque())
         line.append(job)
         if line[0] is job:
@@ -804,8 +645,8 @@ class Queue(Keboola):
         if job.document["isFinished"]:
             return
         now = iso(self._wall())
-        job.update(status=status, desiredStatus=status, isFinished=True, endTime=now)
-        job.update(startTime=job.document["startTime"] or now)
+        started = job.document["startTime"] or now
+        job.update(status=status, isFinished=True, startTime=started, endTime=now)
         line = self._lines[job.target]
         was_first = line[0] is job
         line.remove(job)
@@ -815,64 +656,51 @@ class Queue(Keboola):
     # ---- reading ----
 
     def get(self, job_id: str, request: Request) -> Answer:
-        project = self._project(request)
-        job = self.jobs.get(job_id)
-        if job is None or job.project != project.id:
+        project, job = self._project(request), self.jobs.get(job_id)
+        if job is None or job.project != project["id"]:
             raise ApiError(404, f'Job "{job_id}" not found')
         return Answer(body=job.json())
 
     def list(self, request: Request) -> Answer:
         """The deprecated list: newest first, and without the search's lag."""
-        project = self._project(request)
-        limit = request.integer("limit", 100, 1, 500)
-        offset = request.integer("offset", 0, 0, 10**9)
-        wanted = {name: request.query[name] for name in LIST_FILTERS if request.query.get(name)}
-        rows = (
-            job
-            for job in reversed(self._ordered)
-            if job.project == project.id
-            and all(job.document[name] == value for name, value in wanted.items())
-        )
-        page = itertools.islice(rows, offset, offset + limit)
-        return Answer(body=b"[" + b", ".join(job.json() for job in page) + b"]")
+        return self._page(request, LIST_FILTERS, lambda _: True, Job.json)
 
     def search(self, request: Request) -> Answer:
         """Filters and pages; filters that it does not know are ignored without a word."""
-        project = self._project(request)
-        limit = request.integer("limit", 100, 1, 500)
-        offset = request.integer("offset", 0, 0, 10**9)
         query = request.query
-        wanted = {
-            name: query[parameter]
-            for parameter, name in SEARCH_FILTERS.items()
-            if query.get(parameter)
-        }
         if (query.get("sortBy", "createdTime"), query.get("sortOrder", "desc")) != NEWEST_FIRST:
             raise ApiError(400, "Simulated is only the search by createdTime, newest first.")
-        jobs, low, high = self._visible_range(query, project)
+        newest = self._agenda.now() - self.search_lag
+        low = moment(query.get("createdTimeFrom") or "0001-01-01")
+        high = moment(query.get("createdTimeTo") or "9999-12-31")
+
+        def is_shown(job: Job) -> bool:
+            return job.born <= newest and low <= job.created_s <= high
+
+        return self._page(request, SEARCH_FILTERS, is_shown, self._row)
+
+    def _page(
+        self,
+        request: Request,
+        filters: dict[str, str],
+        is_shown: Callable[[Job], bool],
+        row: Callable[[Job], bytes],
+    ) -> Answer:
+        project, query = self._project(request)["id"], request.query
+        limit = request.integer("limit", 100, 1, 500)
+        offset = request.integer("offset", 0, 0, 10**9)
+        wanted = {
+            name: query[parameter] for parameter, name in filters.items() if query.get(parameter)
+        }
         rows = (
             job
-            for job in (jobs[i] for i in range(high - 1, low - 1, -1))
-            if job.project == project.id
-            and all(job.document[name] == value for name, value in wanted.items())
+            for job in reversed(self._ordered)
+            if all(job.document[name] == value for name, value in wanted.items())
+            and job.project == project
+            and is_shown(job)
         )
         page = itertools.islice(rows, offset, offset + limit)
-        return Answer(body=b"[" + b", ".join(map(self._row, page)) + b"]")
-
-    def _visible_range(
-        self, query: dict[str, str], project: Project
-    ) -> tuple[Sequence[Job], int, int]:
-        """Jobs in creation order, and the slice that the bounds and the search's lag leave."""
-        target = (query.get("componentId", ""), query.get("configId", ""), project.id)
-        jobs = self._by_target.get(target, []) if all(target) else self._ordered
-        newest = self._agenda.now() - self.search_lag
-        high = bisect_right(jobs, newest, key=attrgetter("born"))
-        low = 0
-        if text := query.get("createdTimeFrom"):
-            low = bisect_left(jobs, moment(text), key=attrgetter("created_s"))
-        if text := query.get("createdTimeTo"):
-            high = min(high, bisect_right(jobs, moment(text), key=attrgetter("created_s")))
-        return jobs, low, high
+        return Answer(body=b"[" + b", ".join(map(row, page)) + b"]")
 
     def _row(self, job: Job) -> bytes:
         if not self.hides_variables:
@@ -882,7 +710,7 @@ class Queue(Keboola):
 
 
 NEWEST_FIRST = ("createdTime", "desc")
-LIST_FILTERS = ("component", "config", "branchId", "status")
+LIST_FILTERS = {name: name for name in ("component", "config", "branchId", "status")}
 SEARCH_FILTERS = {"componentId": "component", "configId": "config", "branchId": "branchId"}
 
 
@@ -906,27 +734,18 @@ def check_new_job(body: JsonObject) -> None:
             raise ApiError(400, f'Invalid job: "{key}" must be a non-empty string.')
     if body["mode"] not in MODES:
         raise ApiError(400, f'Invalid job: "mode" must be one of {sorted(MODES)}.')
-    if body.get("variableValuesId") and body.get("variableValuesData"):
-        raise ApiError(400, 'Only one of "variableValuesId" and "variableValuesData" can be set.')
-    if (variables := body.get("variableValuesData")) is not None:
-        check_variables(variables)
-
-
-def check_variables(variables: object) -> None:
+    variables = body.get("variableValuesData", {"values": []})
     values = variables.get("values") if isinstance(variables, dict) else None
     if not isinstance(values, list):
         raise ApiError(400, 'Invalid job: "variableValuesData.values" must be a list.')
     for index, pair in enumerate(values):
         for key in ("name", "value"):
-            text = pair.get(key) if isinstance(pair, dict) else None
-            if not (isinstance(text, str) and text):
+            if not (isinstance(pair.get(key), str) and pair[key]):
                 where = f"variableValuesData.values.{index}.{key}"
                 raise ApiError(400, f'Invalid job: "{where}" cannot contain an empty value.')
 
 
-# ======================================================================================
-# Faults
-# ======================================================================================
+# ---- Faults ----
 
 
 @dataclass(slots=True)
@@ -978,9 +797,8 @@ Deliver = Callable[["Wire", Answer, JsonObject], Awaitable[None]]
 class FaultKind:
     """How a kind of fault works: it rewrites the answer, or delivers it in its own way."""
 
-    text: str = ""
-    options: frozenset[str] = frozenset()
-    handled: bool = True
+    options: tuple[str, ...] = ()
+    handled: bool = True  # whether the request is carried out all the same
     rewrite: Rewrite | None = None
     deliver: Deliver | None = None
 
@@ -1026,9 +844,7 @@ def as_bytes(value: str | bytes) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
 
-# ======================================================================================
-# The wire
-# ======================================================================================
+# ---- The wire ----
 
 
 class HangUp(Exception):  # noqa: N818 - no error: it is how a fault ends a connection
@@ -1048,14 +864,11 @@ class Wire:
             head = await self._reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return None
-        method, target, headers = parse_head(head)
-        if "transfer-encoding" in headers:
-            await self.send(Answer(411).head("connection: close"))
-            raise HangUp
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
-            raise HangUp
-        body = await self._reader.readexactly(int(length))
+        first, *lines = head[:-4].decode("latin-1").split("\r\n")
+        method, target, _ = first.split(" ")
+        fields = (line.partition(":") for line in lines)
+        headers = {name.lower(): value.strip() for name, _, value in fields}
+        body = await self._reader.readexactly(int(headers.get("content-length", "0")))
         return Request(time.monotonic(), method, target, headers, body)
 
     async def send(self, data: bytes, *, last: bool = False) -> None:
@@ -1089,17 +902,6 @@ class Wire:
             self.abort()
 
 
-def parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
-    """Method, target and headers (names in lower case)."""
-    first, *lines = head[:-4].decode("latin-1").split("\r\n")
-    method, _, rest = first.partition(" ")
-    headers = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-    return method, rest.partition(" ")[0], headers
-
-
 async def deliver_reset(wire: Wire, _answer: Answer, _options: JsonObject) -> None:
     wire.reset()
     raise HangUp
@@ -1128,10 +930,7 @@ async def deliver_drip(wire: Wire, answer: Answer, options: JsonObject) -> None:
 
 
 async def deliver_huge(wire: Wire, answer: Answer, options: JsonObject) -> None:
-    """Blanks and then the honest answer: valid JSON for a client that reads everything.
-
-    Chunked, so that the client cannot know the size before it has counted.
-    """
+    """Blanks and then the honest answer, chunked, so that its size is not known before the end."""
     await wire.send(answer.head("transfer-encoding: chunked"))
     blanks = max(0, options.get("size", 64 * 1024 * 1024) - len(answer.body))
     for start in range(0, blanks, 65_536):
@@ -1144,99 +943,52 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def fault_kind(
-    text: str,
-    *options: str,
-    handled: bool = True,
-    rewrite: Rewrite | None = None,
-    deliver: Deliver | None = None,
-) -> FaultKind:
-    return FaultKind(text, frozenset(options), handled, rewrite, deliver)
-
-
+STATUS_OPTIONS = ("code", "retry_after", "retry_after_ms", "retry_after_date", "body", "handled")
 FAULTS = {
-    "status": fault_kind(
-        "an error in the API's own shape; with handled, after the request was carried out",
-        *("code", "retry_after", "retry_after_ms", "retry_after_date", "body", "handled"),
-        handled=False,
-        rewrite=rewrite_status,
-    ),
-    "reset_before": fault_kind(
-        "connection reset, nothing was done", handled=False, deliver=deliver_reset
-    ),
-    "reset_after": fault_kind(
-        "connection reset, the request was carried out", deliver=deliver_reset
-    ),
-    "close_after": fault_kind("carried out, closed without an answer", deliver=deliver_nothing),
-    "hang_before": fault_kind(
-        "no answer until the client goes, nothing was done", handled=False, deliver=deliver_never
-    ),
-    "hang_after": fault_kind(
-        "no answer until the client goes, the request was carried out", deliver=deliver_never
-    ),
-    "truncated": fault_kind("carried out, half of the body, closed", deliver=deliver_truncated),
-    "body": fault_kind(
-        "status 200 or 201 with another body, such as a login page",
-        *("body", "content_type"),
-        rewrite=rewrite_body,
-    ),
-    "drip": fault_kind(
-        "the answer, one byte every `interval` seconds", "interval", deliver=deliver_drip
-    ),
-    "redirect": fault_kind(
-        "to `location`, or to itself without end",
-        *("location", "code"),
-        handled=False,
-        rewrite=rewrite_redirect,
-    ),
-    "huge": fault_kind(
-        "the answer behind `size` bytes of blanks, chunked", "size", deliver=deliver_huge
-    ),
-    "header": fault_kind("adds `headers` to the answer", "headers", rewrite=rewrite_header),
-    "json": fault_kind(
-        "`obj` as the answer, or what `transform` makes of the answer's object",
-        *("obj", "transform"),
-        rewrite=rewrite_json,
-    ),
+    "status": FaultKind(STATUS_OPTIONS, handled=False, rewrite=rewrite_status),
+    "reset_before": FaultKind(handled=False, deliver=deliver_reset),
+    "reset_after": FaultKind(deliver=deliver_reset),
+    "close_after": FaultKind(deliver=deliver_nothing),
+    "hang_before": FaultKind(handled=False, deliver=deliver_never),
+    "hang_after": FaultKind(deliver=deliver_never),
+    "truncated": FaultKind(deliver=deliver_truncated),
+    "body": FaultKind(("body", "content_type"), rewrite=rewrite_body),
+    "drip": FaultKind(("interval",), deliver=deliver_drip),
+    "redirect": FaultKind(("location", "code"), handled=False, rewrite=rewrite_redirect),
+    "huge": FaultKind(("size",), deliver=deliver_huge),
+    "header": FaultKind(("headers",), rewrite=rewrite_header),
+    "json": FaultKind(("obj", "transform"), rewrite=rewrite_json),
 }
 
 
-# ======================================================================================
-# Servers
-# ======================================================================================
+# ---- Servers ----
 
 Serve = Callable[[Api, Wire, Request], Awaitable[bool]]
 
 
 class Servers:
-    """The listening sockets and the thread that serves them.
+    """The listening sockets, whose ports outlive a stop, and the thread that serves them."""
 
-    `serve` answers one request and tells whether its connection stays open. The ports are kept
-    from one start to the next, so that a test can take the servers down and up again.
-    """
-
-    def __init__(self, apis: dict[str, Api], ports: Iterable[int], serve: Serve) -> None:
+    def __init__(self, apis: dict[str, Api], serve: Serve) -> None:
         self._apis, self._serve = apis, serve
-        self._ports = dict(zip(apis, ports, strict=True))
+        self._ports = dict.fromkeys(apis, 0)
         self._open: dict[asyncio.Task[None], socket.socket] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_lock = threading.Lock()  # only against a loop that closes under a caller
         self._stopped = asyncio.Event()
 
     def address(self, name: str) -> str:
-        if not self._ports[name]:
-            raise RuntimeError("the simulator has no address before start()")
         return f"http://127.0.0.1:{self._ports[name]}"
 
     def start(self) -> None:
-        if self._thread:
-            raise RuntimeError("the simulator runs already")
+        listeners = {
+            name: socket.create_server(("127.0.0.1", port), backlog=1024)
+            for name, port in self._ports.items()
+        }
+        self._ports = {name: sock.getsockname()[1] for name, sock in listeners.items()}
         ready = threading.Event()
-        main = self._main(self._listen(), ready)
-        self._thread = threading.Thread(
-            target=asyncio.run, args=(main,), name="simulator", daemon=True
-        )
+        main = self._main(listeners, ready)
+        self._thread = threading.Thread(target=asyncio.run, args=(main,), daemon=True)
         self._thread.start()
         ready.wait()
 
@@ -1248,36 +1000,28 @@ class Servers:
 
     def call(self, action: Callable[[], object]) -> None:
         """Runs the action in the servers' thread, if there is one."""
-        with self._loop_lock:
+        with suppress(RuntimeError):  # it has just ended
             if self._loop:
                 self._loop.call_soon_threadsafe(action)
 
-    def _listen(self) -> dict[str, socket.socket]:
-        sockets: dict[str, socket.socket] = {}
-        try:
-            for name, port in self._ports.items():
-                sockets[name] = socket.create_server(("127.0.0.1", port), backlog=1024)
-        except OSError:
-            for sock in sockets.values():
-                sock.close()
-            raise
-        self._ports = {name: sock.getsockname()[1] for name, sock in sockets.items()}
-        return sockets
-
     async def _main(self, listeners: dict[str, socket.socket], ready: threading.Event) -> None:
         self._stopped = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for name, listener in listeners.items():
             listener.settimeout(0)
             loop.add_reader(listener, self._accept, self._apis[name], listener)
-        self._set_loop(loop)
         ready.set()
         await self._stopped.wait()
-        self._set_loop(None)
         for listener in listeners.values():
             loop.remove_reader(listener)
             listener.close()
-        await self._close_connections()
+        still_open = dict(self._open)
+        for task in still_open:
+            task.cancel()
+        if still_open:
+            await asyncio.wait(still_open)
+        for sock in still_open.values():  # a task cancelled before its first step closes nothing
+            sock.close()
 
     def _accept(self, api: Api, listener: socket.socket) -> None:
         # Not asyncio.start_server: closed between a connection's accept and its first step, that
@@ -1288,19 +1032,6 @@ class Servers:
             task = asyncio.get_running_loop().create_task(self._connection(api, sock))
             self._open[task] = sock
             task.add_done_callback(self._open.pop)
-
-    def _set_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        with self._loop_lock:
-            self._loop = loop
-
-    async def _close_connections(self) -> None:
-        still_open = dict(self._open)
-        for task in still_open:
-            task.cancel()
-        if still_open:
-            await asyncio.wait(still_open)
-        for sock in still_open.values():  # a task cancelled before its first step closes nothing
-            sock.close()
 
     async def _connection(self, api: Api, sock: socket.socket) -> None:
         """Serves one connection until either side has had enough."""
@@ -1315,9 +1046,7 @@ class Servers:
                 await wire.close()
 
 
-# ======================================================================================
-# Holds
-# ======================================================================================
+# ---- Holds ----
 
 
 class Hold:
@@ -1358,44 +1087,43 @@ class Hold:
         with self._sim.changing():
             self._released = True
             for gate in self._gates:
-                self._sim.call_in_loop(gate.set)
+                self._sim._servers.call(gate.set)
 
 
-# ======================================================================================
-# Simulator
-# ======================================================================================
+# ---- Simulator ----
+
+
+class Switch(Generic[T]):
+    """An attribute of one of the simulated APIs, which may be set from any thread."""
+
+    def __init__(self, api: str, name: str) -> None:
+        self._api, self._name = api, name
+
+    def __get__(self, sim: Simulator, _: object = None) -> T:
+        value: T = getattr(getattr(sim, self._api), self._name)
+        return value
+
+    def __set__(self, sim: Simulator, value: T) -> None:
+        with sim.changing():
+            setattr(getattr(sim, self._api), self._name, value)
 
 
 class Simulator:
-    """Three servers in one thread, and the switches by which a test drives them.
+    """Three servers in one thread, and the switches by which any other thread drives them."""
 
-    All public methods and attributes may be used from any thread. `stop()` keeps the state and
-    the ports: a later `start()` goes on where it was.
-    """
-
-    def __init__(
-        self,
-        latency: float = 0.0,
-        search_lag: float = 0.0,
-        *,
-        ports: tuple[int, int, int] = (0, 0, 0),
-        seed: int = 0,
-    ) -> None:
-        self.latency = latency
+    def __init__(self, seed: int = 0) -> None:
+        self.latency = 0.0
         self.record = True  # False: count requests per route, but do not keep them (benchmarks)
-        self.on_answer: Callable[[Request, str], object] | None = None
         self._lock = threading.Condition()
         self._version = 0
         self._agenda = Agenda()
         self._openai = OpenAI(self._agenda)
         tokens: dict[str, Project] = {}
         configs: dict[tuple[str, str], JsonObject] = {}
-        self._storage = Storage(tokens, configs, self._agenda, lambda: self.queue_url)
-        self._queue = Queue(tokens, configs, self._agenda, lambda: self.queue_url)
-        self._queue.search_lag = search_lag
-        self._control = Control(self)
+        shared = (tokens, configs, self._agenda, lambda: self.queue_url)
+        self._storage, self._queue = Storage(*shared), Queue(*shared)
         apis = {"openai": self._openai, "stack": self._storage, "queue": self._queue}
-        self._servers = Servers(apis, ports, self._serve)
+        self._servers = Servers(apis, self._serve)
         self._chance = random.Random(seed)  # noqa: S311 - dice for faults, the same every time
         self._faults: list[Fault] = []
         self._holds: list[Hold] = []
@@ -1410,11 +1138,10 @@ class Simulator:
         with self.changing():
             self._openai.keys[key] = project
 
-    def add_token(self, token: str, project: int = FIRST_PROJECT.id, name: str = "") -> None:
+    def add_token(self, token: str, project: int = 1, name: str = "Simulated project") -> None:
         """Makes a Keboola token known; it sees the jobs of its project."""
-        owner = Project(project, name or (FIRST_PROJECT.name if project == 1 else f"no {project}"))
         with self.changing():
-            self._queue.tokens[token] = owner
+            self._queue.tokens[token] = {"id": project, "name": name}
 
     def revoke_token(self, token: str) -> None:
         """Makes a Keboola token unknown: a 401 from now on."""
@@ -1446,13 +1173,8 @@ class Simulator:
         metadata: dict[str, str] | None = None,
         created_at: int | None = None,
     ) -> None:
-        """Adds a batch, the newest of its project.
-
-        `timeline` holds (seconds from now, status) pairs; a plain string is a status for ever.
-        With `failed` there is an error file as well, and without a completed request no output
-        file, as in the real API.
-        """
-        created = int(self._openai.wall()) if created_at is None else created_at
+        """Adds a batch, the newest of its project; `timeline` has pairs of seconds and status."""
+        created = int(self._openai._wall()) if created_at is None else created_at
         batch = Batch(id, project, created, total, failed, output, metadata)
         with self.changing():
             self._openai.add(batch)
@@ -1492,43 +1214,11 @@ class Simulator:
         with self.changing():
             del self._queue.jobs[job_id]
 
-    @property
-    def search_lag(self) -> float:
-        return self._queue.search_lag
-
-    @search_lag.setter
-    def search_lag(self, seconds: float) -> None:
-        with self.changing():
-            self._queue.search_lag = seconds
-
-    @property
-    def search_hides_variables(self) -> bool:
-        return self._queue.hides_variables
-
-    @search_hides_variables.setter
-    def search_hides_variables(self, hides: bool) -> None:
-        with self.changing():
-            self._queue.hides_variables = hides
-
-    @property
-    def batch_seconds(self) -> float | None:
-        """How long a batch that was created over HTTP runs; None: until `finish`."""
-        return self._openai.batch_seconds
-
-    @batch_seconds.setter
-    def batch_seconds(self, seconds: float | None) -> None:
-        with self.changing():
-            self._openai.batch_seconds = seconds
-
-    @property
-    def job_seconds(self) -> float | None:
-        """How long a job runs by itself; None: until `finish_job`."""
-        return self._queue.job_seconds
-
-    @job_seconds.setter
-    def job_seconds(self, seconds: float | None) -> None:
-        with self.changing():
-            self._queue.job_seconds = seconds
+    search_lag: Switch[float] = Switch("_queue", "search_lag")
+    search_hides_variables: Switch[bool] = Switch("_queue", "hides_variables")
+    # How long a job runs by itself, or a batch that came over HTTP; None: until it is finished.
+    job_seconds: Switch[float | None] = Switch("_queue", "job_seconds")
+    batch_seconds: Switch[float | None] = Switch("_openai", "batch_seconds")
 
     # ---- faults and holds ----
 
@@ -1543,17 +1233,12 @@ class Simulator:
         probability: float = 1.0,
         **options: object,
     ) -> Fault:
-        """Makes requests go wrong; `FAULTS` has the kinds and their options.
-
-        `match` is looked for in the whole request as text (method, target, headers, body). The
-        first `skip` requests that fit pass, then `times` of them are hit (None: all).
-        """
+        """Has `times` requests (None: all) that fit `match` go wrong, after the first `skip`."""
         self._check_pattern(route)
         if kind not in FAULTS:
             raise ValueError(f"unknown fault {kind!r}; one of {', '.join(sorted(FAULTS))}")
-        allowed = FAULTS[kind].options
-        if unknown := sorted(set(options) - allowed):
-            raise ValueError(f"fault {kind!r} has no options {unknown}; it has {sorted(allowed)}")
+        if unknown := set(options) - set(FAULTS[kind].options):
+            raise ValueError(f"fault {kind!r} has no options {unknown}")
         fault = Fault(route, kind, times, skip, match, probability, options)
         with self.changing():
             self._faults.append(fault)
@@ -1577,12 +1262,9 @@ class Simulator:
             self._holds.append(hold)
         return hold
 
-    def routes(self) -> list[str]:
-        apis: tuple[Api, ...] = (self._openai, self._storage, self._queue)
-        return [route.name for api in apis for route in api.routes]
-
     def _check_pattern(self, pattern: str) -> None:
-        names = self.routes()
+        apis: tuple[Api, ...] = (self._openai, self._storage, self._queue)
+        names = [f"{api.name}.{name}" for api in apis for name in api.routes]
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"no route fits {pattern!r}; there are {', '.join(names)}")
 
@@ -1629,25 +1311,13 @@ class Simulator:
             self._counts.clear()
             self._max_in_flight = self._in_flight
 
-    def state(self) -> JsonObject:
-        """What `GET /_sim/state` shows."""
+    def batch_statuses(self) -> dict[str, str]:
         with self._lock:
             self._advance()
-            batches = self._openai.batches.values()
-            faults = [f for f in self._faults if f.times is None or f.hits < f.times]
-            return {
-                "batches": {batch.id: batch.shown_status() for batch in batches},
-                "jobs": self.jobs,
-                "requests": dict(self._counts),
-                "max_in_flight": self._max_in_flight,
-                "faults": [{"route": f.route, "kind": f.kind, "hits": f.hits} for f in faults],
-            }
+            return {batch.id: batch.shown_status() for batch in self._openai.batches.values()}
 
     def wait_for(self, predicate: Callable[[], T], timeout: float = 10.0) -> T:
-        """Returns the predicate's value as soon as it is true; asked again after each change.
-
-        The lock is not held while the predicate runs, so it may send requests itself.
-        """
+        """Returns the predicate's value as soon as it is true; asked again after each change."""
         deadline = time.monotonic() + timeout
         while True:
             with self._lock:
@@ -1656,7 +1326,8 @@ class Simulator:
             if value := predicate():
                 return value
             if time.monotonic() >= deadline:
-                raise TimeoutError(self._describe(predicate, timeout))
+                seen_so_far = f"{self.request_counts}, {len(self._queue.jobs)} Keboola jobs"
+                raise TimeoutError(f"not true within {timeout:g} s; so far {seen_so_far}")
             with self._lock:
                 left = min(deadline, self._agenda.next_due()) - time.monotonic()
                 self._lock.wait_for(partial(self._has_changed, seen), max(0.0, left))
@@ -1664,20 +1335,17 @@ class Simulator:
     def _has_changed(self, seen: int) -> bool:
         return self._version != seen
 
-    def _describe(self, predicate: Callable[[], object], timeout: float) -> str:
-        code = getattr(predicate, "__code__", None)
-        where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(predicate)
-        with self._lock:
-            return (
-                f"not true within {timeout:g} s: {where}; requests so far: {dict(self._counts)}, "
-                f"{self._in_flight} in flight, {len(self._queue.jobs)} Keboola jobs"
-            )
-
     # ---- locking ----
 
-    def changing(self) -> Changing:
+    @contextmanager
+    def changing(self) -> Iterator[None]:
         """Guards a change of state and wakes whoever waits for one."""
-        return Changing(self)
+        with self._lock:
+            self._advance()
+            try:
+                yield
+            finally:
+                self._announce()
 
     def _advance(self) -> None:
         """Does what is due by now; the lock is held."""
@@ -1692,33 +1360,39 @@ class Simulator:
 
     async def _serve(self, api: Api, wire: Wire, request: Request) -> bool:
         """Answers one request; tells whether the connection stays open."""
-        if api is self._storage and request.target.startswith("/_sim/"):
-            api = self._control
         request.route, handler = api.find(request.method, request.target)
-        if api is self._control:
-            await wire.send(b"".join(self._handle(api, handler, request).encode()))
-        else:
-            with InFlight(self, request) as flight:
-                wire.before_last = flight.end
-                await self._exchange(api, wire, request, handler)
+        with self.changing():
+            self._counts[request.route] += 1
+            if self.record:
+                self._requests.append(request)
+            self._in_flight += 1
+            self._max_in_flight = max(self._max_in_flight, self._in_flight)
+        # It ends with the last byte of its answer: later, the client could have sent another one.
+        with ExitStack() as flight:
+            flight.callback(self._land)
+            wire.before_last = flight.close
+            await self._exchange(api, wire, request, handler)
         return request.headers.get("connection", "").lower() != "close"
+
+    def _land(self) -> None:
+        with self.changing():
+            self._in_flight -= 1
 
     async def _exchange(self, api: Api, wire: Wire, request: Request, handler: Handler) -> None:
         fault, holds = self._interventions(request)
-        kind = FAULTS[fault.kind] if fault else HONEST
+        kind = FAULTS[fault.kind] if fault else FaultKind()
         options = fault.options if fault else {}
         await self._pause(holds, "before")
         answer = Answer()
         if fault is None or fault.handled:
-            answer = self._handle(api, handler, request)
+            with self.changing():
+                answer = api.answer(handler, request)
         if kind.rewrite:
             answer = kind.rewrite(options, api, request, answer)
         api.sign(answer)
         await self._pause(holds, "after")
         if self.latency:
             await asyncio.sleep(self.latency)
-        if self.on_answer:
-            self.on_answer(request, fault.kind if fault and kind.deliver else str(answer.status))
         if kind.deliver:
             await kind.deliver(wire, answer, options)
         else:
@@ -1732,10 +1406,6 @@ class Simulator:
             holds = [hold for hold in self._holds if hold.catches(request)]
             hit = (fault for fault in self._faults if fault.applies(request, self._chance))
             return next(hit, None), holds
-
-    def _handle(self, api: Api, handler: Handler, request: Request) -> Answer:
-        with self.changing():
-            return api.answer(handler, request)
 
     @staticmethod
     async def _pause(holds: list[Hold], when: str) -> None:
@@ -1769,260 +1439,56 @@ class Simulator:
     def __exit__(self, *_error: object) -> None:
         self.stop()
 
-    def call_in_loop(self, action: Callable[[], object]) -> None:
-        """Runs the action in the servers' thread; where that has ended, nothing is to be done."""
-        self._servers.call(action)
 
-
-HONEST = FaultKind()
-
-
-class Changing:
-    """The lock, with what is due done first and everybody woken at the end."""
-
-    __slots__ = ("_sim",)
-
-    def __init__(self, sim: Simulator) -> None:
-        self._sim = sim
-
-    def __enter__(self) -> None:
-        self._sim._lock.acquire()
-        self._sim._advance()
-
-    def __exit__(self, *_error: object) -> None:
-        self._sim._announce()
-        self._sim._lock.release()
-
-
-class InFlight:
-    """Records a request, and counts it until the last byte of its answer is about to be sent.
-
-    Counted any longer, a client that sends one request after another could be seen with two.
-    """
-
-    __slots__ = ("_counted", "_request", "_sim")
-
-    def __init__(self, sim: Simulator, request: Request) -> None:
-        self._sim, self._request, self._counted = sim, request, True
-
-    def __enter__(self) -> InFlight:
-        sim = self._sim
-        with sim.changing():
-            sim._counts[self._request.route] += 1
-            if sim.record:
-                sim._requests.append(self._request)
-            sim._in_flight += 1
-            sim._max_in_flight = max(sim._max_in_flight, sim._in_flight)
-        return self
-
-    def end(self) -> None:
-        if self._counted:
-            self._counted = False
-            with self._sim.changing():
-                self._sim._in_flight -= 1
-
-    def __exit__(self, *_error: object) -> None:
-        self.end()
-
-
-# ======================================================================================
-# Control over HTTP
-# ======================================================================================
-
-
-class Control(Api):
-    """`/_sim/` on the stack's port: the switches for people. Neither recorded nor delayed."""
-
-    name = "control"
-
-    def __init__(self, sim: Simulator) -> None:
-        super().__init__()
-        self._sim = sim
-        self._route("state", "GET", r"/_sim/state", self._state)
-        self._route("finish", "POST", r"/_sim/finish", partial(self._call, sim.finish))
-        self._route("faults", "POST", r"/_sim/faults", partial(self._call, sim.fault))
-        self._route("clear", "DELETE", r"/_sim/faults", self._clear)
-
-    def _state(self, request: Request) -> Answer:  # noqa: ARG002 - a handler's signature
-        return Answer.json(self._sim.state())
-
-    def _clear(self, request: Request) -> Answer:  # noqa: ARG002
-        self._sim.clear_faults()
-        return Answer.json({"ok": True})
-
-    @staticmethod
-    def _call(method: Callable[..., object], request: Request) -> Answer:
-        """Calls the method with the body's keys as its keywords."""
-        try:
-            method(**request.json())
-        except (KeyError, TypeError, ValueError) as error:
-            raise ApiError(400, f"{type(error).__name__}: {error}") from error
-        return Answer.json({"ok": True})
-
-    def error(self, error: ApiError) -> Answer:
-        return Answer.json({"error": error.message}, error.status)
-
-
-# ======================================================================================
-# Command line
-# ======================================================================================
-
-HELP = """
-example:
-  python tests/simulator.py --batch 'batch_a=validating@0,in_progress@2,completed@6'
-
-A batch is ID=STATUS@SECONDS,... (seconds after the start; a lone STATUS counts from 0).
-
-Batches are created over HTTP as at OpenAI, by its own client or by hand:
-  curl localhost:8101/v1/files -H 'Authorization: Bearer sk-simulator' \\
-    -F purpose=batch -F file=@requests.jsonl
-  curl localhost:8101/v1/batches -H 'Authorization: Bearer sk-simulator' \\
-    -d '{"input_file_id": "file-...", "endpoint": "/v1/responses", "completion_window": "24h",
-         "metadata": {"pipeline": "nightly"}}'
-
-While it runs (the stack's port; the JSON keys are the keywords of the Python methods):
-  curl localhost:8102/_sim/state
-  curl localhost:8102/_sim/finish  -d '{"id": "batch_a", "status": "failed"}'
-  curl localhost:8102/_sim/faults  -d '{"route": "openai.*", "kind": "status", "code": 429}'
-  curl -X DELETE localhost:8102/_sim/faults
-
-routes: %(routes)s, and patterns such as openai.* or *
-faults, with their options (all have times, 1 if not given and null for always, skip, match
-and probability; transform is for Python only):
-%(faults)s
-"""
+# ---- Command line ----
 
 CONFIG = """state: demo.db
 limits: {{trigger_grace: 5s}}
 secrets:
-  openai-sim:
-    type: openai
-    env: OPENAI_API_KEY
-    base_url: {openai}
-  keboola-sim:
-    type: keboola
-    env: KEBOOLA_TOKEN
-    stack_url: {stack}
+  openai-sim: {{type: openai, env: OPENAI_API_KEY, base_url: {openai}}}
+  keboola-sim: {{type: keboola, env: KEBOOLA_TOKEN, stack_url: {stack}}}
 defaults:
   openai_secret: openai-sim
   keboola_secret: keboola-sim
   component_id: kds-team.app-custom-python
   poll_interval: 1s
 jobs:
-  demo:
-    batch_ids: [{batches}]
-    config_id: "123456"
-  found:
-    match: {{pipeline: nightly}}
-    since: {today}
-    config_id: "123457"
+  demo: {{batch_ids: [{batches}], config_id: "123456"}}
+  found: {{match: {{pipeline: nightly}}, since: {today}, config_id: "123457"}}
 """
-
-
-DEFAULT_KEY = ("sk-simulator", DEFAULT_PROJECT)
-
-
-def parse_key(text: str) -> tuple[str, str]:
-    """Reads `sk-one=proj_one`, or a lone key."""
-    key, _, project = text.partition("=")
-    return key, project or DEFAULT_PROJECT
 
 
 def parse_batch(text: str) -> tuple[str, list[tuple[float, str]]]:
     """Reads `batch_a=validating@0,completed@6`."""
     batch_id, _, steps = text.partition("=")
-    if not (batch_id and steps):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID=STATUS@SECONDS,...")
-    timeline = []
-    for step in steps.split(","):
-        status, _, seconds = step.partition("@")
-        try:
-            timeline.append((float(seconds or 0), status))
-        except ValueError:
-            message = f"{seconds!r} in {text!r} is not a number of seconds"
-            raise argparse.ArgumentTypeError(message) from None
-    return batch_id, timeline
-
-
-def parser() -> argparse.ArgumentParser:
-    faults = "\n".join(
-        f"  {name:13} {kind.text}" + (f" ({', '.join(sorted(kind.options))})" * bool(kind.options))
-        for name, kind in FAULTS.items()
-    )
-    result = argparse.ArgumentParser(
-        description="Simulates OpenAI's Batch API and Keboola's Storage and Queue APIs.",
-        epilog=HELP % {"routes": ", ".join(Simulator().routes()), "faults": faults},
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = result.add_argument
-    add("--openai-port", type=int, default=8101, metavar="N", help="default 8101; 0: any")
-    add("--stack-port", type=int, default=8102, metavar="N", help="default 8102; 0: any")
-    add("--queue-port", type=int, default=8103, metavar="N", help="default 8103; 0: any")
-    add(
-        "--key",
-        type=parse_key,
-        action="append",
-        metavar="KEY[=PROJECT]",
-        help="an OpenAI key it knows, and whose batches it sees (default: sk-simulator)",
-    )
-    add("--token", default="kbc-simulator", help="the Keboola token (default: kbc-simulator)")
-    add("--latency", type=float, default=0.0, metavar="S", help="seconds added to each answer")
-    add("--search-lag", type=float, default=0.0, metavar="S", help="until the search shows a job")
-    add("--job-seconds", type=float, metavar="S", help="how long Keboola jobs run; else for ever")
-    add("--batch-seconds", type=float, metavar="S", help="the same of batches created over HTTP")
-    add(
-        "--batch", type=parse_batch, action="append", default=[], metavar="ID=...", help="see below"
-    )
-    return result
-
-
-def build(options: argparse.Namespace) -> Simulator:
-    """The simulator that the options describe; without any batch, an example."""
-    ports = (options.openai_port, options.stack_port, options.queue_port)
-    sim = Simulator(options.latency, options.search_lag, ports=ports)
-    sim.job_seconds = options.job_seconds
-    sim.record = False  # it may run for days
-    sim.batch_seconds = options.batch_seconds
-    sim.on_answer = print_answer
-    for key, project in options.key or [DEFAULT_KEY]:
-        sim.add_key(key, project)
-    sim.add_token(options.token)
-    example = parse_batch("batch_a=validating@0,in_progress@2,completed@6")
-    for batch_id, timeline in options.batch or [example]:
-        sim.add_batch(batch_id, timeline)
-    return sim
-
-
-def print_answer(request: Request, outcome: str) -> None:
-    now = datetime.now().astimezone().strftime("%H:%M:%S")
-    print(f"{now} {request.method} {request.target} -> {outcome}", flush=True)
-
-
-def introduce(sim: Simulator, options: argparse.Namespace) -> None:
-    """Prints the addresses and a configuration that works with them."""
-    batches = ", ".join([*sim.state()["batches"]][:10])  # a job has at most ten
-    key = (options.key or [DEFAULT_KEY])[0][0]
-    print(f"OpenAI   {sim.openai_url}\nstack    {sim.stack_url}\nqueue    {sim.queue_url}\n")
-    print(f"export OPENAI_API_KEY={key} KEBOOLA_TOKEN={options.token}\n")
-    today = datetime.now(UTC).date()
-    print(CONFIG.format(openai=sim.openai_url, stack=sim.stack_url, batches=batches, today=today))
-    print("Ctrl-C ends it.", flush=True)
+    pairs = [step.partition("@") for step in steps.split(",")]
+    return batch_id, [(float(seconds or 0), status) for status, _, seconds in pairs]
 
 
 def main() -> int:
-    options = parser().parse_args()
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    sim = build(options)
-    try:
-        sim.start()
-    except OSError as error:
-        print(f"simulator: {error}; choose other ports (--help)", file=sys.stderr)
-        return 1
-    introduce(sim, options)
-    ended.wait()
-    sim.stop()
+    """Serves until Ctrl-C; prints its addresses and a configuration that works with them."""
+    parser = argparse.ArgumentParser(description="OpenAI's Batch API and Keboola on this machine.")
+    add = parser.add_argument
+    add("--job-seconds", type=float, metavar="S", help="how long Keboola jobs run; else for ever")
+    add("--batch-seconds", type=float, metavar="S", help="the same of batches created over HTTP")
+    form = "ID=STATUS@SECONDS,..."
+    add("--batch", type=parse_batch, action="append", metavar=form, help="may be repeated")
+    options = parser.parse_args()
+    example = parse_batch("batch_a=validating@0,in_progress@2,completed@6")
+    key, token = "sk-simulator", "kbc-simulator"
+    with Simulator() as sim:
+        sim.job_seconds, sim.batch_seconds = options.job_seconds, options.batch_seconds
+        sim.record = False  # it may run for days
+        sim.add_key(key)
+        sim.add_token(token)
+        for batch_id, timeline in options.batch or [example]:
+            sim.add_batch(batch_id, timeline)
+        print(f"export OPENAI_API_KEY={key} KEBOOLA_TOKEN={token}\n")
+        batches, today = ", ".join(sim.batch_statuses()), datetime.now(UTC).date()
+        urls = {"openai": sim.openai_url, "stack": sim.stack_url}
+        print(CONFIG.format(batches=batches, today=today, **urls), flush=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
     return 0
 
 

@@ -10,7 +10,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from harness import OPENAI_KEY, JsonObject, Workspace, wait_until
+from harness import KEBOOLA_TOKEN, OPENAI_KEY, JsonObject, Workspace, wait_until
 from simulator import Simulator
 
 MINUTES_10 = 601
@@ -119,6 +119,29 @@ def test_refused_key(workspace: Workspace) -> None:
     assert agreed(workspace) == 0
 
 
+def test_refused_key_that_nobody_uses(workspace: Workspace) -> None:
+    """A refused key needs nobody any more once no job uses it, although it stays in the config."""
+    workspace.secrets["refused"] = workspace.openai_secret("sk-unknown-0a1b2c3d4e5f")
+    workspace.add_job("job", "batch_a", openai_secret="refused")
+    assert workspace.once().code == 1
+    workspace.jobs["job"]["openai_secret"] = "openai"
+    done = workspace.once()
+    assert (done.code, told(done.events, "account_failing_recovered", None)) == (0, 1)
+    assert agreed(workspace) == 0
+
+
+def test_refused_token_of_a_run_without_its_job(workspace: Workspace) -> None:
+    """What the run of a removed job is followed with is told once, not in each pass."""
+    workspace.sim.job_seconds = None
+    workspace.add_job("job", "batch_a")
+    assert workspace.once().code == 0
+    del workspace.jobs["job"]
+    workspace.sim.revoke_token(KEBOOLA_TOKEN)
+    events = [event for _ in range(3) for event in workspace.once().events]
+    assert told(events, "account_failing", None) == 1
+    assert told(events, "account_failing_recovered", None) == 0
+
+
 def test_refused_token(workspace: Workspace) -> None:
     """The same for Keboola's token: it is the key that needs a person, not each run."""
     workspace.secrets["keboola"] = workspace.keboola_secret("9999-unknown-0a1b2c3d")
@@ -202,19 +225,6 @@ def test_passed_deadline(workspace: Workspace, sim: Simulator) -> None:
     sim.finish("batch_a")
     daemon.wait_for_event("deadline_passed_recovered", job="job")
     daemon.wait_for_event("completed", job="job")
-    assert agreed(workspace) == 0
-
-
-@pytest.mark.long
-def test_rejected_config(workspace: Workspace) -> None:
-    """A config file that is refused is attention while it is broken."""
-    workspace.add_job("job", "batch_a", status="in_progress")
-    daemon = workspace.daemon()
-    workspace.write("jobs: [\n")
-    daemon.wait_for_event("config_rejected")
-    assert agreed(workspace) == 1
-    workspace.write()
-    daemon.wait_for_event("config_rejected_recovered")
     assert agreed(workspace) == 0
 
 

@@ -13,10 +13,9 @@ import itertools
 import shutil
 import signal
 import sqlite3
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ import simulator
 from harness import (
     KEBOOLA_TOKEN,
     OPENAI_KEY,
-    PROGRAM,
     Daemon,
     JsonObject,
     Workspace,
@@ -39,14 +37,6 @@ from harness import (
 )
 from simulator import FAULTS, Hold, Simulator
 
-HASTY = f"""
-import sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
-import teckochecker
-slow = teckochecker.backoff_s
-teckochecker.backoff_s = lambda *facts: min(5, slow(*facts))
-sys.exit(teckochecker.main())
-"""
 CRASHING = Path(__file__).with_name("crashing.py")
 AT_ONCE = 6  # cases that run beside each other: nearly all of their time is waiting
 PATIENCE_S = 60.0
@@ -57,19 +47,12 @@ CUT = '{"id": "1000'  # half of a JSON text, in an answer that is whole
 Kind = tuple[str, JsonObject]
 
 # Each kind of fault that the simulator knows, and each status that the trigger tells from others.
-POST_FAULTS: dict[str, Kind] = {
+FAULTS_ANYWHERE: dict[str, Kind] = {
     "none": ("header", {}),
     "500": ("status", {"code": 500}),
-    "502_done": ("status", {"code": 502, "handled": True, "body": "<html>Bad Gateway</html>"}),
     "503": ("status", {"code": 503, "retry_after": 1}),
     "408": ("status", {"code": 408}),
-    "429": ("status", {"code": 429, "retry_after": 1}),
-    "429_date": ("status", {"code": 429, "retry_after_date": 1}),
-    "400": ("status", {"code": 400}),
-    "401": ("status", {"code": 401}),
     "403": ("status", {"code": 403}),
-    "404": ("status", {"code": 404}),
-    "422": ("status", {"code": 422}),
     "reset_before": ("reset_before", {}),
     "reset_after": ("reset_after", {}),
     "close_after": ("close_after", {}),
@@ -82,29 +65,21 @@ POST_FAULTS: dict[str, Kind] = {
     "redirect": ("redirect", {"code": 308}),
     "huge": ("huge", {"size": 17 * 1024 * 1024}),
     "odd_header": ("header", {"headers": {"retry-after": "999999999", "date": "never"}}),
+}
+POST_FAULTS = FAULTS_ANYWHERE | {
+    "502_done": ("status", {"code": 502, "handled": True, "body": "<html>Bad Gateway</html>"}),
+    "429": ("status", {"code": 429, "retry_after": 1}),
+    "429_date": ("status", {"code": 429, "retry_after_date": 1}),
+    "400": ("status", {"code": 400}),
+    "401": ("status", {"code": 401}),
+    "404": ("status", {"code": 404}),
+    "422": ("status", {"code": 422}),
     "no_id": ("json", {"obj": {"status": "created"}}),
     "list": ("json", {"obj": []}),
 }
 REJECTIONS = {"400", "401", "403", "404", "422"}
-SEARCH_FAULTS: dict[str, Kind] = {
-    "none": ("header", {}),
-    "500": ("status", {"code": 500}),
-    "503": ("status", {"code": 503, "retry_after": 1}),
-    "408": ("status", {"code": 408}),
+SEARCH_FAULTS = FAULTS_ANYWHERE | {
     "429": ("status", {"code": 429, "retry_after_ms": 700}),
-    "403": ("status", {"code": 403}),
-    "reset_before": ("reset_before", {}),
-    "reset_after": ("reset_after", {}),
-    "close_after": ("close_after", {}),
-    "hang_before": ("hang_before", {}),
-    "hang_after": ("hang_after", {}),
-    "truncated": ("truncated", {}),
-    "html": ("body", {}),
-    "cut": ("body", {"body": CUT, "content_type": "application/json"}),
-    "drip": ("drip", {"interval": 0.2}),
-    "redirect": ("redirect", {}),
-    "huge": ("huge", {"size": 17 * 1024 * 1024}),
-    "odd_header": ("header", {"headers": {"retry-after": "999999999"}}),
     "no_list": ("json", {"obj": {"jobs": []}}),
     "null_rows": ("json", {"obj": [None]}),
 }
@@ -116,14 +91,11 @@ HEAVY = {"huge"}  # megabytes: they go to few of the jobs
 
 @dataclass(frozen=True)
 class Held:
-    """Killed from outside while all jobs' requests of one route stand at one place of their way.
-
-    With `lost`, these requests are never carried out.
-    """
+    """Killed from outside while all jobs' requests of one route stand at one place of their way."""
 
     route: str
     when: str
-    lost: bool = False
+    lost: bool = False  # these requests are never carried out
 
 
 @dataclass(frozen=True)
@@ -276,7 +248,7 @@ class World(Workspace):
         self._wait_for_all(process, first)
         first.release()
         # Those that a fault has met are at their first search still: that is as good a place.
-        self._wait_for_rows(process, "empty_searches > 0", len(self.jobs) // 3)
+        self._wait_for(process, lambda: self.count("empty_searches > 0"), len(self.jobs) // 3)
         second = self.sim.hold("queue.search", "after", None)
         second.wait_reached(PATIENCE_S)
         process.kill()
@@ -285,20 +257,11 @@ class World(Workspace):
     def _wait_for_all(self, process: Daemon, hold: Hold) -> None:
         """Waits until nearly every job that can come this far is held there."""
         open_jobs = len(self.jobs) - self.count(DECIDED)
-        enough = max(1, open_jobs * 2 // 3)
-        wait_until(
-            lambda: hold.reached >= enough or not process.is_running(),
-            f"{enough} requests held at {hold.route} {hold.when}",
-            PATIENCE_S,
-        )
-        assert process.is_running(), process.log()
+        self._wait_for(process, lambda: hold.reached, max(1, open_jobs * 2 // 3))
 
-    def _wait_for_rows(self, process: Daemon, where: str, enough: int) -> None:
-        wait_until(
-            lambda: self.count(where) >= enough or not process.is_running(),
-            f"{enough} runs with {where}",
-            PATIENCE_S,
-        )
+    def _wait_for(self, process: Daemon, count: Callable[[], int], enough: int) -> None:
+        is_over = lambda: count() >= enough or not process.is_running()  # noqa: E731
+        wait_until(is_over, f"{enough} jobs at the point of the crash", PATIENCE_S)
         assert process.is_running(), process.log()
 
     def count(self, where: str) -> int:
@@ -324,10 +287,7 @@ class World(Workspace):
         assert daemon.stop() == 0
 
     def _wait_while_changing(self, daemon: Daemon, where: str) -> None:
-        """Waits until all runs are so.
-
-        Every second the config changes in what means nothing to a trigger but ends its backoff.
-        """
+        """Waits until all runs are so; every second, a change that means nothing ends backoffs."""
         deadline = time.monotonic() + PATIENCE_S
         for poll_interval in itertools.cycle(["2s", "1s"]):
             self.config["defaults"]["poll_interval"] = poll_interval
@@ -453,36 +413,3 @@ def test_every_fault() -> None:
     """The faults that the cases choose from are all that the simulator knows."""
     assert {kind for kind, _ in POST_FAULTS.values()} == set(FAULTS)
     assert {kind for kind, _ in SEARCH_FAULTS.values()} == set(FAULTS)
-
-
-# ---- two that carry one trigger ----
-
-
-class HastyWorkspace(Workspace):
-    """Its program tries a refused trigger again after seconds, not minutes."""
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-c", HASTY, "--config", str(self.path), *arguments]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("change", ["removal", "other_ids"])
-def test_refused_job_comes_back(tmp_path: Path, sim: Simulator, change: str) -> None:
-    """A refused job that leaves the config and comes back is tried again by one task, not two."""
-    with closing(HastyWorkspace(tmp_path / "work", sim)) as workspace:
-        workspace.add_job("job", "batch_a")
-        workspace.add_job("other", "batch_b", status="in_progress")
-        sim.fault("queue.create", "status", code=403)
-        daemon = workspace.daemon()
-        daemon.wait_for_event("trigger_rejected", job="job")
-        mark = daemon.mark()
-        kept = workspace.jobs.pop("job")
-        if change == "other_ids":
-            workspace.add_job("job", "batch_c", status="in_progress")
-        workspace.reload(daemon)
-        workspace.jobs["job"] = kept
-        workspace.reload(daemon)
-        daemon.wait_for_event("trigger_sent", since=mark, job="job")
-        assert len(daemon.events_of("trigger_sending", since=mark, job="job")) == 1
-        assert daemon.stop() == 0
-        workspace.assert_one_job("job")

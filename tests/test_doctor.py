@@ -210,10 +210,7 @@ ILLS: dict[str, tuple[Break, str]] = {
     "no OpenAI": (secret("openai", base_url=f"{NOWHERE}/v1"), "✗ *ConnectError: *; check the *"),
     "no batch": (job(batch_ids=["batch_gone"]), "✗ job two: batch_gone: OpenAI answered 404: *"),
     "bad token": (token("keboola", "S3CR3T-of-nobody"), "✗ *answered 401: *secret set keboola"),
-    "token expires soon": (
-        answer("storage.verify", expires=SOON),
-        '! *project", expires in 3 days; make a *',
-    ),
+    "old token": (answer("storage.verify", expires=SOON), "! *expires in 3 days; make a *"),
     "no right": (answer("storage.verify", canCreateJobs=False), "✗ *may not start jobs (can*"),
     "no stack": (answer("storage.verify", owner=None), "✗ *does not say which project the*"),
     "no Keboola": (secret("keboola", stack_url=NOWHERE), f"✗ keboola: {NOWHERE}: Connect*"),

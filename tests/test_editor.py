@@ -19,8 +19,6 @@ import pytest
 import yaml
 from cryptography.fernet import Fernet
 
-sys.path.insert(0, os.environ.get("TECKO_DIR", str(Path(__file__).parent.parent)))
-
 import teckochecker as tecko
 
 KEY, OTHER_KEY = Fernet.generate_key().decode(), Fernet.generate_key().decode()
@@ -51,7 +49,7 @@ class Place:
         self.patch, self.capsys = patch, capsys
         self.key_file.write_text(KEY)
         self.key_file.chmod(0o600)
-        for name in (tecko.KEY_VARIABLE, "CREDENTIALS_DIRECTORY", "TECKOCHECKER_CONFIG"):
+        for name in ("TECKOCHECKER_KEY", "CREDENTIALS_DIRECTORY", "TECKOCHECKER_CONFIG"):
             patch.delenv(name, raising=False)
 
     def write(self, text: str) -> None:
@@ -226,8 +224,7 @@ REFUSED: list[tuple[str, str, str]] = [  # the config, a command with what is ty
     (ALIAS, "job remove a", BY_HAND),
     ("jobs: {a: &a {config_id: 1}, b: *a}\n", "job remove a", BY_HAND),
     ("jobs:\n  a: {paused: &f false}\n  b: {paused: *f}\n", "job pause b", BY_HAND),
-    ("o: &o {paused: false}\njobs:\n  a: {<<: *o}\n", "job pause a", BY_HAND),
-    ("o: &o {a: {}}\njobs: {<<: *o, b: {}}\n", "job remove a", BY_HAND),
+    ("o: &o {a: {}}\njobs: {<<: *o, b: {}}\n", "job remove a", 'there is no job "a"'),
     (f"{SHARED}{{type: openai, value: *t}}\njobs: {{}}\n", "encrypt", f"cannot change secrets.a.value in config: {BY_HAND}"),
     (f"{SHARED}{{<<: *a, project: p}}\njobs: {{}}\n", "encrypt", f"cannot change secrets.a.value in config: {BY_HAND}"),
     (JOB_A, "secret set new < x", "secrets.new: type is missing; add type: openai, keboola or webhook"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import PATIENCE_S, Daemon, JsonObject, Workspace, trigger_id, wait_until
+from harness import PATIENCE_S, Daemon, JsonObject, Workspace, trigger_id
 
 
 @pytest.fixture
@@ -68,20 +68,18 @@ def test_follow_interval(workspace: Workspace) -> None:
     assert second - first >= 1.9
 
 
-ENDS = {
-    "success": "completed",
-    "warning": "completed",
-    "error": "failed",
-    "terminated": "failed",
-    "cancelled": "failed",
-}
+ENDS = {"success": "completed", "warning": "completed"}
+ENDS |= dict.fromkeys(("error", "terminated", "cancelled"), "failed")
 
 
 def test_every_end(workspace: Workspace) -> None:
-    """`success` and `warning` are good ends; of others, Keboola's own words are shown."""
-    for status in ENDS:
-        workspace.add_job(status, f"batch_{status}")
+    """`success` and `warning` are good ends; others show Keboola's words, people's are final."""
+    for status in (*ENDS, "silent"):
+        by_people = status in {"terminated", "cancelled"}
+        workspace.add_job(status, f"batch_{status}", retry_on_error=5 if by_people else 0)
     daemon = workspace.daemon()
+    silent = daemon.wait_for_event("trigger_sent", job="silent")["keboola_job_id"]
+    workspace.sim.finish_job(silent, "error")
     for status in ENDS:
         job_id = daemon.wait_for_event("trigger_sent", job=status)["keboola_job_id"]
         workspace.sim.finish_job(job_id, status, f"it was a {status}", f"exception-{status}")
@@ -98,15 +96,10 @@ def test_every_end(workspace: Workspace) -> None:
             else:
                 assert f"it was a {status}" in text
                 assert f"exception-{status}" in text
-    assert len(workspace.sim.jobs) == len(ENDS)
-
-
-def test_end_without_words(workspace: Workspace) -> None:
-    """A Keboola job that ended badly without a message is `failed` with its status."""
-    daemon = workspace.daemon()
-    job_id = started(workspace, daemon)
-    workspace.sim.finish_job(job_id, "error")
-    assert f"Keboola job {job_id} ended in error" in wait_status(workspace, "failed")["error"]
+    error = wait_status(workspace, "failed", "silent")["error"]
+    assert f"Keboola job {silent} ended in error" in error
+    assert len(workspace.sim.jobs) == len(ENDS) + 1
+    assert daemon.events_of("keboola_job_retried") == []
 
 
 def test_deleted(workspace: Workspace) -> None:
@@ -198,17 +191,6 @@ def test_retry_on_error(workspace: Workspace) -> None:
     assert len(workspace.sim.jobs) == 2
 
 
-@pytest.mark.parametrize("status", ["terminated", "cancelled"])
-def test_no_retry_of_what_people_ended(workspace: Workspace, status: str) -> None:
-    """`retry_on_error` is for `error` alone: what a person has ended stays so."""
-    workspace.add_job("job", "batch_job", retry_on_error=5)
-    daemon = workspace.daemon()
-    job_id = daemon.wait_for_event("trigger_sent", job="job")["keboola_job_id"]
-    workspace.sim.finish_job(job_id, status)
-    daemon.wait_for_event("job_failed", job="job")
-    assert daemon.events_of("keboola_job_retried") == []
-
-
 @pytest.mark.long
 def test_once_follows_in_later_passes(workspace: Workspace) -> None:
     """A pass of `--once` looks at the Keboola job once, and does not wait for its end."""
@@ -274,20 +256,3 @@ def test_follow_error(workspace: Workspace) -> None:
     workspace.write()
     daemon.wait_for_event("completed", job="job")
     assert workspace.job("job")["error"] is None
-
-
-@pytest.mark.long
-def test_lost_state_file(workspace: Workspace) -> None:
-    """What ran when the state file was lost is found again and followed to its end."""
-    daemon = workspace.daemon()
-    job_id = started(workspace, daemon)
-    daemon.kill()
-    for file in workspace.directory.glob("teckochecker.db*"):
-        file.unlink()
-    daemon = workspace.daemon()
-    daemon.wait_for_event("trigger_found", job="job", keboola_job_id=job_id)
-    wait_status(workspace, "running")
-    workspace.sim.finish_job(job_id, "error")
-    wait_status(workspace, "failed")
-    wait_until(lambda: daemon.events_of("job_failed", job="job"), "told")
-    assert workspace.posts("job") == 1

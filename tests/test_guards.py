@@ -108,7 +108,7 @@ def test_cancellation_passes() -> None:
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(tc.with_retries(attempt))
+        asyncio.run(tc.Client.retried(attempt))
     assert len(tries) == 1
 
 

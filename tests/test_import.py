@@ -52,9 +52,8 @@ class OldDatabase:
         self.stack_url = STACK
         self.change(TABLES)
         self.insert("secrets", name="openai-prod", type="openai", value=old_token(OPENAI_KEY))
-        self.insert(
-            "secrets", name="keboola-prod", type="keboola", value=old_token(KEBOOLA_TOKEN).decode()
-        )
+        value = old_token(KEBOOLA_TOKEN).decode()
+        self.insert("secrets", name="keboola-prod", type="keboola", value=value)
 
     def change(self, script: str) -> None:
         with closing(sqlite3.connect(self.path)) as db, db:
@@ -74,15 +73,9 @@ class OldDatabase:
         batch_status: str = "in_progress",
         **columns: object,
     ) -> None:
-        row = {
-            "openai_secret_id": 1,
-            "keboola_secret_id": 2,
-            "keboola_stack_url": self.stack_url,
-            "keboola_component_id": COMPONENT,
-            "keboola_configuration_id": "123",
-            "poll_interval_seconds": 120,
-            "status": "active",
-        }
+        row = {"openai_secret_id": 1, "keboola_secret_id": 2, "keboola_stack_url": self.stack_url}
+        row |= {"keboola_component_id": COMPONENT, "keboola_configuration_id": "123"}
+        row |= {"poll_interval_seconds": 120, "status": "active"}
         job_id = self.insert("polling_jobs", name=name, **row | columns)
         for batch_id in batch_ids:
             self.insert("job_batches", job_id=job_id, batch_id=batch_id, status=batch_status)

@@ -5,6 +5,7 @@ What is counted are the requests that the simulator got in one poll, of all due 
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable, Sequence
 
@@ -29,10 +30,7 @@ def batch_id(number: int) -> str:
 
 
 def seed(sim: Simulator, total: int, spaced_s: int) -> None:
-    """Adds batches that are in progress; so many seconds lie between two of them.
-
-    Of very many, 200 at most are of one second.
-    """
+    """Adds batches in progress, so many seconds apart; of very many, 200 are of one second."""
     now = int(time.time())
     with sim.changing():
         for number in range(total):
@@ -54,32 +52,34 @@ def polled(workspace: Workspace) -> int:
     return sum(counts.get(f"openai.{route}", 0) for route in ("get", "list"))
 
 
+def show_all_as(workspace: Workspace, status: str) -> None:
+    """Has the list show each batch with the status."""
+
+    def bend(page: dict[str, list[dict[str, object]]]) -> object:
+        return page | {"data": [row | {"status": status} for row in page["data"]]}
+
+    workspace.sim.fault("openai.list", "json", None, transform=bend)
+
+
 class Polls:
     """Has all jobs polled when a test wants it: nothing but a change of its interval does."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._space = workspace
-        self._interval_s = 3600
+        self._interval_s = workspace.config["defaults"]["poll_interval"] = 3600
 
     def daemon(self) -> Daemon:
         """Starts the daemon, and waits for its first poll."""
-        self._interval_s += 60
-        self._space.config["defaults"]["poll_interval"] = self._interval_s
         daemon = self._space.start()
-        self._wait()
+        self.count()
         return daemon
 
     def count(self) -> int:
-        """The requests of one more poll."""
+        """The requests of one more poll, of every run with another interval."""
         self._interval_s += 60
         self._space.config["defaults"]["poll_interval"] = self._interval_s
         self._space.sim.reset_stats()
         self._space.write()
-        self._wait()
-        return polled(self._space)
-
-    def _wait(self) -> None:
-        """Waits until every run was polled with this interval."""
 
         def is_over() -> bool:
             times = [(r["last_check_at"] or 0, r["next_at"] or 0) for r in self._space.runs()]
@@ -87,6 +87,7 @@ class Polls:
             return len(is_new) == len(self._space.jobs) and all(is_new)
 
         wait_until(is_over, "a poll", PATIENCE_S, every=0.2)
+        return polled(self._space)
 
 
 @pytest.mark.long
@@ -135,12 +136,7 @@ def test_only_its_own_answer_ends_a_batch(workspace: Workspace) -> None:
     seed(workspace.sim, 10, 0)
     watch(workspace, range(10))
 
-    def bend(page: dict[str, list[dict[str, object]]]) -> object:
-        for row in page["data"]:
-            row["status"] = "completed"
-        return page
-
-    workspace.sim.fault("openai.list", "json", None, transform=bend)
+    show_all_as(workspace, "completed")
     polls = Polls(workspace)
     daemon = polls.daemon()
     assert polls.count() == 11  # a page, and each batch by itself
@@ -148,7 +144,7 @@ def test_only_its_own_answer_ends_a_batch(workspace: Workspace) -> None:
     workspace.sim.clear_faults()
     for number in range(10):
         workspace.sim.finish(batch_id(number), "expired" if number == 3 else "completed")
-    daemon.send(1)  # type: ignore[arg-type] # SIGHUP: nothing has changed, and nothing is due
+    daemon.send(signal.SIGHUP)  # nothing has changed, and nothing is due
     workspace.config["defaults"]["poll_interval"] = "2h"
     workspace.write()
     daemon.wait_for_event("completed_with_failures", job="job0")
@@ -164,13 +160,7 @@ def test_stale_list(workspace: Workspace) -> None:
     watch(workspace, range(10))
     polls = Polls(workspace)
     daemon = polls.daemon()
-
-    def bend(page: dict[str, list[dict[str, object]]]) -> object:
-        for row in page["data"]:
-            row["status"] = "validating"
-        return page
-
-    workspace.sim.fault("openai.list", "json", None, transform=bend)
+    show_all_as(workspace, "validating")
     polls.count()
     daemon.wait_for_event("list_not_usable")
     assert [polls.count() for _ in range(2)] == [10, 10]
@@ -191,28 +181,6 @@ def test_server_without_a_list(workspace: Workspace, code: int) -> None:
     daemon = polls.daemon()
     assert [polls.count(), polls.count()] == [10, 10]
     assert daemon.events_of("poll_failed") == []
-
-
-@pytest.mark.long
-def test_held_page(workspace: Workspace) -> None:
-    """A page that hangs while its job is renamed, and a kill -9 then, lose and double nothing."""
-    seed(workspace.sim, 10, 0)
-    watch(workspace, range(10))
-    daemon = workspace.daemon()
-    hold = workspace.sim.hold("openai.list", "after")
-    hold.wait_reached(20.0)
-    for number in range(10):
-        workspace.sim.finish(batch_id(number))
-    workspace.jobs["renamed"] = workspace.jobs.pop("job0")
-    workspace.reload(daemon)
-    hold.release()
-    daemon.wait_for_event("trigger_sending", job="renamed")
-    daemon.kill()
-    daemon = workspace.daemon()
-    workspace.sim.wait_for(lambda: workspace.sim.jobs, 20.0)
-    wait_until(lambda: workspace.job("renamed")["status"] == "completed", "completed")
-    assert len(workspace.sim.jobs) == 1
-    assert workspace.posts("job0") + workspace.posts("renamed") <= 2
 
 
 def test_list_without_after(workspace: Workspace) -> None:

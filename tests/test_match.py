@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
-from harness import PATIENCE_S, Daemon, JsonObject, Workspace, variables, wait_until
+from harness import PATIENCE_S, Daemon, Workspace, variables, wait_until
 from simulator import Simulator, iso
 
 HOUR_S = 3600
@@ -28,24 +28,14 @@ def create(
     group: str | None = None,
     status: str = "completed",
     *,
-    created_ago_s: int | None = None,
-    total: int = 100,
+    created_ago_s: int = 0,
     failed: int = 0,
-    output: bool = True,
     **metadata: str,
 ) -> None:
     """A batch of the pipeline comes."""
-    grouped = {} if group is None else {"date": group}
-    created_at = None if created_ago_s is None else int(time.time()) - created_ago_s
-    sim.add_batch(
-        batch_id,
-        status,
-        metadata={**NIGHTLY, **grouped, **metadata},
-        created_at=created_at,
-        total=total,
-        failed=failed,
-        output=output,
-    )
+    metadata |= NIGHTLY | ({} if group is None else {"date": group})
+    created_at = int(time.time()) - created_ago_s
+    sim.add_batch(batch_id, status, metadata=metadata, created_at=created_at, failed=failed)
 
 
 def trigger_id(job: str, group: str, rerun: int = 0) -> str:
@@ -64,17 +54,6 @@ def groups(sim: Simulator) -> dict[str, list[str]]:
 
 def wait_for_groups(sim: Simulator, count: int, timeout: float = PATIENCE_S) -> None:
     sim.wait_for(lambda: len(sim.jobs) >= count, timeout)
-
-
-def wait_shown(workspace: Workspace, name: str, status: str) -> JsonObject:
-    """The run as `status --json` shows it, once it has the status."""
-
-    def found() -> list[JsonObject]:
-        runs = workspace.status()["jobs"]
-        return [run for run in runs if (run["name"], run["status"]) == (name, status)]
-
-    runs: list[JsonObject] = wait_until(found, f"{name} {status}")
-    return runs[0]
 
 
 def phases(workspace: Workspace) -> list[str]:
@@ -290,19 +269,13 @@ def test_kill_9(workspace: Workspace, sim: Simulator) -> None:
     """Killed while pages, answers, searches and POSTs are under way, none is lost or doubled."""
     add_match(workspace, group_by="date", group_size=2)
     wanted = {}
-    for number, (route, when) in enumerate(
-        [
-            ("openai.list", "before"),
-            ("openai.list", "after"),
-            ("openai.get", "after"),
-            ("queue.search", "after"),
-            ("queue.create", "before"),
-            ("queue.create", "after"),
-        ]
-    ):
+    places = ["openai.list before", "openai.list after", "openai.get after"]
+    places += ["queue.search after", "queue.create before", "queue.create after"]
+    for number, place in enumerate(places):
         for part in "ab":
             create(sim, f"batch_{number}{part}", f"day-{number}")
         wanted[f"day-{number}"] = [f"batch_{number}a", f"batch_{number}b"]
+        route, when = place.split()
         hold = sim.hold(route, when)
         daemon = workspace.start()
         hold.wait_reached(PATIENCE_S)
@@ -322,8 +295,7 @@ def test_lost_state_file(workspace: Workspace, sim: Simulator) -> None:
     wait_for_groups(sim, 300, 60.0)
     wait_until(lambda: phases(workspace) == ["finished"] * 300, "all ended", 60.0)
     daemon.kill()
-    for file in workspace.directory.glob("teckochecker.db*"):
-        file.unlink()
+    workspace.lose_state()
     sim.reset_stats()
     workspace.daemon()
     wait_until(lambda: phases(workspace) == ["finished"] * 300, "all are found", 60.0)
@@ -345,7 +317,47 @@ def test_incomplete_list_is_read_again(workspace: Workspace, sim: Simulator) -> 
     assert len(groups(sim)) == 150
 
 
+def test_failing_find_over_passes(workspace: Workspace, sim: Simulator) -> None:
+    """Under cron, what fails in each pass is told once, and is attention after ten minutes."""
+    add_match(workspace)
+    fault = sim.fault("openai.list", "status", None, code=503, retry_after=3600)
+    passes = [workspace.once(), workspace.once()]
+    workspace.change_state("UPDATE meta SET value = value - 601 WHERE key = 'find_failing:openai'")
+    passes += [workspace.once(), workspace.once()]
+    fault.clear()
+    passes.append(workspace.once())
+    assert [done.code for done in passes] == [0, 0, 1, 1, 0]
+    told = Counter(event["event"] for done in passes for event in done.events)
+    names = ("find_failed", "account_failing", "account_failing_recovered", "find_recovered")
+    assert [told[name] for name in names] == [1, 1, 1, 1]
+
+
+def test_failing_find_ends_with_its_jobs(workspace: Workspace, sim: Simulator) -> None:
+    """A match job that comes back long after a failure has its own ten minutes."""
+    add_match(workspace)
+    sim.fault("openai.list", "status", None, code=503, retry_after=3600)
+    assert workspace.once().code == 0
+    found = workspace.jobs.pop("found")
+    assert workspace.once().code == 0
+    workspace.change_state("UPDATE meta SET value = value - 601 WHERE key = 'find_failing:openai'")
+    workspace.jobs["found"] = found
+    assert workspace.once().code == 0
+
+
 # ---- the config changes ----
+
+
+def test_added_while_the_list_is_read(workspace: Workspace, sim: Simulator) -> None:
+    """A match job that a reload brings meanwhile is looked for at once, not an interval later."""
+    add_match(workspace, "slow", poll_interval="1h")
+    create(sim, "batch_a")
+    hold = sim.hold("openai.list")
+    daemon = workspace.daemon()
+    hold.wait_reached(PATIENCE_S)
+    add_match(workspace, "new", poll_interval="1h")
+    workspace.reload(daemon)
+    hold.release()
+    daemon.wait_for_event("completed", run="new/batch_a")
 
 
 @pytest.mark.long
@@ -365,17 +377,6 @@ def test_renamed(workspace: Workspace, sim: Simulator) -> None:
     assert_quiet(workspace, daemon, 2)
     assert workspace.statuses() == {"new/done": "completed", "new/half": "completed"}
     assert sorted(groups(sim)["half"]) == ["batch_c", "batch_d"]
-
-
-def test_renamed_while_nothing_ran(workspace: Workspace, sim: Simulator) -> None:
-    """The same where the name was changed between two processes."""
-    add_match(workspace, "old", config_id="same")
-    create(sim, "batch_a")
-    assert workspace.once().code == 0
-    workspace.jobs["new"] = workspace.jobs.pop("old")
-    assert workspace.once().code == 0
-    assert workspace.statuses() == {"new/batch_a": "completed"}
-    assert len(sim.jobs) == 1
 
 
 def test_renamed_and_back(workspace: Workspace, sim: Simulator) -> None:
@@ -465,19 +466,15 @@ def test_removed(workspace: Workspace, sim: Simulator) -> None:
 @pytest.mark.long
 def test_trigger_on(workspace: Workspace, sim: Simulator) -> None:
     """Each policy starts or refuses each outcome as the design says; a person may overrule it."""
-    outcomes: dict[str, tuple[str, dict[str, object]]] = {
-        "good": ("completed", {}),
-        "partly": ("expired", {}),
-        "empty": ("completed", {"failed": 100}),
-        "bad": ("failed", {}),
-    }
+    outcomes = {"good": "completed", "partly": "expired", "empty": "completed", "bad": "failed"}
     starts = {
         "all_terminal": {"good", "partly", "empty", "bad"},
         "all_completed": {"good"},
         "any_output": {"good", "partly"},
     }
-    for outcome, (status, more) in outcomes.items():
-        create(sim, f"batch_{outcome}", status=status, **more)  # type: ignore[arg-type]
+    for outcome, status in outcomes.items():
+        failed = 100 if outcome == "empty" else 0
+        create(sim, f"batch_{outcome}", status=status, failed=failed)
     for policy in starts:
         add_match(workspace, policy, trigger_on=policy)
     workspace.add_job("single", "batch_good", "batch_bad", trigger_on="all_completed")
@@ -544,7 +541,8 @@ def test_deadline_alerts(workspace: Workspace, sim: Simulator) -> None:
     daemon = workspace.daemon()
     daemon.wait_for_event("deadline_passed", run="found/monday")
     assert_quiet(workspace, daemon, 0)
-    assert wait_shown(workspace, "found/monday", "active")["attention"] is True
+    late = workspace.wait_for_job("found/monday", lambda job: job["attention"])
+    assert late["status"] == "active"
     create(sim, "batch_b", "monday")
     daemon.wait_for_event("completed", run="found/monday")
     assert len(daemon.events_of("deadline_passed")) == 1

@@ -9,16 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from harness import PATIENCE_S, Workspace, wait_until
+from harness import PATIENCE_S, Webhook, Workspace, wait_until
+from test_storage import LimitedFiles
 
 PATH_SECRET = "T0PS3CR3T-path-of-a-webhook"
 
 
-class Receiver:
+class Receiver(Webhook):
     """A webhook: keeps what it gets, answers as it is told, or not at all."""
 
     def __init__(self) -> None:
@@ -27,30 +27,15 @@ class Receiver:
         self.status = 200
         self.gate = threading.Event()  # while it is not set, nobody is answered
         self.gate.set()
-        receiver = self
+        super().__init__()
+        self.url = f"{self.address}/{PATH_SECRET}?key={PATH_SECRET}"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.attempts += 1
-                receiver.gate.wait(PATIENCE_S)
-                if receiver.status < 300:
-                    assert self.headers["Content-Type"] == "application/json"
-                    receiver.bodies.append(json.loads(body))
-                self.send_response(receiver.status)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/{PATH_SECRET}?key={PATH_SECRET}"
+    def take(self, body: bytes) -> int:
+        self.attempts += 1
+        self.gate.wait(PATIENCE_S)
+        if self.status < 300:
+            self.bodies.append(json.loads(body))
+        return self.status
 
     def events(self) -> list[tuple[str, str | None]]:
         return [(body["event"], body["job"]) for body in self.bodies]
@@ -60,9 +45,7 @@ class Receiver:
 
     def close(self) -> None:
         self.gate.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().close()
 
 
 @pytest.fixture
@@ -137,14 +120,32 @@ def test_only_what_its_rule_names(told: Workspace, receiver: Receiver) -> None:
         assert other.events() == [("trigger_sent", "good")]
 
 
-def test_a_lost_answer_is_no_news(told: Workspace, receiver: Receiver) -> None:
-    """A POST whose answer is lost settles by itself: only its end is told."""
+def test_two_rules_for_one_webhook(told: Workspace, receiver: Receiver) -> None:
+    """A webhook with two rules that name the same event has it once, from a pass too."""
+    told.config["notify"].append({"secret": "hook", "events": ["completed"]})
     told.add_job("job", "batch_a")
-    told.sim.fault("queue.create", "reset_after")
-    told.daemon()
-    receiver.wait_for(1)
+    assert told.once().code == 0
     assert receiver.events() == [("completed", "job")]
-    told.assert_one_job("job")
+
+
+def test_told_on_a_full_disk(told: Workspace, receiver: Receiver) -> None:
+    """What it has had, and could not be stored as such, it does not get again."""
+    directory = told.directory / "disk"
+    directory.mkdir()
+    disk = LimitedFiles(told, directory)
+    told.config["notify"][0]["events"] = ["finished"]
+    receiver.gate.clear()
+    told.add_job("first", "batch_a")
+    daemon = told.daemon()
+    wait_until(lambda: receiver.attempts, "the webhook is asked")
+    disk.fill(daemon)
+    receiver.gate.set()
+    daemon.wait_for_event("state_write_failed")
+    disk.free(daemon)
+    told.add_job("second", "batch_b")
+    told.reload(daemon)
+    receiver.wait_for(2)
+    assert receiver.events() == [("completed", "first"), ("completed", "second")]
 
 
 def test_a_refused_key(told: Workspace, receiver: Receiver) -> None:

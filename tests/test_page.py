@@ -51,7 +51,6 @@ Math.min(...shown.map(e => {
 }));
 """
 HEIGHT = "document.documentElement.scrollHeight"
-ALARMS = "[...document.querySelectorAll('.alarm')].filter(e => e.checkVisibility())"
 # Has all that the page does by the clock done twenty times as fast.
 IN_A_HURRY = "const slow = setInterval; setInterval = (what, ms) => slow(what, ms / 20);"
 
@@ -74,14 +73,9 @@ def page(browser: Browser, busy: Workspace) -> Iterator[Page]:  # noqa: F811
     """The page of a running daemon, as it is once its runs are where they stay."""
     path = busy.directory / "www" / "status.html"
     busy.daemon()
-    wait_until(
-        lambda: (
-            {"refused": "failed", "partly": "completed_with_failures", "whole": "completed"}.items()
-            <= published(busy).items()
-            and "deleted" in path.read_text()
-        ),
-        "the page",
-    )
+    wanted = {"refused": "failed", "partly": "completed_with_failures", "whole": "completed"}
+    wait_until(lambda: wanted.items() <= published(busy).items(), "the ends on the page")
+    wait_until(lambda: "deleted" in path.read_text(), "the lost batch on the page")
     with closing(browser.open(path.as_uri())) as opened:
         yield opened
         assert opened.complaints() == []
@@ -91,13 +85,8 @@ def page(browser: Browser, busy: Workspace) -> Iterator[Page]:  # noqa: F811
 def test_what_a_person_sees(page: Page, busy: Workspace) -> None:  # noqa: F811
     """What needs attention comes first; a run is a row with its bar, and its details are folded."""
     assert page.value("document.title") == "1 needs attention - TeckoChecker"
-    assert [re.sub(r" \(.*", "", text) for text in texts(page, "h2")] == [
-        "Needs attention",
-        "Active",
-        "Paused",
-        "Finished",
-        "Log",
-    ]
+    parts = [text.partition(" (")[0] for text in texts(page, "h2")]
+    assert parts == ["Needs attention", "Active", "Paused", "Finished", "Log"]
     names = texts(page, ".run strong")
     assert (names[:4], len(names)) == (["refused", "half", "gone", "quiet"], 7)
     bars = page.value("[...document.querySelectorAll('progress')].map(e => e.value)")
@@ -154,7 +143,8 @@ def test_it_can_be_read(browser: Browser, tmp_path: Path, count: int) -> None:
     (tmp_path / "p.html").write_text(text)
     for width, scheme in itertools.product((1280, 390), ("light", "dark")):
         with closing(browser.open((tmp_path / "p.html").as_uri(), width)) as page:
-            page.prefer(scheme)
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            page.call("Emulation.setEmulatedMedia", features=[feature])
             assert page.value(HEIGHT) <= 3000
             assert page.value("document.documentElement.scrollWidth") <= width
             assert page.value(CONTRAST) >= 4.5

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from harness import Workspace, variables
 
-MENDED: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # what one look meets twice, in a row, before the honest answer
+# What one look meets twice, in a row, before the honest answer.
+MENDED: dict[str, tuple[str, dict[str, Any]]] = {
     "html": ("body", {}),
     "broken_json": ("body", {"body": '{"id": "batch_', "content_type": "application/json"}),
     "no_status": ("json", {"obj": {"id": "batch_no_status", "object": "batch"}}),
@@ -90,27 +89,6 @@ def test_one_hung_batch(workspace: Workspace) -> None:
 
 
 @pytest.mark.long
-def test_drip(workspace: Workspace) -> None:
-    """An answer that comes byte by byte ends at the request's deadline, and is asked for again."""
-    workspace.config["limits"]["request_timeout"] = "1s"
-    workspace.sim.fault("openai.get", "drip", interval=0.1)
-    workspace.add_job("job", "batch_a")
-    assert workspace.once().code == 0
-    assert workspace.looks("batch_a") == 2
-    workspace.assert_one_job("job")
-
-
-@pytest.mark.long
-def test_huge(workspace: Workspace) -> None:
-    """An answer without end is cut off at its cap, and is asked for again."""
-    workspace.sim.fault("openai.get", "huge")
-    workspace.add_job("job", "batch_a")
-    assert workspace.once().code == 0
-    assert workspace.looks("batch_a") == 2
-    workspace.assert_one_job("job")
-
-
-@pytest.mark.long
 def test_not_found(workspace: Workspace) -> None:
     """A batch that is not there keeps the job from starting, in words that name both causes."""
     workspace.add_job("job", "batch_a", "batch_gone")
@@ -172,16 +150,6 @@ def test_unknown_status(workspace: Workspace) -> None:
     workspace.sim.finish("batch_b", "EXPIRED")
     daemon.wait_for_event("completed_with_failures", job="job")
     assert workspace.statuses() == {"job": "completed_with_failures"}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
-def test_nothing_completed(workspace: Workspace, status: str) -> None:
-    """A job all of whose batches failed starts its Keboola job too: that has to know."""
-    workspace.add_job("job", "batch_a", status=status)
-    assert workspace.once().code == 0
-    assert workspace.statuses() == {"job": "completed_with_failures"}
-    assert variables(workspace.started("job")[0])["batch_ids_failed"] == '["batch_a"]'
 
 
 def test_same_batch_in_two_jobs(workspace: Workspace) -> None:

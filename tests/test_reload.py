@@ -57,14 +57,7 @@ def rename_over(path: Path, text: str) -> None:
     new.replace(path)
 
 
-SAVES: list[Callable[[Path, str], None]] = [
-    plain_write,
-    vim,
-    vim_in_new_file,
-    vscode,
-    sed,
-    rename_over,
-]
+SAVES = (plain_write, vim, vim_in_new_file, vscode, sed, rename_over)
 
 
 def assert_takes(workspace: Workspace, daemon: Daemon, name: str, save: Callable[[], None]) -> None:
@@ -203,7 +196,7 @@ def test_sighup(workspace: Workspace) -> None:
 
 @pytest.mark.long
 def test_secret_files(workspace: Workspace, tmp_path: Path) -> None:
-    """A secret's file that changes, wherever it lies, is taken, and cures what it was bad for."""
+    """A secret's file that changes, wherever it lies, is taken, also while the state file does."""
     folder = tmp_path / "run"
     folder.mkdir()
     openai, keboola = folder / "openai", workspace.directory / "keboola"
@@ -213,29 +206,17 @@ def test_secret_files(workspace: Workspace, tmp_path: Path) -> None:
         del workspace.secrets[name]["value"]
         workspace.secrets[name]["file"] = str(file)
     workspace.add_job("job", "batch_a", poll_interval="1h")
+    workspace.secrets["busy"] = workspace.openai_secret(OPENAI_KEY)
+    for n in range(5):
+        workspace.add_job(f"busy{n}", f"batch_{n}", status="in_progress", openai_secret="busy")
     daemon = workspace.daemon()
     daemon.wait_for_event("poll_failed", job="job", status=401)
+    workspace.wait_for_looks("batch_0", 3)
     workspace.write_file(openai, OPENAI_KEY + "\n")
     daemon.wait_for_event("trigger_search_failed", SEEN_WITHIN_S + 1, job="job")
     workspace.write_file(keboola, KEBOOLA_TOKEN)
     daemon.wait_for_event("trigger_sent", SEEN_WITHIN_S + 1, job="job")
     workspace.assert_one_job("job")
-
-
-@pytest.mark.long
-def test_files_elsewhere_beside_a_busy_state_file(workspace: Workspace, tmp_path: Path) -> None:
-    """A secret's file in another directory is seen while the state file is written all the time."""
-    file = tmp_path / "token"
-    workspace.write_file(file, "not-this-one-0000")
-    del workspace.secrets["keboola"]["value"]
-    workspace.secrets["keboola"]["file"] = str(file)
-    for number in range(5):
-        workspace.add_job(f"busy{number}", f"batch_{number}", status="in_progress")
-    daemon = workspace.daemon()
-    workspace.wait_for_looks("batch_0", 3)
-    mark = daemon.mark()
-    workspace.write_file(file, KEBOOLA_TOKEN)
-    daemon.wait_for_event("config_loaded", SEEN_WITHIN_S + 1, since=mark)
 
 
 @pytest.mark.long

@@ -22,8 +22,9 @@ from cryptography.fernet import Fernet
 import teckochecker as tecko
 
 VALUE = 'sk-proj-"S3CR3T"/\\+value'  # every kind of character that some notation escapes
+MAKE_KEY = "head -c 32 /dev/urandom | base64 | tr +/ -_"
 # The command that messages give as a cure makes the keys, so all tests prove it.
-KEYS = [subprocess.check_output(["sh", "-c", tecko.MAKE_KEY], text=True).strip() for _ in "123"]
+KEYS = [subprocess.check_output(["sh", "-c", MAKE_KEY], text=True).strip() for _ in "123"]
 KEY, OTHER_KEY, FOREIGN_KEY = KEYS
 
 
@@ -310,8 +311,7 @@ def test_several_keys(text: str, place: Place) -> None:
         assert place.value() == "value"
     place.env["TECKOCHECKER_KEY"] = text
     place.key_file.unlink()
-    keys = tecko.SecretOpener(place.load().config, tecko.Files(), place.env).fernet()
-    assert keys
+    keys = tecko.read_keys(place.load().config, tecko.Files(), place.env)[0]
     assert Fernet(KEY).decrypt(keys.encrypt(b"x")) == b"x"  # the first one encrypts
 
 
@@ -356,7 +356,7 @@ def test_unreadable_files(kind: str, place: Place) -> None:
     make(place.key_file)
     opened = len([*Path("/proc/self/fd").iterdir()])
     place.write_config(f"value: {token('value')}")
-    cure = f"put a Fernet key there ({tecko.MAKE_KEY}) or set $TECKOCHECKER_KEY"
+    cure = f"bring it back, put a first one there ({MAKE_KEY}) or set $TECKOCHECKER_KEY"
     what = f"cannot read the key file {place.key_file}: {why}"
     assert place.refusal() == f"2:3: key_file: {what}; {cure}"
     place.write_config("file: teckochecker.key")
@@ -374,7 +374,7 @@ def test_what_is_no_key(text: str, place: Place) -> None:
     what = NO_KEY.get(text, "something other than Fernet keys")
     place.write_key(text)
     place.write_config(f"value: {token('value')}")
-    cure = f"make one: {tecko.MAKE_KEY}"
+    cure = f"make one: {MAKE_KEY}"
     assert place.refusal() == f"2:3: key_file: {place.key_file} holds {what}; {cure}"
     place.env["TECKOCHECKER_KEY"] = text or "#"
     assert place.refusal() == f"2:3: key_file: $TECKOCHECKER_KEY holds {what}; {cure}"
@@ -424,10 +424,7 @@ NO_TOKENS = [
 @pytest.mark.parametrize("source", ["value", "env", "file"])
 @pytest.mark.parametrize(("kind", "text", "message"), NO_TOKENS)
 def test_what_is_no_token(kind: str, text: str, message: str, source: str, with_key: Place) -> None:
-    """What cannot be a token is refused with its cure, wherever it stands, and is not shown.
-
-    A newline inside a header makes httpx put all of it into an exception.
-    """
+    """What cannot be a token is refused with its cure, wherever it stands, and is not shown."""
     more = ", stack_url: https://connection.keboola.com" if kind == "keboola" else ""
     put(with_key, source, text, f"{kind}{more}")
     said = with_key.refusal()

@@ -8,14 +8,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PROGRAM, Workspace, clean_environment, wait_until
+from harness import PROGRAM, Outcome, Workspace, outcome_of, wait_until
 
 import teckochecker as tc
 from teckochecker import Batch, Job, Phase, Run, SecretStats, Target
@@ -126,8 +125,7 @@ def test_promtool(runs: list[Run]) -> None:
     """Prometheus' own checker has nothing to say, whatever a name or a status is made of."""
     text = tc.metrics(shot_of(runs, error=EVIL), STATS if runs else [], {EVIL: 1} if runs else {})
     command = ["promtool", "check", "metrics"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert outcome_of(command, input=text) == Outcome(0, "", "")
 
 
 @pytest.fixture
@@ -148,21 +146,14 @@ def busy(workspace: Workspace) -> Workspace:
     return workspace
 
 
-def shown(workspace: Workspace, no_color: str = "") -> str:
-    """All that `status` shows on a terminal of 80 columns."""
-    terminal = workspace.terminal("status", NO_COLOR=no_color)
-    assert terminal.wait() == 0
-    return terminal.text.replace("\r", "")
-
-
 @pytest.mark.long
 def test_status_in_80_columns(busy: Workspace) -> None:
     """Nothing is wider, or cut without an ellipsis; errors wrap; colours only where wanted."""
     busy.write()
-    assert shown(busy).startswith("Nothing has run here yet: start the daemon, or ")
+    assert busy.on_terminal("status").startswith("Nothing has run here yet: start the daemon, or ")
     assert busy.once().code == 1
-    text = shown(busy, no_color="1")
-    assert "\x1b[31mrefused  " in shown(busy)
+    text = busy.on_terminal("status", NO_COLOR="1")
+    assert "\x1b[31mrefused  " in busy.on_terminal("status")
     assert "\x1b" not in text + busy.run("status").stdout
     assert max(map(len, text.splitlines())) <= 80
     assert " ".join(text.split()).startswith(
@@ -207,7 +198,7 @@ def test_of_very_many_runs_a_terminal_shows_the_first(workspace: Workspace) -> N
     for n in range(200):
         workspace.jobs[f"job-{n}"] = {"batch_ids": [f"batch_{n}"], "config_id": "1"}
     workspace.write()
-    assert shown(workspace).endswith("… and 140 runs more; see --json\n")
+    assert workspace.on_terminal("status").endswith("… and 140 runs more; see --json\n")
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +266,8 @@ def test_outputs_that_end(busy: Workspace, command: str, end: tuple[str, int, st
     busy.write()
     program = shlex.join([sys.executable, str(PROGRAM), "--config", str(busy.path)])
     bash = ["bash", "-o", "pipefail", "-c", f"{program} {command} {end[0]}"]
-    done = subprocess.run(
-        bash, env=clean_environment(), capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == end[1:]
+    done = outcome_of(bash)
+    assert (done.code, done.stderr) == end[1:]
 
 
 @pytest.mark.parametrize("command", tc.COMMANDS)

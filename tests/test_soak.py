@@ -15,9 +15,8 @@ SECONDS = 30.0  # and then the time that it takes to end all jobs
 def test_soak(tmp_path: Path) -> None:
     """Among faults, edits and kills, every finished run is started and told exactly once."""
     figures = soak(tmp_path / "work", seconds=SECONDS, seed=SEED, jobs=100)
-    assert (figures.duplicates, figures.lost, figures.wrong) == (0, 0, 0), figures
-    assert figures.kills >= 1
-    assert figures.faults >= 50
-    assert figures.found >= 10
-    assert figures.triggers >= 100
-    assert figures.told >= 100
+    assert [figures[name] for name in ("duplicates", "lost", "wrong")] == [0, 0, 0], figures
+    least = {"kills": 1, "faults": 50, "triggers of match jobs": 10, "triggers": 100}
+    assert [
+        n for n, least_n in (least | {"events told": 100}).items() if figures[n] < least_n
+    ] == []
