@@ -3434,6 +3434,7 @@ class Account(OpenAI):
         new_to = min(read_to.values(), default=math.inf)
         floors = (max(job.since, read_to[job.name] - HOUR_S) for job in finders)
         floor, newest_at, pages_beyond = min(floors, default=math.inf), 0.0, 0
+        waiting = finders  # until the list is read back far enough
         try:
             cursor, seen = None, set[str]()
             while True:
@@ -3446,20 +3447,20 @@ class Account(OpenAI):
                 ages = creation_times(rows) or [0.0]
                 newest_at = max(newest_at, *ages)
                 pages_beyond += min(ages) <= new_to
-                if min(ages) > floor and pages_beyond <= 2:
-                    is_worth_it = True
-                if not (has_more and is_worth_it):
+                if not has_more or min(ages) <= floor or pages_beyond > 2:
+                    newer = [name for name, at in read_to.items() if newest_at > at]
+                    marks = {f"read:{n}": {"key": keys[n], "to": newest_at} for n in newer}
+                    statements = [Store.meta_statement(*mark) for mark in marks.items()]
+                    self._end_finding(waiting, None, statements)
+                    waiting = ()  # what fails from here on is none of theirs
+                if not (has_more and (waiting or is_worth_it)):
                     break
                 cursor = rows[-1]["id"]
-            newer = [name for name, at in read_to.items() if newest_at > at]
-            marks = {name: {"key": keys[name], "to": newest_at} for name in newer}
-            statements = [Store.meta_statement(f"read:{n}", mark) for n, mark in marks.items()]
-            self._end_finding(finders, None, statements)
             if pays:
                 await self._read_clusters(reading)
                 self._note_list(None, is_stale=reading.is_stale)
         except ApiError as error:
-            self._end_finding(finders, error)
+            self._end_finding(waiting, error)
             if pays:
                 self._note_list(error)
 
@@ -3500,6 +3501,10 @@ class Account(OpenAI):
             jitter = engine.clock.jitter()
             wait_s = backoff_s(self._list_failures, MINUTE_S, jitter, error.retry_after_s)
         self._list_from = engine.clock.uptime_s() + wait_s
+        told = """SELECT 1 FROM events WHERE name = 'list_not_usable' AND at > ?
+            AND json_extract(fields, '$.secret') = ?"""
+        day = engine.clock.now() - DAY_S, self.name
+        was_usable = was_usable and not (engine.once and engine.store.one(told, *day))
         if was_usable and not (error and error.status == 429):
             why = error or "it shows older statuses than the batches' own answers"
             engine.log(Event.of("list_not_usable", secret=self.name, error=str(why)))

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 import pytest
 from harness import PATIENCE_S, Daemon, Workspace, variables, wait_until
@@ -315,6 +316,21 @@ def test_incomplete_list_is_read_again(workspace: Workspace, sim: Simulator) -> 
     wait_for_groups(sim, 150, 60.0)
     daemon.wait_for_event("find_recovered")
     assert len(groups(sim)) == 150
+
+
+def test_only_pages_to_find_count(workspace: Workspace, sim: Simulator) -> None:
+    """A failing page that was read to save requests says nothing of finding, and is told once."""
+    now = int(time.time())
+    for n in range(6):
+        sim.add_batch(f"batch_old_{n}", "in_progress", created_at=now - 200_000 + n)
+    for n in range(150):
+        sim.add_batch(f"batch_new_{n}", "in_progress", created_at=now - 100_000 + n)
+    workspace.add_job("ids", *(f"batch_old_{n}" for n in range(6)))
+    add_match(workspace, since=f"{datetime.now(UTC):%F}")
+    sim.fault("openai.list", "status", None, match="after=", code=500)
+    passes = [workspace.once() for _ in range(3)]
+    told = Counter(event["event"] for done in passes for event in done.events)
+    assert (told["find_failed"], told["find_recovered"], told["list_not_usable"]) == (0, 0, 1)
 
 
 def test_failing_find_over_passes(workspace: Workspace, sim: Simulator) -> None:
