@@ -4817,7 +4817,7 @@ def put_file(path: Path, text: str, before: bytes | None = None) -> None:
     try:
         with open(new, "x", encoding="utf-8", errors="replace", opener=private) as file:
             if old:
-                os.chown(new, old.st_uid, old.st_gid)
+                os.fchown(file.fileno(), old.st_uid, old.st_gid)
             os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode) if old else 0o644)
             file.write(text)
             if old:
@@ -5382,6 +5382,8 @@ def run_job(args: argparse.Namespace) -> int:
                 if not all(left and equals for left, equals, _ in pairs):
                     raise UsageError(f"{key} is written KEY=VALUE", "nothing is changed")
                 values[key] = {left: right for left, _, right in pairs}
+                if len(values[key]) < len(pairs):
+                    raise UsageError(f"{key} has one KEY twice", "nothing is changed")
             editor.set(values, "jobs", name)
         elif not is_there:
             raise UsageError(f"there is no job {quoted(name)}", "`status` lists them all")

@@ -215,6 +215,7 @@ REFUSED: list[tuple[str, str, str]] = [  # the config, a command with what is ty
     (JOB_A, "job add z --batch-id b\t1 --config-id 1", 'jobs.z.batch_ids[0]: "b 1" is not a batch id; copy the batch id'),
     (JOB_A, f"job add z {IDS} --poll-interval soon", 'jobs.z.poll_interval: "soon" is not a duration; write 30s, 2m or 1h'),
     (JOB_A, "job add z --variable x", "variables is written KEY=VALUE; nothing is changed"),
+    (JOB_A, "job add z --match a=x --match a=y", "match has one KEY twice; nothing is changed"),
     (JOB_A, "job add z\udcff --config-id 1", "is not UTF-8 text; nothing is changed"),
     (f"{SECRETS}jobs: &j  # x\n", "job add z --config-id 1", BY_HAND),
     (f"{SECRETS}jobs: 1\n", "job add z --config-id 1", BY_HAND),
@@ -445,7 +446,7 @@ def test_changed_meanwhile(place: Place) -> None:
     place.is_alone()
 
 
-@pytest.mark.parametrize("step", ["fsync", "chown", "replace"])
+@pytest.mark.parametrize("step", ["fsync", "fchown", "replace"])
 def test_what_fails_changes_nothing(step: str, place: Place) -> None:
     """A full disk leaves the old file whole, and no other beside it."""
 
