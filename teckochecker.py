@@ -479,7 +479,7 @@ daemon_started            info    -         version {version} runs as pid {pid}:
 daemon_stopped            info    -         teckochecker stopped
 config_loaded             info    -         config loaded: {changes_text}
 config_warning            warning -         {warning}
-config_rejected           error   attention the config has problems, an older one counts: {problem}
+config_rejected           error   attention the config is bad, the previous one counts: {problem}
 config_rejected_recovered info    attention the config file is good again
 account_failing           error   attention {error}
 account_failing_recovered info    attention the secret {secret} works again, or is no longer used
@@ -503,7 +503,7 @@ deadline_passed           warning attention the deadline has passed: {pending} o
 deadline_passed_recovered info    attention its deadline needs no attention any more
 trigger_intended          info    -         will start {target}
 trigger_search_failed     warning -         {error}
-trigger_sending           info    -         starting {target}
+trigger_sending           info    -         starting {target}{again_text}
 trigger_not_sent          warning -         {error}
 trigger_unknown           warning -         {error}; Keboola is searched before a repeat
 trigger_rejected          error   -         Keboola rejected the start: {error}
@@ -512,7 +512,7 @@ trigger_found             info    -         found its Keboola job {keboola_job_i
 trigger_left_open         warning -         the process ends before Keboola's answer is stored
 trigger_overdue           error   attention its Keboola job should have started by now: {error}
 trigger_overdue_recovered info    attention its start needs no attention any more
-keboola_job_unreadable    warning -         Keboola job {id} counts as another's: {error}
+keboola_job_unreadable    warning -         Keboola job {id} is unreadable, so not ours: {error}
 keboola_job_status        info    -         Keboola job {keboola_job_id} is {status}
 keboola_job_retried       warning -         {error}; it is started again in {wait}
 follow_failed             warning -         cannot follow Keboola job {keboola_job_id}: {error}
@@ -524,18 +524,18 @@ job_failed                error   attention,finished failed: {error} {url}
 job_failed_recovered      info    attention it is not failed any more
 retry_taken               info    -         a person asked for a retry{how}
 retry_refused             warning -         a person asked for a retry, but {why}
-jobs_need_attention       warning -         attention is needed: {runs}
-state_is_older            warning -         the state file does not know the last POST: {wait_s} s
+jobs_need_attention       warning -         these need attention: {runs}
+state_is_older            warning -         no start for {wait_s} s: the state file lacks a POST
 state_write_failed        error   attention {error}
 state_write_failed_recovered info attention the state file can be written again
-clock_changed             warning -         the clock was set by {seconds} s, and all waits with it
+clock_changed             warning -         the clock was set by {seconds} s; all waits follow
 watch_failed              warning -         the config's directory cannot be watched: {error}
-notify_failed             warning -         the webhook {secret} cannot be told yet: {error}
-notify_dropped            warning -         the webhook {secret} is not told of an event: {why}
+notify_failed             warning -         cannot send to the webhook {secret} yet: {error}
+notify_dropped            warning -         an event is not sent to the webhook {secret}: {why}
 publish_failed            warning -         cannot publish to {directory}: {error}
 publish_recovered         info    -         files are published again
 library_warning           warning -         {logger}: {message}
-internal_error            error   -         a bug was met in {where}: {error}
+internal_error            error   -         a bug in {where}: {error}
 """.strip().splitlines()
     )
 }
@@ -694,7 +694,8 @@ class YamlNode:
 
     def choice(self, *choices: str) -> str | None:
         words = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        return self.matching("|".join(choices), "one of them", f"write {words}")
+        kind = f"a value of {self.path.rpartition('.')[2]}"
+        return self.matching("|".join(choices), kind, f"write {words}")
 
     def boolean(self) -> bool:
         text = self.matching("(?i)true|yes|on|false|no|off", "true or false", "write true or false")
@@ -1664,7 +1665,10 @@ def after_search(
         next_at=math.inf,
     )
     facts = {"trigger_id": run.trigger_id, "target": str(run.target)}
-    return after, [Event.of("trigger_sending", run, **facts)]
+    again = (
+        "; Keboola's search shows no job of this run yet" if run.posts and not run.forced else ""
+    )
+    return after, [Event.of("trigger_sending", run, **facts, again_text=again)]
 
 
 def as_started(run: Run, jobs: Sequence[KeboolaJob], name: str, terms: Terms) -> Change:
@@ -1854,7 +1858,7 @@ PART_OF_STATUS: Final = {
 def counts_in_words(statuses: Iterable[str]) -> str:
     counts = collections.Counter(statuses)
     words = [f"{counts[s]} {s.replace('_', ' ')}" for s in PART_OF_STATUS if counts[s]]
-    return ", ".join(words) or "no jobs"
+    return ", ".join(words) or "no runs"
 
 
 def attention_of(  # noqa: PLR0911 - a table
@@ -3160,9 +3164,10 @@ def configure_logging(config: Config, redactor: Redactor, writer: LogWriter) -> 
         prefix = priorities[level] if is_journal else ""
         if not is_console:
             return prefix + json.dumps(told, ensure_ascii=False)
-        at = datetime.fromisoformat(told["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
         mark = "" if level == "info" else f"{level}: "
-        return "\n".join((f"{prefix}{at} {mark}{told['text']}", *told.get("traceback", ())))
+        return "\n".join(
+            (f"{prefix}{told['time']} {mark}{told['text']}", *told.get("traceback", ()))
+        )
 
     structlog.configure(
         processors=[render],
@@ -4606,8 +4611,14 @@ def what_next(view: Shown, shot: Shown) -> str:
     if status == "failed" and not trigger:  # its policy refused it
         return "`retry --force` starts it all the same"
     again = f"tries again {when}" if due else "waits for a change of its config"
+    polls = f"polls {when}"
+    if all(STATUS_RANK.get(batch["status"]) == 3 for batch in view["batches"]):
+        is_group = view["group"] not in {None, *(batch["id"] for batch in view["batches"])}
+        decides = f"; decides {when}" if due else ""
+        late = f"a finished batch's file is not there yet; {polls}"
+        polls = f"waits for more batches{decides}" if is_group else late
     words = {
-        "polling": f"polls {when}" if due or not view["group"] else "waits for more batches",
+        "polling": polls,
         "intent": f"searches Keboola {when}, then starts",
         "sending": "waits for Keboola's answer",
         "unknown": f"searches Keboola again {when}",
@@ -4639,7 +4650,7 @@ def facts_of(view: Shown, shot: Shown) -> dict[str, str]:
 
 
 def batch_words(batch: Shown, view: Shown) -> str:
-    status = batch["status"] or ("no answer yet" if view["last_check_at"] else "not polled")
+    status = batch["status"] or ("status not known" if view["last_check_at"] else "not polled")
     words, counts = [f"{batch['id']} {status}"], batch["request_counts"]
     if counts:
         words.append(f"{counts['completed'] or 0}/{counts['total']} requests")
@@ -4682,7 +4693,7 @@ def metrics(shot: Shown, stats: Stats, ended: Mapping[str, int]) -> str:
         ("info", "The program's version.", {labels(version=shot["version"]): 1}),
         ("generated_timestamp_seconds", "When this file was made.", {"": now}),
         ("daemon_running", "Whether the daemon ran then.", {"": shot["daemon"]["running"]}),
-        ("attention", "Runs, keys and configs that need a person.", {"": shot["attention"]}),
+        ("attention", "Runs, keys and configs that need attention.", {"": shot["attention"]}),
         ("jobs", "Runs by status.", by_status(jobs)),
         ("batches", "Batches of these runs by status.", by_status(batches)),
         ("run_oldest_batch_age_seconds", "Age of its oldest unfinished batch.", waits["active"]),
@@ -4984,6 +4995,11 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
+def output_width() -> int:
+    """Return how wide lines may be: a terminal's width, and elsewhere so wide that none breaks."""
+    return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 10_000
+
+
 def known_runs(config: Config, store: Store | None, wanted: str = "") -> list[Run]:
     """Return the runs of a config's jobs, as the state file has them or will; and one by name."""
     stored = {run.id: run for run in store.runs_for(config.jobs)} if store else {}
@@ -5054,7 +5070,7 @@ jobs:
     # deadline: 26h                  # needs attention when the batches take longer than that
   # found-by-metadata:               # batches are found by their metadata, as they come
   #   match: {pipeline: nightly}     # every pair must be equal; instead of batch_ids
-  #   since: 2026-11-25              # batches created before that date (UTC) are not looked at
+  #   since: 2026-11-25              # batches created before that date (UTC) are ignored
   #   config_id: "123457"
 """
 
@@ -5062,7 +5078,7 @@ jobs:
 def run_init(args: argparse.Namespace) -> int:
     """Write a commented config.yaml and a new key file.
 
-    Both only for your eyes (mode 0600). What is there already is never overwritten.
+    Only you can read them (mode 0600). What is there already is never overwritten.
     """
     directory, made = Path(args.directory), []
     config, key = directory / "config.yaml", directory / "teckochecker.key"
@@ -5666,9 +5682,9 @@ class Importer:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Print a config made of a database of TeckoChecker 0.9, with $SECRET_KEY from then.
+    """Print a config made from a database of TeckoChecker 0.9, with its $SECRET_KEY.
 
-    Exits 1 if standard error says what a person has to correct or to decide.
+    Exits 1 if something is left to correct or to decide; standard error says what.
     """
     path, files = config_path(args), Files()
     keys = read_keys(read_config_file(path, files)[0], files, os.environ)[0]
@@ -5749,10 +5765,9 @@ class View:
 
     def overview(self) -> Iterator[str]:
         """Yield the runs, attention first; on a terminal within its width, and not too many."""
-        shot, is_terminal = self.shot, sys.stdout.isatty()
-        width = max(60, shutil.get_terminal_size().columns) if is_terminal else 10_000
+        shot, width = self.shot, output_width()
         views = [view for part in in_parts(shot).values() for view in part]
-        shown = views[:60] if is_terminal else views
+        shown = views[:60] if sys.stdout.isatty() else views
         rows = [("RUN", "STATUS", "BATCHES", "LAST POLL")]
         for view in shown:
             (finished, percent), status = progress_of(view), view["status"].replace("_", " ")
@@ -5766,8 +5781,7 @@ class View:
             head += f" {needs} need{'' if needs > 1 else 's'} attention."
         yield from (
             *textwrap.wrap(f"{head} {counts_in_words(v['status'] for v in shot['jobs'])}", width),
-            "",
-            titles,
+            *(("", titles) if views else ()),
         )
         for view, line in zip(shown, body, strict=True):
             is_quiet = view["status"] in {"completed", "paused"}
@@ -5780,6 +5794,8 @@ class View:
         found = {run.job for run in self.runs}
         for name in (name for name in self.config.jobs if name not in found):
             yield from textwrap.wrap(self.no_run_yet(name), width)
+        if not self.config.jobs:
+            yield "The config has no jobs yet: add one there, or with `job add`."
 
     def no_run_yet(self, name: str) -> str:
         job = self.config.jobs[name]
@@ -5802,7 +5818,11 @@ class View:
             values = json.loads(run.payload)["variableValuesData"]["values"]
             yield from (f"  {value['name']} = {value['value']}" for value in values)
         events = self.store.events(name=run.name) if self.store else []
-        yield from ("", *(f"{rfc3339(event.at)} {event.text}" for event in events))
+        yield ""
+        for event in events:
+            asked = event.fields.get("request_id")
+            words = f" (x-request-id {asked})" if asked else ""
+            yield f"{rfc3339(event.at)} {event.text}{words}"
 
     def why_not_alive(self) -> str:
         """Return why the daemon is to be called dead, or ""."""
@@ -5826,7 +5846,12 @@ def run_status(args: argparse.Namespace) -> int:
     """
     with View.open(args) as view:
         shot = dict(view.shot)
-        lines = [painted(line, "red") for text in view.troubles for line in text.splitlines()]
+        layout: Any = {"width": output_width(), "subsequent_indent": "    "}
+        layout |= {"break_long_words": False, "break_on_hyphens": False}  # a path stays whole
+        troubles = [line for text in view.troubles for line in text.splitlines()]
+        lines = [
+            painted(part, "red") for line in troubles for part in textwrap.wrap(line, **layout)
+        ]
         if args.job is None:
             lines += view.overview()
         else:
@@ -5925,6 +5950,16 @@ COMMANDS: Final[Mapping[str, tuple[Callable[[argparse.Namespace], int], str]]] =
     "schema": (run_schema, "> schema.sql"),
 }
 
+ACTIONS: Final[Mapping[str, str]] = {
+    "secret list": "list names, types and users of all secrets, and never a value",
+    "secret set": "ask for a secret's value, and write it into the config, encrypted",
+    "secret remove": "remove a secret that nothing uses",
+    "job add": "add a job; each option is the key of that name in config.example.yaml",
+    "job pause": "poll and start nothing of a job until it is resumed",
+    "job resume": "poll and start a paused job again",
+    "job remove": "remove a job; its Keboola jobs in flight are followed to their end",
+}
+
 
 def add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     add = {name: parser.add_argument for name, parser in parsers.items()}
@@ -5938,9 +5973,9 @@ def add_options(parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     overdue = "exit 1 if no daemon runs, or polls are overdue"
     add["status"]("--alive", action="store_true", help=overdue)
     add["logs"]("-n", type=int, metavar="N", default=100, help="the last N lines (default: 100)")
-    add["logs"]("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    add["logs"]("--follow", action="store_true", help="then new events as they come, until Ctrl-C")
     add["retry"]("job", metavar="JOB", help="the name of a run, or of a job")
-    force = "decide an unknown start, start what the policy refused, or repeat a success"
+    force = "start although an earlier start is unknown, was refused by the policy, or succeeded"
     add["retry"]("--force", action="store_true", help=force)
 
 
@@ -5975,8 +6010,9 @@ def new_parser() -> argparse.ArgumentParser:
     for command, names in (("secret", "list set remove"), ("job", "add pause resume remove")):
         actions = parsers[command].add_subparsers(dest="action", metavar="ACTION", required=True)
         for name in names.split():
-            what = f"{name} {command}{'s' if name == 'list' else ''}"
-            action = actions.add_parser(name, help=what, **style)
+            what = ACTIONS[f"{command} {name}"]
+            line = f"{what[0].upper()}{what[1:]}."
+            action = actions.add_parser(name, help=what, description=line, **style)
             if name != "list":
                 action.add_argument("name", metavar="NAME")
             for option in ("--type", "--stack-url", "--base-url") if name == "set" else ():

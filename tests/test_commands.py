@@ -419,6 +419,16 @@ def test_logs(workspace: Workspace) -> None:
     assert "trigger_sent" in workspace.run("logs", "--help").stdout
 
 
+def test_the_log_for_people_reads_like_logs(workspace: Workspace) -> None:
+    """Time in UTC, level if it is not info, sentence: the same in both, wherever one is."""
+    workspace.add_job("one", "batch_a", status="failed")
+    workspace.config["log"]["format"] = "console"
+    workspace.write()
+    told = workspace.run("--once", TZ="Asia/Tokyo").stderr
+    assert "Z warning: one: batch_a failed" in told
+    assert told == workspace.run("logs").stdout
+
+
 @pytest.mark.long
 def test_logs_follow(workspace: Workspace) -> None:
     """With --follow, what happens is told as it happens, also before there is a state file."""

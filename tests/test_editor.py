@@ -229,7 +229,7 @@ REFUSED: list[tuple[str, str, str]] = [  # the config, a command with what is ty
     (f"{SHARED}{{type: openai, value: *t}}\njobs: {{}}\n", "encrypt", f"cannot change secrets.a.value in config: {BY_HAND}"),
     (f"{SHARED}{{<<: *a, project: p}}\njobs: {{}}\n", "encrypt", f"cannot change secrets.a.value in config: {BY_HAND}"),
     (JOB_A, "secret set new < x", "secrets.new: type is missing; add type: openai, keboola or webhook"),
-    (JOB_A, "secret set new --type x < x", 'secrets.new.type: "x" is not one of them; write openai, keboola or webhook'),
+    (JOB_A, "secret set new --type x < x", 'secrets.new.type: "x" is not a value of type; write openai, keboola or webhook'),
     (JOB_A, "secret set new --type keboola < x", "secrets.new: stack_url is missing; add stack_url: "),
     (JOB_A, "secret set new --type keboola --stack-url http://x.y < x", "secrets.new.stack_url: is not https"),
     (JOB_A, f"{SET} --type webhook < x", "is of another type, openai; leave --type out"),

@@ -1,6 +1,6 @@
 """The page in a real Chromium: what a person sees, and that nothing in it can do harm.
 
-python tests/test_page.py FILE        makes a picture of it, for the README
+PYTHONPATH=. python tests/test_page.py FILE        makes a picture of it, for the README
 """
 
 from __future__ import annotations
@@ -178,13 +178,30 @@ def test_an_old_page(browser: Browser, tmp_path: Path, daemon: str, said: str) -
         assert page.value("age.textContent") == "(7 min ago)"
 
 
+NAMES = {
+    "rejected": "product-texts-de",
+    "unknown": "reviews",
+    "nightly": "nightly-embeddings",
+    "follows": "translations",
+    "quiet": "product-names",
+    "partly": "invoices-ocr",
+    "done": "nightly-embeddings-22",
+}
+
+
 def picture(file: Path) -> None:
-    """Makes the README's picture: a few runs in a narrow window, so that it is small."""
+    """Makes the README's picture, as it was a few seconds after the page was made."""
+    runs = [replace(found, job=NAMES[found.job]) for found in morning()]
+    jobs = {r.job: tc.Job(r.job, "", "", "c", "1", paused=r.job == NAMES["quiet"]) for r in runs}
+    config = tc.Config(Path("c.yaml"), "5e", Path("x"), Path("x"), jobs=jobs)
+    shot = tc.snapshot(config, runs, [], {"running": True}, {}, now=NOW)
     with tempfile.TemporaryDirectory(prefix="tecko-page-") as name, Browser(Path(name)) as found:
         path = Path(name) / "status.html"
-        shot = shot_of(morning()) | {"generated_at": tc.rfc3339(time.time())}
         path.write_text(tc.page(shot, [], EVENTS, once=False))
-        page = found.open(path.as_uri(), width=640, height=400)
+        page = found.open(path.as_uri(), width=1000, height=400)
+        clock = f"Date.now = () => {1000 * (NOW + 13):.0f}"
+        page.call("Page.addScriptToEvaluateOnNewDocument", source=clock)
+        page.go(path.as_uri())
         file.write_bytes(page.screenshot(page.value(HEIGHT)))
 
 

@@ -117,6 +117,7 @@ def test_wrong_key(workspace: Workspace) -> None:
     daemon = workspace.daemon()
     event = daemon.wait_for_event("poll_failed", job="job", status=401)
     assert event["request_id"].startswith("req_")
+    assert f"(x-request-id {event['request_id']})" in workspace.run("status", "job").stdout
     assert workspace.looks("batch_a") == 1
     assert "Incorrect API key provided" in workspace.job("job")["error"]
 

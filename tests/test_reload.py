@@ -268,7 +268,7 @@ def test_a_token_in_the_wrong_place(workspace: Workspace) -> None:
     daemon.wait_for_event("config_rejected")
     page = workspace.directory / "www" / "status.html"
     wait_until(lambda: "config file has problems" in page.read_text(), "the page tells of it")
-    assert 'jobs.job.mode: "***" is not one of them' in workspace.status()["config"]["error"]
+    assert 'jobs.job.mode: "***" is not a value of mode' in workspace.status()["config"]["error"]
     for command in ("check", "status", "--once"):
         done = workspace.run(command)
         assert OPENAI_KEY not in done.stdout + done.stderr

@@ -255,8 +255,8 @@ def test_a_long_text_is_shown_whole_or_not_at_all(place: Place) -> None:
     with place.config.open("a", encoding="ascii") as file:
         file.write(f"state: &{LONG} a\nlog: {{level: {LONG}, format: {'x' * 60}}}\n")
     assert [line.partition(": ")[2] for line in place.refusal().splitlines()] == [
-        'log.level: "***" is not one of them; write debug, info, warning or error',
-        f'log.format: "{"x" * 60}" is not one of them; write auto, console or json',
+        'log.level: "***" is not a value of level; write debug, info, warning or error',
+        f'log.format: "{"x" * 60}" is not a value of format; write auto, console or json',
     ]
 
 

@@ -96,7 +96,8 @@ def test_what_happens_next() -> None:
     """Attention comes first, then what goes on, rests, is finished; with what happens next."""
     refused = run("refused", "failed", phase=Phase.REFUSED, error="all_completed is not met")
     ended = run("ended", "completed", **started("14", error="bad", next_at=float("inf")))
-    shot = shot_of([*morning(), refused, ended, run("new", next_at=float("inf"), group="g")])
+    groups = [run("new", next_at=at, group=g) for g, at in (("g", float("inf")), ("h", NOW + 60))]
+    shot = shot_of([*morning(), refused, ended, *groups, run("late", "completed")])
     parts = tc.in_parts(shot).items()
     assert [f"{p}: {v['name']} {tc.what_next(v, shot)}" for p, views in parts for v in views] == [
         "Needs attention: ended `retry` starts it again",
@@ -105,6 +106,8 @@ def test_what_happens_next() -> None:
         "Needs attention: refused `retry --force` starts it all the same",
         "Active: nightly polls in 2m",
         "Active: new/g waits for more batches",
+        "Active: new/h waits for more batches; decides in 1m",
+        "Active: late a finished batch's file is not there yet; polls in 2m",
         "Running: follows Keboola job 13 is processing; polls in 2m",
         "Paused: quiet nothing while it is paused",
         "Finished: partly Keboola job 12: success, 1m30s ago",
@@ -191,6 +194,18 @@ def test_a_job_that_has_found_nothing_yet(workspace: Workspace) -> None:
     what = "it finds batches with a: b, created since 2026-11-25T00:00:00Z"
     assert workspace.run("status", "found").stdout == f"found: no run yet; {what}\n"
     assert workspace.run("status").stdout.endswith(f"\nfound: no run yet; {what}\n")
+
+
+def test_a_config_without_jobs_and_one_with_problems(workspace: Workspace) -> None:
+    """There is no empty table, but what to do; what is wrong with the file wraps."""
+    workspace.write()
+    what = "The config has no jobs yet: add one there, or with `job add`."
+    assert workspace.on_terminal("status").endswith(f" no runs\n{what}\n")
+    workspace.jobs["a job"] = {"batch_ids": ["b 1"], "config_id": "1", "poll_interval": "soon"}
+    workspace.write()
+    lines = workspace.on_terminal("status", NO_COLOR="1").splitlines()
+    assert lines[0] == "The config file has problems:"
+    assert all(len(line) <= 80 or str(workspace.path) in line for line in lines)
 
 
 def test_of_very_many_runs_a_terminal_shows_the_first(workspace: Workspace) -> None:

@@ -275,3 +275,5 @@ def test_token_replaced_during_the_last_search(workspace: Workspace) -> None:
     last.release()
     daemon.wait_for_event("trigger_sent", job="job")
     assert workspace.posts("job") == 2
+    first, second = daemon.events_of("trigger_sending", job="job")
+    assert second["text"] == f"{first['text']}; Keboola's search shows no job of this run yet"
