@@ -5167,6 +5167,9 @@ class ConfigEditor:
             end += comma.end()
         elif (before := self.text[:start].rstrip(" \t")).endswith(","):
             start = len(before) - 1
+        line, rest = self.text.rfind("\n", 0, start) + 1, re.match(r"[ \t]*\r?\n", self.text[end:])
+        if node.flow_style and rest and not self.text[line:start].strip():
+            start, end = line, end + rest.end()  # it had lines of its own
         self._apply([(start, end, ""), *splices], None, *path)
 
     def _yaml(self, value: object) -> str:
@@ -5217,8 +5220,17 @@ class ConfigEditor:
         elif not parent.is_mapping:
             return []
         elif node.flow_style:
-            end = node.value[-1][1].end_mark.index if node.value else end - 1
-            return [(end, end, f"{', ' if node.value else ''}{self._yaml(pair)[1:-1]}")]
+            new = self._yaml(pair)[1:-1]
+            if not node.value:
+                return [(end - 1, end - 1, new)]
+            end, last = node.value[-1][1].end_mark.index, node.value[-1][0].start_mark
+            indent = self.text[last.index - last.column : last.index]
+            rest = re.match(r"([ \t]*,)?[ \t]*(?:#[^\r\n]*)?(?=(\r?\n))", self.text[end:])
+            if indent.isspace() and rest:  # each begins a line, and so does the new one
+                comma = (rest[1] or "").strip()
+                new = f"{rest[0]}{rest[2]}{indent}{new}{comma}"
+                return [(end, end + rest.end(), new if comma else f",{new}")]
+            return [(end, end, f", {new}")]
         else:
             last = node.value[-1][0]
             column, below = last.start_mark.column, self._end_of(last, parent)
