@@ -747,11 +747,14 @@ class YamlNode:
             return self.bad(problem, cure)  # not echoed: it may hold a password
         parts = urllib.parse.urlsplit(url.rstrip("/"))
         host, url = parts.hostname or "", parts.geturl()
+        is_openai = f".{host}".endswith(".openai.com")
         if self.path.endswith("stack_url") and host.startswith("connection.") and parts.path:
             return self.bad("has a path", f"write {parts.scheme}://{parts.netloc}")  # of a page
         if parts.path.endswith("/batches"):
-            return self.bad("ends with /batches", f"write {url.removesuffix('/batches')}")
-        if host.endswith("openai.com") and not parts.path:
+            stem = url.removesuffix("/batches")
+            v1 = "/v1" if is_openai and parts.path == "/batches" else ""
+            return self.bad("ends with /batches", f"write {stem}{v1}")
+        if is_openai and not parts.path:
             return self.bad("misses /v1", f"write {url}/v1")
         return url
 
@@ -1465,7 +1468,9 @@ def merged(known: Batch, came: Batch, now: float) -> Batch:
         names = ("total", "completed", "failed", "output_file_id", "error_file_id", "error")
         late = {name: getattr(came, name) or getattr(known, name) for name in names}
         came = replace(known, files_due_at=None, **late)
-    lacks_output = came.completed and not came.output_file_id
+    is_counted = came.total and (came.completed or 0) + (came.failed or 0) >= came.total
+    is_late = came.status == "completed" and came.total and not is_counted
+    lacks_output = (came.completed or is_late) and not came.output_file_id
     lacks_errors = came.failed and not came.error_file_id
     if came.is_terminal and (lacks_output or lacks_errors) and now < due_at:
         came = replace(came, files_due_at=due_at)
@@ -2334,8 +2339,11 @@ class Store:
 
     @staticmethod
     def _error(error: sqlite3.Error, path: Path) -> StateError:
-        is_there = os.path.exists(path)  # noqa: PTH110 - never raises
-        whose = f"it belongs to {owner_of(path)}" if is_there else "it is not there"
+        files = [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))]
+        there = [file for file in files if os.path.exists(file)]  # noqa: PTH110 - never raises
+        shut = [file for file in there if not os.access(file, os.R_OK | os.W_OK)]
+        file = next(iter(shut or there), None)
+        whose = f"{file} belongs to {owner_of(file)}" if file else "it is not there"
         allow = f"{whose}: let this user open and write it and its directory"
         hint = {
             sqlite3.SQLITE_FULL: "free the disk",
@@ -4335,7 +4343,8 @@ async def keep_loaded(
             growing = {path: file.digest for path, file in rewritten.items() if not file.error}
             grown_at = grown_at if growing == still else clock.uptime_s()
             is_whole = not growing or clock.uptime_s() - grown_at >= 2
-            if is_forced or (changed and is_whole):
+            signals.is_hangup |= is_forced and not is_whole
+            if is_whole and (is_forced or changed):
                 growing, seen = {}, read.seen
                 await reload(engine, read, configure)
         except Exception as error:  # noqa: BLE001 - a bug here must not end what starts jobs
@@ -4891,6 +4900,20 @@ def config_path(args: argparse.Namespace) -> Path:
     return Path(given_path or os.environ.get("TECKOCHECKER_CONFIG") or "config.yaml")
 
 
+def wait_until_whole(path: Path) -> None:
+    """Wait until a config that is new has rested for two seconds: half of one can be valid YAML."""
+    for _ in range(5):
+        config, known = read_config_file(path, Files())[0], None
+        with contextlib.suppress(TeckoError), Store.reading(config.state_path) as store:
+            known = store and store.meta("config")
+        age_s = 2.0
+        with contextlib.suppress(OSError):
+            age_s = time.time() - path.stat().st_mtime
+        if not known or known.get("sha256") == config.sha256 or not 0 <= age_s < 2:
+            return
+        time.sleep(2 - age_s)
+
+
 def load_at_start(
     path: Path, files: Files, redactor: Redactor, *, once: bool
 ) -> tuple[LoadedConfig, ConfigError | None]:
@@ -4898,6 +4921,7 @@ def load_at_start(
 
     A daemon whose file the last edit broke goes on with the last good one of the state file.
     """
+    wait_until_whole(path)
     try:
         return load_config(path, files, os.environ, redactor), None
     except ConfigError as error:
@@ -4970,6 +4994,8 @@ def end_of_pass(engine: Engine) -> int:
         event = Event.of("jobs_need_attention", count=len(names), runs=runs, names=names)
         remember = Store.meta_statement("attention_told", {"names": names, "at": now})
         engine.commit([], [event], [remember])
+    elif told and not needs:
+        engine.commit([], [], [Store.meta_statement("attention_told", {})])
     return 1 if needs or engine.has_failed else 0
 
 
@@ -5465,6 +5491,7 @@ class Doctor:
                 if store:
                     store.check_undamaged()
                     runs, there = known_runs(config, store), "is whole"
+            is_there(state.with_name(f"{state.name}.lock"))
             self.tell("✓", f"the state file {state} {there}")
             if state.parent.is_dir():
                 self._check_owners()
