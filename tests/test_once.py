@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -215,3 +216,19 @@ def test_pass_that_still_runs(workspace: Workspace, sim: Simulator) -> None:
     assert (second.code, second.stdout, second.stderr) == (75, "", "")
     hold.release()
     assert first.wait() == 0
+
+
+def test_half_a_config(workspace: Workspace) -> None:
+    """A pass that begins while the config is written in place takes none of its halves."""
+    workspace.add_job("known", "batch_known", status="in_progress")
+    assert workspace.once().code == 0
+    workspace.add_job("torn", "batch_a", "batch_b")
+    workspace.jobs["torn"] = {"config_id": "torn", "batch_ids": ["batch_a", "batch_b"]}
+    text = workspace.text()
+    workspace.path.write_text(text[: text.index("batch_a") + len("batch_a\n")])
+    rest = threading.Timer(0.7, workspace.path.write_text, (text,))
+    rest.start()
+    assert workspace.run("--once").code == 0
+    rest.join()
+    (job,) = workspace.started("torn")
+    assert json.loads(variables(job)["batch_ids_completed"]) == ["batch_a", "batch_b"]
