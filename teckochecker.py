@@ -4247,7 +4247,9 @@ class Engine:
             loaded_at, path = rfc3339(self.clock.now()), str(config.path)
             known = {"path": path, "sha256": config.sha256, "loaded_at": loaded_at}
             text = self.redactor.body(self.loaded.text.encode(), is_data=True)  # a comment's token
-            good = {"path": str(config.path.absolute()), "text": text.decode()}
+            good: dict[str, Any] = {"path": str(config.path.absolute()), "text": text.decode()}
+            with contextlib.suppress(OSError):
+                good["inode"] = config.path.stat().st_ino
             also.append(Store.meta_statement("good_config", good))
             events = [Event.of("config_loaded", **config_changes(config, old))]
             warnings = [*self.loaded.warnings]
@@ -4901,17 +4903,22 @@ def config_path(args: argparse.Namespace) -> Path:
 
 
 def wait_until_whole(path: Path) -> None:
-    """Wait until a config that is new has rested for two seconds: half of one can be valid YAML."""
+    """Wait until a config that is rewritten in place has rested for two seconds, as a reload does.
+
+    The state file knows what it said before, and its inode: one that was replaced is whole.
+    """
     for _ in range(5):
-        config, known = read_config_file(path, Files())[0], None
+        config, known, good = read_config_file(path, Files())[0], None, None
         with contextlib.suppress(TeckoError), Store.reading(config.state_path) as store:
-            known = store and store.meta("config")
-        age_s = 2.0
+            known, good = (store and store.meta(key) for key in ("config", "good_config"))
+        rest_s = 0.0
         with contextlib.suppress(OSError):
-            age_s = time.time() - path.stat().st_mtime
-        if not known or known.get("sha256") == config.sha256 or not 0 <= age_s < 2:
+            status = path.stat()
+            if good and good.get("inode") == status.st_ino:
+                rest_s = 2 - max(0.0, time.time() - status.st_mtime)
+        if rest_s <= 0 or not known or known.get("sha256") == config.sha256:
             return
-        time.sleep(2 - age_s)
+        time.sleep(rest_s)
 
 
 def load_at_start(
