@@ -3864,7 +3864,7 @@ class Engine:
             await asyncio.sleep(min(2.0, self.manager.watchdog_s / 3))
 
     def sweep(self) -> None:
-        """Tell what has come to need a person by lasting; once an hour, drop what is old."""
+        """Tell what needs attention because it has lasted; once an hour, drop what is old."""
         now = self.clock.uptime_s()
         if now - self._swept_at >= 5:
             self._swept_at = now
@@ -4216,7 +4216,7 @@ class Engine:
             self._set_stats(replace(self.stats[name], find_error=find_error))
 
     def _set_stats(self, after: SecretStats) -> None:
-        """Tell when a secret comes to need a person, and when that is over."""
+        """Tell when a secret begins to need attention, and when that is over."""
         before = self.stats.get(after.name) or SecretStats(after.name, after.type)
         self.stats[after.name] = after
         if bool(after.trouble) != bool(before.trouble):
@@ -4238,7 +4238,7 @@ class Engine:
         config, known = self.loaded.config, self.store.meta("config") or {}
         is_known = known.get("sha256") == config.sha256 and not known.get("error")
         if self.once and is_known and not rejected:
-            return  # from cron, a pass without news says nothing
+            return  # from cron, a pass that changes nothing says nothing
         also: list[Statement] = []
         if rejected:
             problems = str(rejected).splitlines()

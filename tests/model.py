@@ -326,15 +326,18 @@ class ModelHttp(tc.Http):
     ) -> tc.Answer:
         del timeout_s
         self.process.point()
+        self._check_get(url, params)
+        await asyncio.sleep(self.world.random.uniform(0.01, 0.4))
+        self.process.point()
+        return self.world.answer(url, headers, params)
+
+    def _check_get(self, url: str, params: Mapping[str, str]) -> None:
         if url.endswith("/search/jobs"):
             query = (
                 "SELECT 1 FROM runs WHERE config_id = ? AND payload <> '' AND phase <> 'polling'"
             )
             is_stored = self.process.engine.store.one(query, params["configId"]) is not None
             self.world.claim(holds=is_stored, text="a search for what is not stored")
-        await asyncio.sleep(self.world.random.uniform(0.01, 0.4))
-        self.process.point()
-        return self.world.answer(url, headers, params)
 
     async def post(
         self, url: str, headers: Mapping[str, str], body: str, timeout_s: float = 0.0

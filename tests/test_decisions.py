@@ -56,6 +56,8 @@ def test_terminal_is_for_ever() -> None:
     assert tc.merged(DONE, replace(BUSY, output_file_id="other"), NOW) == DONE
     late = tc.merged(BUSY, replace(DONE, output_file_id=None), NOW)
     assert (late.status, late.files_due_at) == ("completed", NOW + 300)
+    uncounted = replace(DONE, total=3, completed=0, failed=0, output_file_id=None)
+    assert tc.merged(BUSY, uncounted, NOW).files_due_at == NOW + 300  # counts are late as well
     came = tc.merged(late, replace(DONE, status="in_progress", output_file_id="f2"), NOW + 10)
     assert (came.status, came.output_file_id, came.files_due_at) == ("completed", "f2", None)
     assert tc.merged(late, replace(late, files_due_at=None), NOW + 300).files_due_at is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -276,3 +277,21 @@ def test_a_token_in_the_wrong_place(workspace: Workspace) -> None:
     kept = [path.read_bytes() for path in workspace.directory.rglob("*") if path.is_file()]
     assert sum(OPENAI_KEY.encode() in data for data in kept) == 1  # the config that it is in
     assert OPENAI_KEY not in daemon.log()
+
+
+def test_sighup_amid_a_slow_write(workspace: Workspace) -> None:
+    """SIGHUP takes no half of a config that is written in place either."""
+    workspace.add_job("known", "batch_known", status="in_progress")
+    daemon = workspace.daemon()
+    mark = daemon.mark()
+    workspace.add_job("torn", "batch_a", "batch_b", status="in_progress")
+    workspace.jobs["torn"] = {"config_id": "torn", "batch_ids": ["batch_a", "batch_b"]}
+    text = workspace.text()
+    workspace.path.write_text(text[: text.index("batch_a") + len("batch_a\n")])
+    daemon.send(signal.SIGHUP)
+    rest = threading.Timer(0.7, workspace.path.write_text, (text,))
+    rest.start()
+    daemon.wait_for_event("config_loaded", since=mark)
+    rest.join()
+    keys = [run["batch_key"] for run in workspace.runs() if run["job"] == "torn"]
+    assert keys == ['["batch_a","batch_b"]']
