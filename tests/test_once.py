@@ -218,6 +218,7 @@ def test_pass_that_still_runs(workspace: Workspace, sim: Simulator) -> None:
     assert first.wait() == 0
 
 
+@pytest.mark.long
 def test_half_a_config(workspace: Workspace) -> None:
     """A pass that begins while the config is written in place takes none of its halves."""
     workspace.add_job("known", "batch_known", status="in_progress")

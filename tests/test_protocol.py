@@ -847,6 +847,7 @@ def test_batches_without_files_to_come(workspace: Workspace) -> None:
     assert len(sim.jobs) == 3
 
 
+@pytest.mark.long
 def test_long_file_ids(workspace: Workspace) -> None:
     """A file id reaches Keboola and `status --json` as it came; over 4,096 characters, nothing."""
     sim = workspace.sim
